@@ -1,0 +1,190 @@
+"""The arguments of ``CheckpointMergeCallback``, grouped. Frozen, keyword-only, checked when built."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, get_args
+
+from lightning_ckmerge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+    from lightning_ckmerge.core.spaces import Space
+
+Mode = Literal["min", "max"]
+Apply = Literal["emit", "on_train_end"]
+OnError = Literal["warn", "raise"]
+SpaceName = Literal["decay", "pairwise", "window"]
+Layout = Literal["geometric", "uniform"]
+SnapshotKind = Literal["mean", "point"]
+StorageKind = Literal["disk", "cpu", "device"]
+BufferDtype = Literal["float32", "bfloat16", "float16"]
+ArtifactFormat = Literal["safetensors", "ckpt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferConfig:
+    """What the buffer keeps, and where.
+
+    Args:
+        capacity: Snapshots kept; at least 2.
+        layout: ``geometric``: fine recent segments and coarse old ones, which together span at least the last
+            half of the run. ``uniform``: the last ``capacity`` segments, all of one length.
+        every_n_train_steps: Length of the finest segment in optimizer steps. ``None``: 1 % of the run where its
+            length is known, else 25 steps, doubled as the run grows.
+        snapshot: ``mean``: the running mean of the weights over the segment. ``point``: the weights at its end.
+        update_every_n_steps: Optimizer steps between two updates of the running mean; at least 1.
+        storage: ``disk``: safetensors files, written behind training, which survive a restart. ``cpu``: host
+            memory. ``device``: memory of the weights' device.
+        dtype: Precision of the stored snapshots. ``None``: float32 for means, the weights' own for points.
+    """
+
+    capacity: int = 10
+    layout: Layout = "geometric"
+    every_n_train_steps: int | None = None
+    snapshot: SnapshotKind = "mean"
+    update_every_n_steps: int = 1
+    storage: StorageKind = "disk"
+    dtype: BufferDtype | None = None
+
+    def __post_init__(self) -> None:
+        require_at_least("buffer.capacity", self.capacity, 2, "A merge needs two snapshots; the default is 10.")
+        require_choice("buffer.layout", self.layout, get_args(Layout))
+        require_at_least("buffer.every_n_train_steps", self.every_n_train_steps, 1, "Leave it out for 1 % of the run.")
+        require_choice("buffer.snapshot", self.snapshot, get_args(SnapshotKind))
+        require_at_least("buffer.update_every_n_steps", self.update_every_n_steps, 1, "1 averages every step.")
+        require_choice("buffer.storage", self.storage, get_args(StorageKind))
+        if self.dtype is not None:
+            require_choice("buffer.dtype", self.dtype, get_args(BufferDtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Where a search looks, and what it may spend.
+
+    Args:
+        space: ``decay``, ``pairwise`` (the paper's, needs ``point`` snapshots) or ``window``; or a ``Space`` object.
+        n_trials: Candidates proposed by the sampler, anchors not counted; at least 1.
+        sampler: Any Optuna sampler; ``None``: ``GPSampler(deterministic_objective=True)``.
+        seed: Seed of the default sampler.
+        timeout_s: Seconds that one search may take; it stops early rather than exceed.
+        max_fraction_of_training: Share of the training time so far that all searches together may take, in (0, 1];
+            ``None``: no such limit.
+        constraints: Metric name -> how much worse than the latest weights' it may get, in the metric's own unit.
+        storage: Optuna storage URL; ``None``: a journal file beside the artifacts.
+    """
+
+    space: SpaceName | Space = "decay"
+    n_trials: int = 16
+    sampler: BaseSampler | None = None
+    seed: int = 0
+    timeout_s: float | None = None
+    max_fraction_of_training: float | None = 0.05
+    constraints: dict[str, float] = field(default_factory=dict)
+    storage: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.space, str):
+            require_choice("search.space", self.space, get_args(SpaceName))
+        require_at_least("search.n_trials", self.n_trials, 1, "The default is 16.")
+        require_positive("search.timeout_s", self.timeout_s, "Leave it out for no limit.")
+        require_fraction("search.max_fraction_of_training", self.max_fraction_of_training, "`null` sets no limit.")
+        for name, allowance in self.constraints.items():
+            require_at_least(f"search.constraints[{name!r}]", allowance, 0, "0 allows no loss at all.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """On what data a candidate is scored, and how.
+
+    Args:
+        limit_batches: Like ``limit_val_batches``: batches a loader (int), or a share of them (float in (0, 1]).
+        dataloader: Name of a method of the datamodule or module that returns the loaders; ``None``: the run's
+            validation loaders.
+        confirm_fraction: Share of the batches kept from the search, for the verdict; in (0, 1).
+        recalibrate_batches: Batches of training data that re-estimate BatchNorm statistics of a candidate; 0: none.
+        staged: Drop losing candidates early, by paired per-batch differences, where the metric is a batch mean.
+    """
+
+    limit_batches: int | float | None = None
+    dataloader: str | None = None
+    confirm_fraction: float = 0.5
+    recalibrate_batches: int = 0
+    staged: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.limit_batches, float):
+            require_fraction("evaluation.limit_batches", self.limit_batches, "An int counts batches.")
+        else:
+            require_at_least("evaluation.limit_batches", self.limit_batches, 2, "One batch to search, one to confirm.")
+        if not 0 < self.confirm_fraction < 1:
+            raise ConfigError(
+                f"`0 < evaluation.confirm_fraction < 1` must hold, got {self.confirm_fraction}. "
+                "Both the search and the verdict need data; the default is 0.5."
+            )
+        require_at_least("evaluation.recalibrate_batches", self.recalibrate_batches, 0, "0 keeps the merged ones.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactConfig:
+    """What an artifact holds.
+
+    Args:
+        formats: ``safetensors`` (always written) and, on request, ``ckpt`` (a weights-only Lightning checkpoint).
+        max_shard_size: Largest weights file, such as ``"5GB"`` or ``"500MB"``; larger models are sharded.
+    """
+
+    formats: tuple[ArtifactFormat, ...] = ("safetensors",)
+    max_shard_size: str = "5GB"
+
+    def __post_init__(self) -> None:
+        # YAML has no tuples: jsonargparse may hand over a list.
+        object.__setattr__(self, "formats", tuple(self.formats))
+        for name in self.formats:
+            require_choice("artifact.formats", name, get_args(ArtifactFormat))
+        parse_size(self.max_shard_size, "artifact.max_shard_size")
+
+
+def parse_size(size: str, name: str = "size") -> int:
+    """Turn ``"5GB"`` into bytes, as Hugging Face does: decimal units, ``GiB`` for binary ones.
+
+    Raises:
+        ConfigError: Not a positive number with a unit.
+
+    >>> parse_size("5GB"), parse_size("1.5 MiB")
+    (5000000000, 1572864)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B\s*", size, flags=re.IGNORECASE)
+    power = "KMGT".index(match[2][0].upper()) + 1 if match and match[2] else 0
+    base = 1024 if match and match[2] and match[2].lower().endswith("i") else 1000
+    num_bytes = int(float(match[1]) * base**power) if match else 0
+    if num_bytes < 1:
+        raise ConfigError(f"`{name}` must be a positive number with a unit, got {size!r}. Write it as '5GB' or '500MB'.")
+    return num_bytes
+
+
+def require_at_least(name: str, value: float | None, low: float, remedy: str) -> None:
+    """Raise ``ConfigError`` unless ``value`` is ``None`` or at least ``low``."""
+    if value is not None and not value >= low:
+        raise ConfigError(f"`{name} >= {low}` must hold, got {value}. {remedy}")
+
+
+def require_positive(name: str, value: float | None, remedy: str) -> None:
+    """Raise ``ConfigError`` unless ``value`` is ``None`` or greater than 0."""
+    if value is not None and not value > 0:
+        raise ConfigError(f"`{name} > 0` must hold, got {value}. {remedy}")
+
+
+def require_fraction(name: str, value: float | None, remedy: str) -> None:
+    """Raise ``ConfigError`` unless ``value`` is ``None`` or in (0, 1]."""
+    if value is not None and not 0 < value <= 1:
+        raise ConfigError(f"`0 < {name} <= 1` must hold, got {value}. {remedy}")
+
+
+def require_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ``ConfigError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}. Check the spelling.")

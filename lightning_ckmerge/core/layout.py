@@ -1,0 +1,96 @@
+"""Which tensors a snapshot holds, and where each lies in the snapshot's flat memory.
+
+A snapshot is one flat tensor a storage dtype. Names are sorted as safetensors sorts them, so a snapshot's file and its
+memory are the same bytes, and a file can be mapped instead of read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Role = Literal["parameter", "buffer"]
+Flats = dict[torch.dtype, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnedTensor:
+    """One floating tensor of the model that this rank keeps and merges.
+
+    Args:
+        name: Its name in the LightningModule's ``state_dict``.
+        role: Parameters must be finite; buffers may hold masks of ``-inf``, which are copied instead of averaged.
+        tensor: The live tensor (or the local shard of it), real or complex, any shape.
+    """
+
+    name: str
+    role: Role
+    tensor: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Where one tensor lies: ``numel`` elements from ``offset`` in the flat tensor of ``dtype``."""
+
+    name: str
+    role: Role
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    numel: int
+
+
+class TensorLayout:
+    """The plan of a snapshot's memory. Two snapshots of one layout can be merged.
+
+    Args:
+        owned: The model's floating tensors, in any order.
+        dtype: Storage precision; ``None``: the tensors' own. float64 tensors stay float64 in any case.
+    """
+
+    def __init__(self, owned: Sequence[OwnedTensor], dtype: torch.dtype | None = None) -> None:
+        stored = [(storage_dtype(o.tensor, dtype), o) for o in owned]
+        stored.sort(key=lambda pair: (-pair[0].itemsize, str(pair[0]), pair[1].name))
+        self.sizes: dict[torch.dtype, int] = {}
+        slots = []
+        for stored_dtype, o in stored:
+            real = as_real(o.tensor)
+            offset = self.sizes.get(stored_dtype, 0)
+            self.sizes[stored_dtype] = offset + real.numel()
+            slots.append(
+                Slot(name=o.name, role=o.role, shape=tuple(real.shape), dtype=stored_dtype, offset=offset, numel=real.numel())
+            )
+        self.slots = tuple(slots)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one snapshot."""
+        return sum(numel * dtype.itemsize for dtype, numel in self.sizes.items())
+
+    def allocate(self, device: torch.device | str = "cpu", *, pinned: bool = False) -> Flats:
+        """Return uninitialised memory for one snapshot."""
+        return {d: torch.empty(n, dtype=d, device=device, pin_memory=pinned) for d, n in self.sizes.items()}
+
+    def views(self, flats: Flats) -> list[Tensor]:
+        """Return one view a slot into ``flats``, in the order of ``slots``, in the tensors' shapes."""
+        return [flats[s.dtype][s.offset : s.offset + s.numel].view(s.shape) for s in self.slots]
+
+    def order(self, owned: Sequence[OwnedTensor]) -> list[Tensor]:
+        """Return the live tensors in the order of ``slots``, complex ones seen as real."""
+        by_name = {o.name: o.tensor for o in owned}
+        return [as_real(by_name[s.name]) for s in self.slots]
+
+
+def storage_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the precision in which a snapshot keeps ``tensor``."""
+    own = as_real(tensor).dtype
+    return own if dtype is None or own == torch.float64 else dtype
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return ``tensor``, or a real view with a last dimension of 2 if it is complex."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

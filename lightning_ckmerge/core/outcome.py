@@ -1,0 +1,168 @@
+"""What a search finds: plain records, which the manifest, the report and the loggers read.
+
+Letters: K snapshots, oldest first; B batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lightning_ckmerge.config import Mode
+
+Status = Literal["accepted", "rejected", "unconfirmed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One candidate's evaluation on one half of the batches.
+
+    Args:
+        value: The monitored metric, as validation would have logged it; an estimate if ``complete`` is false.
+        metrics: Every metric that validation logged, ``value`` included.
+        values_B: The metric on each batch (or block of batches, where it is no mean over batches); paired over
+            candidates, since all see the same batches.
+        sizes_B: Samples in each of these.
+        num_batches: Batches that were evaluated.
+        complete: False for a candidate that was dropped before its last batch.
+    """
+
+    value: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    values_B: tuple[float, ...] | None = None
+    sizes_B: tuple[float, ...] | None = None
+    num_batches: int = 0
+    complete: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A merge to be scored.
+
+    Args:
+        name: ``latest``, ``uniform-4``, ``ema-120``, ... for an anchor; ``trial-7`` for a sampler's proposal.
+        coefficients_K: K numbers that sum to 1.
+        coordinates: Its place in the searched space; ``None`` for an anchor outside it.
+    """
+
+    name: str
+    coefficients_K: tuple[float, ...]
+    coordinates: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A scored candidate, anchor or not.
+
+    Args:
+        candidate: What was scored.
+        search: Its score on the search half.
+        confirm: Its score on the confirmation half; the winner's, the latest weights' and the best anchor's only.
+        feasible: Whether it holds every constraint.
+    """
+
+    candidate: Candidate
+    search: Score
+    confirm: Score | None = None
+    feasible: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether merging gains, on data that the search did not see.
+
+    Args:
+        status: ``accepted``: the interval of the gain over the latest weights lies above 0. ``rejected``: it does not.
+            ``unconfirmed``: there was too little data for an interval.
+        gain: Improvement over the latest weights, in the metric's unit; above 0 is better in either mode.
+        interval: Its 95 % interval; ``None`` if unconfirmed.
+        best_anchor: Name of the best anchor (by the search half), the latest weights included.
+        gain_over_best_anchor: Improvement over it, likewise.
+        interval_over_best_anchor: Its 95 % interval.
+        sentence: All of this for people.
+        warnings: What else they should know.
+    """
+
+    status: Status
+    gain: float
+    interval: tuple[float, float] | None
+    best_anchor: str
+    gain_over_best_anchor: float
+    interval_over_best_anchor: tuple[float, float] | None
+    sentence: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotRecord:
+    """A snapshot as the manifest names it; ``sha256`` is ``None`` for one that never was a file."""
+
+    kind: Literal["mean", "point"]
+    first_step: int
+    last_step: int
+    num_updates: int
+    sha256: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord:
+    """On what the candidates were scored.
+
+    Args:
+        search_batches: Batches of each loader in the search half.
+        confirm_batches: Batches of each loader in the confirmation half.
+        search_samples: Samples in the search half, where the metric says so (it counts batch sizes).
+        confirm_samples: Samples in the confirmation half, likewise.
+        fingerprint: SHA-256 over what identifies batches and metric; equal if two searches are comparable.
+    """
+
+    search_batches: tuple[int, ...]
+    confirm_batches: tuple[int, ...]
+    search_samples: float | None
+    confirm_samples: float | None
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a search took.
+
+    Args:
+        seconds: By phase: ``anchors``, ``trials``, ``confirm``, ``other``.
+        share_of_training: All searches so far, over the training time so far.
+        num_batches: Batch evaluations spent.
+        num_batches_saved: Batch evaluations that dropping losers early avoided.
+        stopped_early: Why fewer trials ran than were asked for; ``None`` if all ran.
+    """
+
+    seconds: dict[str, float]
+    share_of_training: float | None
+    num_batches: int
+    num_batches_saved: int
+    stopped_early: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOutcome:
+    """One search, whole.
+
+    Args:
+        step: Optimizer steps taken when it ran.
+        space: Name of the searched space.
+        snapshots_K: What was merged, oldest first; the last is the latest weights.
+        winner: The best of anchors and trials on the search half, among those that hold the constraints.
+        anchors: In the order in which they were scored; the first is ``latest``.
+        trials: The sampler's proposals, likewise.
+    """
+
+    step: int
+    monitor: str
+    mode: Mode
+    space: str
+    snapshots_K: tuple[SnapshotRecord, ...]
+    winner: Trial
+    anchors: tuple[Trial, ...]
+    trials: tuple[Trial, ...]
+    verdict: Verdict
+    evaluation: EvaluationRecord
+    cost: Cost

@@ -1,0 +1,41 @@
+"""The exception tree. Every message gives the rule, the value that broke it, and the remedy.
+
+CkmergeError
+├── ConfigError        an argument is wrong; raised while the callback is built or in ``setup``
+├── UnsupportedError   this Trainer, strategy or model cannot be served; raised in ``setup``
+├── MonitorError       ``monitor`` is not among the metrics that validation logs
+├── SnapshotError      a snapshot is missing, damaged, or does not fit the model
+├── SearchError        a search could not be carried out
+└── ArtifactError      an artifact is missing, damaged, or could not be written
+"""
+
+
+class CkmergeError(Exception):
+    """Root of all errors that this package raises on purpose."""
+
+
+class ConfigError(CkmergeError, ValueError):
+    """An argument is outside its range, or two arguments contradict each other."""
+
+
+class UnsupportedError(CkmergeError):
+    """The Trainer, strategy or model cannot be served."""
+
+
+class MonitorError(CkmergeError, KeyError):
+    """``monitor`` names a metric that validation does not log."""
+
+    # KeyError prints the repr of its argument, which would hide the remedy behind escapes.
+    __str__ = Exception.__str__
+
+
+class SnapshotError(CkmergeError):
+    """A snapshot is missing, damaged, or does not fit the model."""
+
+
+class SearchError(CkmergeError):
+    """A search could not be carried out."""
+
+
+class ArtifactError(CkmergeError):
+    """An artifact is missing, damaged, or could not be written."""
