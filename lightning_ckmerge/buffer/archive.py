@@ -1,0 +1,171 @@
+"""The snapshots that the buffer keeps, and the files behind them: carries out what the ring decides.
+
+A file goes when what replaces it is complete and the last checkpoint does not need it. So a crash at any moment leaves
+a checkpoint with all that it names.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from lightning_ckmerge.buffer.blocks import pool_blocks
+from lightning_ckmerge.buffer.ring import Drop, decide, pooled
+from lightning_ckmerge.buffer.state import BufferState, Entry
+from lightning_ckmerge.buffer.storage import Storage, Stored
+from lightning_ckmerge.config import BufferConfig
+from lightning_ckmerge.core.layout import Flats, TensorLayout
+from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.errors import SnapshotError
+
+
+class Archive:
+    """The ring's snapshots. One thread at a time.
+
+    Args:
+        config: How many, and laid out how.
+        layout: Of the stored snapshots.
+        storage: Where they lie.
+        run_id: Eight hexadecimal digits that begin the name of every file.
+        warnings: Takes what went wrong without stopping anything.
+    """
+
+    def __init__(
+        self, config: BufferConfig, layout: TensorLayout, storage: Storage, run_id: str, warnings: deque[str]
+    ) -> None:
+        self.entries: list[Entry] = []
+        self.run_id = run_id
+        self._config = config
+        self._layout = layout
+        self._storage = storage
+        self._warnings = warnings
+        self._saved_names: frozenset[str] = frozenset()
+        self._retired: set[str] = set()
+
+    def admit(self, segment: Segment, blocks: Iterable[Tensor]) -> None:
+        """Store a snapshot as the newest one.
+
+        Args:
+            segment: Follows the newest one's.
+            blocks: Its flat memory, in the stored precision.
+
+        Raises:
+            SnapshotError: It could not be written; the others stay as they are.
+        """
+        stored = self._write(segment, blocks)
+        self.entries.append(Entry(segment=segment, stored=stored))
+
+    def make_room(self, finest: int) -> None:
+        """Drop and pool until at most ``capacity`` snapshots are left.
+
+        Args:
+            finest: Steps of the finest segment.
+
+        Raises:
+            SnapshotError: One of a pair was damaged, or there was no space for what they were pooled into; it is gone.
+        """
+        capacity, layout = self._config.capacity, self._config.layout
+        while action := decide([e.segment for e in self.entries], capacity=capacity, layout=layout, finest=finest):
+            if isinstance(action, Drop):
+                self._remove(self.entries[action.index])
+            else:
+                self._pool(action.index)
+
+    def read(self, entry: Entry) -> Flats:
+        """Return a snapshot's memory.
+
+        Raises:
+            SnapshotError: It is missing or damaged, and no longer in the ring.
+        """
+        try:
+            return self._storage.read(entry.stored, self._layout)
+        except SnapshotError as error:
+            self._remove(entry)
+            raise SnapshotError(f"{error} Until then, {lost(entry.segment)}.") from error
+
+    def name(self, segment: Segment, kind: str) -> str:
+        """Return the name of a file."""
+        return f"{self.run_id}-{segment.first_step:09d}-{segment.last_step:09d}-{kind}.safetensors"
+
+    def retire(self, name: str) -> None:
+        """Delete a file, now or when no checkpoint needs it any more."""
+        if name in self._saved_names:
+            self._retired.add(name)
+        else:
+            self._delete(name)
+
+    def hold(self, state: BufferState) -> None:
+        """From here on, keep the files that ``state`` names; those of the state before stay until ``release``."""
+        self._saved_names = state.names
+
+    def release(self) -> None:
+        """Delete what only an older state needed."""
+        for name in self._retired - self._saved_names:
+            self._delete(name)
+        self._retired &= self._saved_names
+
+    def reopen(self, state: BufferState, *, usable: bool) -> None:
+        """Take over the files of an earlier process, and delete those that its last state does not name.
+
+        Args:
+            state: That state.
+            usable: Whether its snapshots may enter this ring; otherwise they are kept for the checkpoint's sake only.
+        """
+        self.run_id = state.run_id
+        found = self._storage.contents(state.run_id)
+        self._saved_names = state.names & found.keys()
+        for name in found.keys() - self._saved_names:
+            self._delete(name)
+        for entry in state.entries if usable else ():
+            if found.get(entry.stored.name) == entry.stored.num_bytes:
+                self.entries.append(entry)
+            else:
+                self._warnings.append(
+                    f"A snapshot must be where the checkpoint says, got no whole file {entry.stored.name}. "
+                    f"Resume with the same `dirpath`; until then, {lost(entry.segment)}."
+                )
+        kept = {e.stored.name for e in self.entries} | ({state.file.name} if usable and state.file else set())
+        self._retired = set(self._saved_names - kept)
+
+    def _pool(self, index: int) -> None:
+        older, newer = self.entries[index : index + 2]
+        segment, stored = pooled(older.segment, newer.segment), newer.stored
+        if segment.kind == "mean":
+            old, new = (self._layout.views(self.read(e)) for e in (older, newer))
+            share_of_newer = newer.segment.num_steps / (older.segment.num_steps + newer.segment.num_steps)
+            try:
+                stored = self._write(segment, pool_blocks(old, new, share_of_newer, self._layout))
+            except SnapshotError as error:
+                # Both cannot stay, or the ring would outgrow its capacity; the newer one is worth more.
+                self._remove(older)
+                raise SnapshotError(f"{error} Of these, steps from {newer.segment.first_step} on are kept.") from error
+        self.entries[index : index + 2] = [Entry(segment=segment, stored=stored)]
+        for name in {older.stored.name, newer.stored.name} - {stored.name}:
+            self.retire(name)
+
+    def _write(self, segment: Segment, blocks: Iterable[Tensor]) -> Stored:
+        try:
+            return self._storage.write(self.name(segment, segment.kind), self._layout, blocks)
+        # Not OSError alone: memory runs out as RuntimeError on a GPU, and no snapshot is worth the run.
+        except Exception as error:
+            raise SnapshotError(
+                f"A snapshot must fit its storage, got {type(error).__name__}: {error}. Free some space, or lower "
+                f"`buffer.capacity` or `buffer.dtype`; until then, {lost(segment)}."
+            ) from error
+
+    def _remove(self, entry: Entry) -> None:
+        self.entries.remove(entry)
+        self.retire(entry.stored.name)
+
+    def _delete(self, name: str) -> None:
+        try:
+            self._storage.delete(name)
+        except OSError as error:
+            self._warnings.append(f"The buffer must be able to delete its files, got {error}. Remove {name} yourself.")
+
+
+def lost(segment: Segment) -> str:
+    """Say which steps the buffer has lost."""
+    return f"merges do without steps {segment.first_step} to {segment.last_step}"

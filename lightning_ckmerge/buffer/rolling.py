@@ -1,0 +1,296 @@
+"""The rolling buffer: averages training's weights over segments and keeps a bounded number of them.
+
+The training thread updates the running mean of the segment in progress. The writer's thread stores finished segments
+and keeps the archive in order. So the archive belongs to the writer while it works; the training thread touches it only
+after a flush, but for retiring a file.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ckmerge.buffer.archive import Archive
+from lightning_ckmerge.buffer.blocks import cast_blocks, fill_nonfinite, with_dtype
+from lightning_ckmerge.buffer.state import BufferState, Progress
+from lightning_ckmerge.buffer.storage import Storage, Stored
+from lightning_ckmerge.buffer.writer import Writer
+from lightning_ckmerge.config import BufferConfig
+from lightning_ckmerge.core.layout import Flats, TensorLayout
+from lightning_ckmerge.core.merge import update_means
+from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.errors import SnapshotError
+
+# One fills while the other is written.
+NUM_ACCUMULATORS = 2
+# Where the run's length is unknown, the finest segment stays between 1 % and 2 % of it.
+MAX_FINEST_SEGMENTS = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """One entry of the buffer, ready to be merged.
+
+    Args:
+        segment: The steps that it stands for.
+        sha256: Of its file; ``None`` if it never was one.
+        tensors: The weights, in the order of the model's layout, in the stored precision. To be read only, and only
+            until the buffer's next ``update``; those of a file are read from the disk as they are used.
+    """
+
+    segment: Segment
+    sha256: str | None
+    tensors: list[Tensor] = field(repr=False, compare=False)
+
+
+class RollingBuffer:
+    """At most ``config.capacity`` snapshots of the recent past, and the segment in progress.
+
+    Args:
+        config: What to keep.
+        layout: The model's floating tensors, in their own precision.
+        storage: Where snapshots go.
+        device: The weights' device; the running means live there too.
+        run_id: Eight hexadecimal digits that mark this buffer's files; each rank needs its own, or its own directory.
+        segment_steps: Length of the finest segment in optimizer steps.
+        double_segments: The run's length is unknown: double ``segment_steps`` whenever the run is 100 times as long.
+    """
+
+    def __init__(
+        self,
+        config: BufferConfig,
+        layout: TensorLayout,
+        storage: Storage,
+        *,
+        device: torch.device | str,
+        run_id: str,
+        segment_steps: int,
+        double_segments: bool,
+    ) -> None:
+        dtype = getattr(torch, config.dtype) if config.dtype else None
+        is_mean = config.snapshot == "mean"
+        self.config = config
+        self.segment_steps = segment_steps
+        self._double_segments = double_segments
+        self._device = torch.device(device)
+        self._storage = storage
+        self._layout = layout
+        self._stored_layout = with_dtype(layout, (dtype or torch.float32) if is_mean else dtype)
+        self._accumulator_layout = with_dtype(layout, torch.float32) if is_mean else self._stored_layout
+        self._warnings: deque[str] = deque()
+        self._archive = Archive(config, self._stored_layout, storage, run_id, self._warnings)
+        self._writer = Writer()
+        self._free_accumulators: SimpleQueue[Flats] = SimpleQueue()
+        self._num_accumulators = 0
+        self._progress = Progress()
+        self._accumulator: Flats | None = None
+        self._means: list[Tensor] = []
+        self._open_file: Stored | None = None
+        self._state_taken = False
+
+    @property
+    def num_bytes_in_memory(self) -> int:
+        """Bytes that the buffer holds at most in memory: two segments in progress and, if kept there, all snapshots."""
+        num_stored = 0 if self._storage.durable else self.config.capacity + 2
+        return NUM_ACCUMULATORS * self._accumulator_layout.num_bytes + num_stored * self._stored_layout.num_bytes
+
+    @property
+    def num_bytes_on_disk(self) -> int:
+        """Bytes that the buffer holds at most on the disk, up to a few KB of headers.
+
+        The ring with one snapshot too many and what these two are pooled into, all that the last checkpoint needs, and
+        the segment in progress of the last two checkpoints.
+        """
+        if not self._storage.durable:
+            return 0
+        num_open = 2 if self.config.snapshot == "mean" else 0
+        num_stored = 2 * self.config.capacity + 2
+        return num_stored * self._stored_layout.num_bytes + num_open * self._accumulator_layout.num_bytes
+
+    def update(self, weights: Sequence[Tensor], step: int) -> None:
+        """Take in the weights after an optimizer step. They may change again once this returns.
+
+        Args:
+            weights: The live tensors, in the order of the model's layout.
+            step: Optimizer steps taken so far; above the last call's, by more than 1 where steps are not seen.
+        """
+        if self._state_taken:
+            # Not in `state_dict`: the checkpoint that holds the new state was written after it returned.
+            self._archive.release()
+            self._state_taken = False
+        if self._progress.first_step is None:
+            self._progress = Progress.after(step - 1)
+        progress = self._progress
+        progress.last_step = step
+        ends = progress.num_steps >= self.segment_steps
+        is_due = self.config.snapshot == "mean" and step - progress.last_update >= self.config.update_every_n_steps
+        if ends or is_due:
+            self._take(weights)
+        if ends:
+            self._finish_segment(weights)
+
+    def snapshots(self) -> list[Snapshot]:
+        """Return what can be merged, oldest first: the ring, and the mean of the segment in progress if it has begun.
+
+        A damaged snapshot is dropped, with a warning.
+        """
+        self._writer.flush()
+        snapshots = []
+        for entry in list(self._archive.entries):
+            try:
+                tensors = self._in_model_order(self._archive.read(entry), self._stored_layout)
+            except SnapshotError as error:
+                self._warnings.append(str(error))
+            else:
+                snapshots.append(Snapshot(segment=entry.segment, sha256=entry.stored.sha256, tensors=tensors))
+        if self._progress.num_updates:
+            snapshots.append(Snapshot(segment=self._progress.segment("mean"), sha256=None, tensors=self._means))
+        return snapshots
+
+    def take_warnings(self) -> list[str]:
+        """Return what went wrong since the last call, for the caller to report. Does not wait for the writer."""
+        failures = [str(error) for error in self._writer.take_failures()]
+        return [self._warnings.popleft() for _ in range(len(self._warnings))] + failures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data from which ``load_state_dict`` goes on; no tensors.
+
+        A durable storage gets the mean in progress as a file, so that nothing is lost; ``saved`` says whether it did.
+        The files that this state names are kept until the first update after the next state was taken.
+        """
+        self._writer.flush()
+        self._save_mean()
+        state = BufferState(
+            run_id=self._archive.run_id,
+            snapshot=self.config.snapshot,
+            durable=self._storage.durable,
+            segment_steps=self.segment_steps,
+            entries=tuple(self._archive.entries) if self._storage.durable else (),
+            progress=self._progress,
+            saved=not self._progress.num_updates or self._open_file is not None,
+            file=self._open_file,
+        )
+        self._archive.hold(state)
+        self._state_taken = True
+        return state.to_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a state, in a buffer that has not been updated yet. ``take_warnings`` says what was lost.
+
+        Files of the same run that the state does not name are deleted: a crash left them, or steps that are now undone.
+
+        Raises:
+            SnapshotError: This is not the state of a buffer.
+        """
+        state = BufferState.from_dict(state_dict)
+        usable = state.durable and self._storage.durable and state.snapshot == self.config.snapshot
+        if not usable:
+            self._warnings.append(
+                "A resumed buffer needs snapshots on disk, of the same kind as before, got "
+                f"`buffer.snapshot: {state.snapshot}` {'on disk' if state.durable else 'in memory'} before. It starts "
+                f"empty at step {state.progress.last_step}; with `buffer.storage: disk` a restart loses nothing."
+            )
+        if self._double_segments:
+            self.segment_steps = max(self.segment_steps, state.segment_steps)
+        self._archive.reopen(state, usable=usable)
+        self._resume_mean(state.progress, state.file if usable else None)
+
+    def close(self) -> None:
+        """Finish writing and end the thread. Snapshots on disk stay."""
+        self._writer.close()
+        if self._state_taken:
+            self._archive.release()
+            self._state_taken = False
+
+    def _take(self, weights: Sequence[Tensor]) -> None:
+        if self._accumulator is None:
+            self._open_accumulator()
+        self._progress.num_updates += 1
+        self._progress.last_update = self._progress.last_step
+        update_means(self._means, weights, self._progress.num_updates)
+
+    def _open_accumulator(self) -> Flats:
+        if self._num_accumulators < NUM_ACCUMULATORS and self._free_accumulators.empty():
+            self._num_accumulators += 1
+            self._accumulator = self._accumulator_layout.allocate(self._device)
+        else:
+            self._accumulator = self._free_accumulators.get()
+        self._means = self._in_model_order(self._accumulator, self._accumulator_layout)
+        return self._accumulator
+
+    def _finish_segment(self, weights: Sequence[Tensor]) -> None:
+        assert self._accumulator is not None
+        for slot, mean, newest in zip(self._layout.slots, self._means, weights, strict=True):
+            if slot.role == "buffer":
+                fill_nonfinite(mean, newest)
+        if self._device.type == "cuda":
+            # The writer's thread has a stream of its own, which would not wait for this one.
+            torch.cuda.current_stream(self._device).synchronize()
+        segment = self._progress.segment(self.config.snapshot)
+        self._writer.submit(partial(self._store, segment, self._accumulator, self.segment_steps))
+        if self._open_file:
+            self._archive.retire(self._open_file.name)
+        self._accumulator, self._means, self._open_file = None, [], None
+        self._progress = Progress.after(segment.last_step)
+        if self._double_segments and segment.last_step >= MAX_FINEST_SEGMENTS * self.segment_steps:
+            self.segment_steps *= 2
+
+    def _store(self, segment: Segment, accumulator: Flats, finest: int) -> None:
+        """Runs in the writer's thread."""
+        if self._device.type == "cuda":
+            # A new thread starts on GPU 0, and pinning memory from there would open a context on it.
+            torch.cuda.set_device(self._device)
+        blocks = cast_blocks(self._accumulator_layout.views(accumulator), self._stored_layout)
+        try:
+            self._archive.admit(segment, blocks)
+        finally:
+            self._free_accumulators.put(accumulator)
+        self._archive.make_room(finest)
+
+    def _save_mean(self) -> None:
+        """Write the mean in progress to a file, where that would survive and has not been done at this step."""
+        if not (self._storage.durable and self._progress.num_updates):
+            return
+        assert self._accumulator is not None
+        old, name = self._open_file, self._archive.name(self._progress.segment("mean"), "open")
+        if old and old.name == name:
+            return
+        blocks = cast_blocks(self._accumulator_layout.views(self._accumulator), self._accumulator_layout)
+        try:
+            self._open_file = self._storage.write(name, self._accumulator_layout, blocks)
+        except OSError as error:
+            self._open_file = None
+            self._warnings.append(
+                f"The segment in progress must fit the disk to survive a restart, got {error}. Resuming from this "
+                "checkpoint would start it again; free some space."
+            )
+        if old:
+            self._archive.retire(old.name)
+
+    def _resume_mean(self, progress: Progress, file: Stored | None) -> None:
+        self._progress = progress
+        if not progress.num_updates:
+            return
+        try:
+            if file is None:
+                raise SnapshotError("The checkpoint does not hold the segment in progress.")
+            flats = self._storage.read(file, self._accumulator_layout)
+        except SnapshotError as error:
+            self._progress = Progress.after(progress.last_step)
+            self._warnings.append(f"{error} The segment starts again after step {progress.last_step}.")
+            return
+        self._open_file = file
+        accumulator = self._open_accumulator()
+        for dtype, flat in flats.items():
+            accumulator[dtype].copy_(flat)
+
+    def _in_model_order(self, flats: Flats, layout: TensorLayout) -> list[Tensor]:
+        by_name = {slot.name: view for slot, view in zip(layout.slots, layout.views(flats), strict=True)}
+        return [by_name[slot.name] for slot in self._layout.slots]

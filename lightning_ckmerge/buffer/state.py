@@ -1,0 +1,108 @@
+"""What a checkpoint keeps of a buffer: plain data, no tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_ckmerge.buffer.storage import Stored
+from lightning_ckmerge.config import SnapshotKind
+from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.errors import SnapshotError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A snapshot in the ring. A thinned point's segment reaches further back than its name says."""
+
+    segment: Segment
+    stored: Stored
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far the segment in progress has come.
+
+    Args:
+        first_step: Its first optimizer step; ``None`` before the first update of a run.
+        last_step: Optimizer steps taken so far.
+        last_update: The step at which weights were last taken in.
+        num_updates: Weight states taken in.
+    """
+
+    first_step: int | None = None
+    last_step: int = 0
+    last_update: int = 0
+    num_updates: int = 0
+
+    @classmethod
+    def after(cls, step: int) -> Progress:
+        """Return the start of a segment that follows ``step``."""
+        return cls(first_step=step + 1, last_step=step, last_update=step)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps so far."""
+        return 0 if self.first_step is None else self.last_step - self.first_step + 1
+
+    def segment(self, kind: SnapshotKind) -> Segment:
+        """Return the steps so far, of which there must be one, as a segment."""
+        first_step = self.last_step - self.num_steps + 1
+        return Segment(kind=kind, first_step=first_step, last_step=self.last_step, num_updates=self.num_updates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferState:
+    """A buffer between two steps.
+
+    Args:
+        run_id: Marks its files.
+        snapshot: Kind of its snapshots.
+        durable: Whether they are on disk; otherwise ``entries`` is empty.
+        segment_steps: Length of the finest segment.
+        entries: The ring, oldest first.
+        progress: The segment in progress.
+        saved: Whether resuming goes on with that segment; otherwise it starts again.
+        file: The mean of that segment, where there is one and it could be saved.
+    """
+
+    run_id: str
+    snapshot: SnapshotKind
+    durable: bool
+    segment_steps: int
+    entries: tuple[Entry, ...]
+    progress: Progress
+    saved: bool
+    file: Stored | None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The files that it needs."""
+        return frozenset([e.stored.name for e in self.entries] + ([self.file.name] if self.file else []))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as dictionaries, lists, strings and numbers."""
+        return {**asdict(self), "entries": [asdict(e) for e in self.entries]}
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> BufferState:
+        """Return what ``to_dict`` was called on.
+
+        Raises:
+            SnapshotError: This is not the state of a buffer.
+        """
+        try:
+            entries = [Entry(segment=Segment(**e["segment"]), stored=Stored(**e["stored"])) for e in state["entries"]]
+            file = Stored(**state["file"]) if state["file"] else None
+            progress = Progress(**state["progress"])
+            result = cls(**{**state, "entries": tuple(entries), "progress": progress, "file": file})
+            if not re.fullmatch("[0-9a-f]{8}", result.run_id):
+                raise ValueError(f"run_id {result.run_id!r}")
+        except (KeyError, TypeError, ValueError, AssertionError) as error:
+            raise SnapshotError(
+                f"a buffer's state must be what `state_dict` returned, got {type(error).__name__}: {error}. "
+                "Resume from a checkpoint that this version of the package wrote."
+            ) from error
+        return result

@@ -1,0 +1,140 @@
+"""Where snapshots live: safetensors files in one directory, or memory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_ckmerge.buffer.snapshot_file import check_file, map_file, write_file
+from lightning_ckmerge.core.layout import Flats, TensorLayout
+from lightning_ckmerge.errors import SnapshotError
+
+FILE_NAME = re.compile(r"[0-9a-f]{8}-\d{9,}-\d{9,}-(?:mean|point|open)\.safetensors(?:\.tmp)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A snapshot in a storage; ``sha256`` is ``None`` for one that is not a file."""
+
+    name: str
+    num_bytes: int
+    sha256: str | None
+
+
+class Storage(Protocol):
+    """Keeps snapshots by name. Which ones to keep, pool and delete is the buffer's decision; where they lie, how they
+    are written whole or not at all, and how they are checked before use is the storage's.
+    """
+
+    durable: bool
+    """Whether snapshots survive the process."""
+
+    def write(self, name: str, layout: TensorLayout, blocks: Iterable[Tensor]) -> Stored:
+        """Keep a snapshot, given as its flat memory in one-dimensional pieces. Raises ``OSError``, leaving nothing."""
+
+    def read(self, stored: Stored, layout: TensorLayout) -> Flats:
+        """Return a snapshot's memory, to be read only. Raises ``SnapshotError`` if it is not what was written."""
+
+    def delete(self, name: str) -> None:
+        """Forget a snapshot; nothing happens if it is gone."""
+
+    def contents(self, run_id: str) -> dict[str, int]:
+        """Return what an earlier process of the run left here: name -> bytes, half-written ones included."""
+
+
+class DiskStorage:
+    """Safetensors files in ``dirpath``, which is made by the first write. Files of others in it are left alone."""
+
+    durable = True
+
+    def __init__(self, dirpath: str | os.PathLike[str]) -> None:
+        self.dirpath = Path(dirpath)
+        self._checked: set[str] = set()
+
+    def write(self, name: str, layout: TensorLayout, blocks: Iterable[Tensor]) -> Stored:
+        """Write one file, and let it appear under its name when it is complete."""
+        path = self._path(name)
+        self._checked.discard(name)
+        num_bytes, sha256 = write_file(path, layout, blocks)
+        return Stored(name=name, num_bytes=num_bytes, sha256=sha256)
+
+    def read(self, stored: Stored, layout: TensorLayout) -> Flats:
+        """Map the file. Size is checked always, content and header the first time."""
+        path = self._path(stored.name)
+        try:
+            num_bytes = path.stat().st_size
+            if num_bytes != stored.num_bytes or stored.sha256 is None:
+                raise SnapshotError(
+                    f"a snapshot's size must be the recorded {stored.num_bytes} bytes, got {num_bytes} for "
+                    f"{path.name}. Something else wrote to the file; check the disk."
+                )
+            if stored.name not in self._checked:
+                check_file(path, layout, stored.sha256)
+                self._checked.add(stored.name)
+            return map_file(path, layout)
+        except OSError as error:
+            raise SnapshotError(
+                f"a snapshot's file must be readable, got {error} for {path.name}. Leave {self.dirpath} to the run."
+            ) from error
+
+    def delete(self, name: str) -> None:
+        """Remove the file."""
+        self._path(name).unlink(missing_ok=True)
+        self._checked.discard(name)
+
+    def contents(self, run_id: str) -> dict[str, int]:
+        """Return the run's own files; all others in the directory are none of its business."""
+        paths = [path for path in self.dirpath.glob(f"{run_id}-*") if FILE_NAME.fullmatch(path.name)]
+        return {path.name: path.stat().st_size for path in sorted(paths)}
+
+    def _path(self, name: str) -> Path:
+        # Names come back from checkpoints: one that could leave the directory must not be opened, let alone removed.
+        if not FILE_NAME.fullmatch(name):
+            raise SnapshotError(
+                f"a snapshot's name must be <run_id>-<first_step>-<last_step>-<kind>.safetensors, got {name!r}. "
+                "Resume from a checkpoint that this package wrote."
+            )
+        return self.dirpath / name
+
+
+class MemoryStorage:
+    """Snapshots on ``device``; host memory is pinned where there is a GPU to copy to."""
+
+    durable = False
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._snapshots: dict[str, Flats] = {}
+
+    def write(self, name: str, layout: TensorLayout, blocks: Iterable[Tensor]) -> Stored:
+        """Copy the blocks into fresh memory."""
+        flats = layout.allocate(self.device, pinned=self.device.type == "cpu" and torch.cuda.is_available())
+        filled = dict.fromkeys(flats, 0)
+        for block in blocks:
+            start = filled[block.dtype]
+            filled[block.dtype] = start + block.numel()
+            flats[block.dtype][start : filled[block.dtype]].copy_(block)
+        if self.device.type == "cuda":
+            # The caller's memory may be overwritten, and ours read, on another thread's stream.
+            torch.cuda.synchronize(self.device)
+        self._snapshots[name] = flats
+        return Stored(name=name, num_bytes=layout.num_bytes, sha256=None)
+
+    def read(self, stored: Stored, layout: TensorLayout) -> Flats:
+        """Return the memory itself."""
+        return self._snapshots[stored.name]
+
+    def delete(self, name: str) -> None:
+        """Free the memory once no reader holds it."""
+        self._snapshots.pop(name, None)
+
+    def contents(self, run_id: str) -> dict[str, int]:
+        """Return nothing: memory does not survive."""
+        return {}
