@@ -1,0 +1,184 @@
+"""Opens artifacts, and loads merged weights into a module. Nothing is unpickled; everything is checked before use."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lightning_ckmerge.artifact.files import file_record, inside
+from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lightning_ckmerge.artifact.timeline import read_timeline
+from lightning_ckmerge.artifact.weights import WEIGHTS_NAME, StoredWeights
+from lightning_ckmerge.errors import ArtifactError
+
+BEST_NAME = "best"
+POINTER_NAME = "best.json"
+NUM_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A directory that a search published.
+
+    Args:
+        path: The directory.
+        manifest: Its checked ``manifest.json``.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], verify: bool = True) -> Artifact:
+        """Return the artifact at ``path``, its files checked.
+
+        Args:
+            path: The artifact's directory, a run's ``best``, or the run's ``dirpath``, which stands for its best.
+            verify: Compare each file's SHA-256. Sizes, names and the manifest's schema are checked in any case.
+
+        Raises:
+            ArtifactError: There is no artifact, or it is damaged.
+        """
+        directory = _locate(Path(path)).resolve()
+        artifact = cls(directory, read_manifest(directory))
+        artifact.check_files(verify=verify)
+        return artifact
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it holds weights, or is a record of a search only."""
+        return any(WEIGHTS_NAME.fullmatch(name) for name in self.manifest["files"])
+
+    def tensors(self) -> StoredWeights:
+        """Return the weights by name, tied ones under each of their names; a tensor is read when it is asked for.
+
+        Raises:
+            ArtifactError: The artifact holds no weights.
+        """
+        if not self.has_weights:
+            verdict = self.manifest["verdict"]
+            why = (
+                "its search was rejected"
+                if verdict["status"] == "rejected"
+                else "better ones took the places that `save_top_k` grants"
+            )
+            raise ArtifactError(
+                f"an artifact must hold weights to be loaded, got the record {self.path}: {why} "
+                f"({verdict['sentence']}). Load another artifact, or go on with the latest weights."
+            )
+        names = sorted(name for name in self.manifest["files"] if WEIGHTS_NAME.fullmatch(name))
+        return StoredWeights([inside(self.path, name) for name in names])
+
+    def check_files(self, *, verify: bool = True) -> None:
+        """Raise ``ArtifactError`` unless every listed file lies inside the directory, whole; ``verify`` hashes them."""
+        for name, listed in self.manifest["files"].items():
+            path = inside(self.path, name)
+            if not path.is_file():
+                found: object = "no such file"
+            elif path.stat().st_size != listed["bytes"]:
+                found = f"{path.stat().st_size} bytes instead of {listed['bytes']}"
+            elif verify and file_record(path) != listed:
+                found = "another SHA-256"
+            else:
+                continue
+            raise ArtifactError(
+                f"an artifact's files must be those that its manifest lists, got {found} for {name!r} in {self.path}. "
+                "Restore the file from a copy, or use another artifact."
+            )
+
+
+def load_merged(
+    source: str | os.PathLike[str] | Artifact, model: nn.Module, *, strict: bool = True, verify: bool = True
+) -> Artifact:
+    """Load an artifact's weights into ``model``, in place, and return the artifact.
+
+    Everything is checked before the first weight changes. The model keeps its device, dtype and tied weights. Its extra
+    state (``_extra_state``) is not demanded.
+
+    Args:
+        source: An artifact, its directory, a run's ``best``, or the run's ``dirpath``, which stands for its best.
+        model: The LightningModule that was trained, or one with the same ``state_dict`` names.
+        strict: Refuse missing and unexpected names; another shape is refused in any case.
+        verify: Compare each file's SHA-256 first.
+
+    Raises:
+        ArtifactError: There is no artifact, it is damaged, it holds no weights, or they do not fit the model.
+    """
+    artifact = source if isinstance(source, Artifact) else Artifact.open(source, verify=verify)
+    stored = artifact.tensors()
+    state = {name: value for name, value in model.state_dict().items() if not _is_extra_state(name)}
+    names = {name for name in stored if not _is_extra_state(name)}
+    faults = {
+        "of another shape": [
+            f"{name} {stored.shape(name)} for {tuple(state[name].shape)}"
+            for name in sorted(names & state.keys())
+            if stored.shape(name) != tuple(state[name].shape)
+        ],
+        "on the meta device": sorted(name for name in names & state.keys() if state[name].is_meta),
+    }
+    if strict:
+        faults["missing from the artifact"] = sorted(state.keys() - names)
+        faults["unexpected by the model"] = sorted(names - state.keys())
+    if found := "; ".join(f"{fault}: {_listed(items)}" for fault, items in faults.items() if items):
+        raise ArtifactError(
+            f"the weights of {artifact.path} must fit {type(model).__name__}, got names {found}. Build the model with "
+            "the hyperparameters of the run (and call its `configure_model()`), or pass `strict=False` for names alone."
+        )
+    model.load_state_dict(stored, strict=False)
+    return artifact
+
+
+def best_target(dirpath: Path) -> Path | None:
+    """Return the directory that a run's ``best`` names; ``None`` if no artifact was accepted.
+
+    Raises:
+        ArtifactError: ``best.json`` names nothing inside the run's directory.
+    """
+    link, pointer = dirpath / BEST_NAME, dirpath / POINTER_NAME
+    if link.is_dir():
+        return link.resolve()
+    if not pointer.is_file():
+        return None
+    try:
+        return inside(dirpath, json.loads(pointer.read_text(encoding="utf-8"))["artifact"]).resolve()
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(
+            f'{pointer} must read {{"artifact": NAME}}. Name the artifact by its own directory.'
+        ) from error
+
+
+def _locate(path: Path) -> Path:
+    if (path / MANIFEST_NAME).is_file():
+        return path
+    # `best` itself does not exist where links are refused.
+    is_best = path.name in (BEST_NAME, POINTER_NAME)
+    dirpath = path.parent if is_best else path
+    if target := best_target(dirpath):
+        return target
+    if records := read_timeline(dirpath):
+        counts = Counter(record["status"] for record in records)
+        raise ArtifactError(
+            f"a run must have an accepted artifact with weights, got {len(records)} searches in {dirpath}: "
+            f"{', '.join(f'{count} {status}' for status, count in counts.most_common())}. Name an artifact by its own "
+            "directory, or go on with the latest weights."
+        )
+    raise ArtifactError(
+        f"an artifact must be a directory with a {MANIFEST_NAME}, got {path}. Name an artifact (`step=...`), a run's "
+        "`best`, or the callback's `dirpath`."
+    )
+
+
+def _is_extra_state(name: str) -> bool:
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def _listed(items: Iterable[str]) -> str:
+    items = list(items)
+    rest = f" and {len(items) - NUM_LISTED} more" if len(items) > NUM_LISTED else ""
+    return ", ".join(items[:NUM_LISTED]) + rest

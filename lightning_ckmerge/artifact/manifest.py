@@ -1,0 +1,183 @@
+"""``manifest.json``: how an artifact was made. Checked by ``manifest.schema.json`` when written and when read."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from functools import cache
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from lightning_ckmerge.core.outcome import Score, SearchOutcome, Trial, Verdict
+from lightning_ckmerge.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+DISTRIBUTIONS = {
+    "lightning_ckmerge": "lightning-ckmerge",
+    "torch": "torch",
+    "lightning": "lightning",
+    "optuna": "optuna",
+    "safetensors": "safetensors",
+}
+
+Manifest = dict[str, Any]
+
+
+def build_manifest(outcome: SearchOutcome) -> Manifest:
+    """Return the manifest of a search, all but ``files``, which publishing fills in.
+
+    JSON has no infinities and no NaN: a score or gain that is not finite becomes ``null``.
+    """
+    winner = outcome.winner
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "step": outcome.step,
+        "monitor": outcome.monitor,
+        "mode": outcome.mode,
+        "verdict": _verdict(outcome.verdict, winner),
+        "space": outcome.space,
+        "coordinates": winner.candidate.coordinates,
+        "snapshots": [dict(vars(s)) for s in outcome.snapshots_K],
+        "coefficients": list(winner.candidate.coefficients_K),
+        "anchors": [_trial(t) for t in outcome.anchors],
+        "trials": [_trial(t) for t in outcome.trials],
+        "evaluation": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(outcome.evaluation).items()},
+        "cost": dict(vars(outcome.cost), seconds=dict(outcome.cost.seconds)),
+        "software": _software(),
+    }
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> Path:
+    """Write ``manifest.json`` into ``directory``, and return its path.
+
+    Raises:
+        ArtifactError: It does not follow the schema.
+    """
+    check_manifest(manifest, MANIFEST_NAME)
+    path = directory / MANIFEST_NAME
+    path.write_text(json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Return the checked manifest of an artifact.
+
+    Raises:
+        ArtifactError: It is missing, is no JSON, or does not follow the schema.
+    """
+    path = directory / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"an artifact must hold a readable {MANIFEST_NAME}, got {path}: {error}. Restore it from a copy, or use "
+            "another artifact."
+        ) from error
+    check_manifest(manifest, str(path))
+    return dict(manifest)
+
+
+def check_manifest(manifest: object, source: str) -> None:
+    """Raise ``ArtifactError``, naming ``source`` and the JSON path, unless ``manifest`` follows the schema."""
+    error = best_match(_validator().iter_errors(manifest))
+    if error is not None:
+        path, value, rule = error.json_path, error.instance, error.message
+    elif not_finite := _find_not_finite(manifest, "$"):
+        (path, value), rule = not_finite, "JSON has no such number"
+    elif isinstance(manifest, dict) and len(manifest["coefficients"]) != len(manifest["snapshots"]):
+        path, value, rule = (
+            "$.coefficients",
+            manifest["coefficients"],
+            f"one for each of {len(manifest['snapshots'])} snapshots",
+        )
+    else:
+        return
+    raise ArtifactError(
+        f"{source}: `{path}` must follow the manifest's schema, got {_shorten(repr(value))} ({_shorten(rule)}). "
+        "Read it with the version of lightning-ckmerge that its `software` names, and do not edit it by hand."
+    )
+
+
+@cache
+def _validator() -> Draft202012Validator:
+    schema = resources.files("lightning_ckmerge.artifact").joinpath("manifest.schema.json").read_text(encoding="utf-8")
+    return Draft202012Validator(json.loads(schema))
+
+
+def _verdict(verdict: Verdict, winner: Trial) -> dict[str, Any]:
+    return {
+        "status": verdict.status,
+        "winner": winner.candidate.name,
+        "value": _finite(winner.confirm.value) if winner.confirm else None,
+        "gain": _finite(verdict.gain),
+        "interval": _interval(verdict.interval),
+        "best_anchor": verdict.best_anchor,
+        "gain_over_best_anchor": _finite(verdict.gain_over_best_anchor),
+        "interval_over_best_anchor": _interval(verdict.interval_over_best_anchor),
+        "sentence": verdict.sentence,
+        "warnings": list(verdict.warnings),
+    }
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {
+        "name": trial.candidate.name,
+        "coefficients": list(trial.candidate.coefficients_K),
+        "coordinates": trial.candidate.coordinates,
+        "search": _score(trial.search),
+        "confirm": _score(trial.confirm) if trial.confirm else None,
+        "feasible": trial.feasible,
+    }
+
+
+def _score(score: Score) -> dict[str, Any]:
+    return {
+        "value": _finite(score.value),
+        "metrics": {name: _finite(value) for name, value in score.metrics.items()},
+        "num_batches": score.num_batches,
+        "complete": score.complete,
+    }
+
+
+def _interval(interval: tuple[float, float] | None) -> list[float] | None:
+    return list(interval) if interval and all(map(math.isfinite, interval)) else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _software() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name, distribution in DISTRIBUTIONS.items():
+        try:
+            versions[name] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            # Run from a source tree, or beside the `pytorch_lightning` package instead of `lightning`.
+            versions[name] = None
+    return versions
+
+
+def _find_not_finite(node: object, path: str) -> tuple[str, float] | None:
+    if isinstance(node, float) and not math.isfinite(node):
+        return path, node
+    items: list[tuple[str, object]] = []
+    if isinstance(node, dict):
+        items = [(f"{path}.{key}", value) for key, value in node.items()]
+    elif isinstance(node, list):
+        items = [(f"{path}[{i}]", value) for i, value in enumerate(node)]
+    return next((found for p, value in items if (found := _find_not_finite(value, p))), None)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,197 @@
+"""Publishes artifacts: each by one rename, ``best`` after it, and only then are worse ones removed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from lightning_ckmerge.artifact.files import (
+    TEMPORARY_NAME,
+    FileRecord,
+    file_record,
+    fsync,
+    fsync_tree,
+    list_files,
+    replace_json,
+    temporary,
+)
+from lightning_ckmerge.artifact.load import BEST_NAME, POINTER_NAME, Artifact, best_target
+from lightning_ckmerge.artifact.manifest import Manifest, read_manifest, write_manifest
+from lightning_ckmerge.artifact.timeline import append_timeline, timeline_record
+from lightning_ckmerge.artifact.weights import write_weights
+from lightning_ckmerge.config import Mode
+from lightning_ckmerge.errors import ArtifactError
+
+ARTIFACT_NAME = re.compile(r"step=(\d{9,})(?:-v(\d+))?")
+
+Extra = Callable[[Path, Manifest], None]
+
+
+class ArtifactStore:
+    """The artifacts of one run.
+
+    Args:
+        dirpath: Directory of this run alone; created when needed.
+        mode: Whether a lower (``min``) or a higher value is better.
+        save_top_k: Artifacts that hold weights, by the winner's value on the confirmation half, accepted ones first;
+            -1: all. ``best`` stays in any case, and so does the record of a search without weights.
+        max_shard_size: Bytes above which weights are split over several files.
+    """
+
+    def __init__(self, dirpath: Path, *, mode: Mode, save_top_k: int, max_shard_size: int) -> None:
+        self.dirpath = dirpath
+        self.mode: Mode = mode
+        self.save_top_k = save_top_k
+        self.max_shard_size = max_shard_size
+
+    def keeps_weights(self, manifest: Manifest) -> bool:
+        """Whether an artifact of this search would hold its weights, or be a record only.
+
+        A rejected search leaves a record; so does one that ``save_top_k`` better artifacts outrank.
+        """
+        if manifest["verdict"]["status"] == "rejected":
+            return False
+        better = [a for a in self._ranked(manifest["monitor"]) if self._rank(a.manifest) <= self._rank(manifest)]
+        return self.save_top_k == -1 or len(better) < self.save_top_k
+
+    def publish(
+        self, manifest: Manifest, weights: Mapping[str, Tensor] | None, *, extras: Sequence[Extra] = ()
+    ) -> Artifact:
+        """Publish one search, and return its artifact.
+
+        A crash at any moment leaves the earlier artifacts and ``best`` as they were; what was staged is removed by the
+        next call.
+
+        Args:
+            manifest: What ``build_manifest`` returned; left unchanged.
+            weights: The merged model's ``state_dict``; ``None`` for a record. Not written where ``keeps_weights``
+                says no.
+            extras: Called in order with the staging directory and the manifest, its ``files`` so far included. They
+                add files or directories.
+
+        Raises:
+            ArtifactError: The disk or an extra failed.
+        """
+        step = f"step={manifest['step']:09d}"
+        with _as_artifact_error(self.dirpath / step):
+            self.dirpath.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            staging = temporary(self.dirpath, step)
+            staging.mkdir()
+            try:
+                kept = weights if weights is not None and self.keeps_weights(manifest) else None
+                complete = self._stage(staging, manifest, kept, extras)
+                path = self._free_path(step)
+                os.rename(staging, path)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
+            fsync(self.dirpath)
+            append_timeline(self.dirpath, timeline_record(complete, path.name))
+            ranked = self._ranked(complete["monitor"])
+            self._move_best(ranked)
+            self._retain(ranked)
+        return Artifact(path.resolve(), complete)
+
+    def _stage(
+        self, staging: Path, manifest: Manifest, weights: Mapping[str, Tensor] | None, extras: Sequence[Extra]
+    ) -> Manifest:
+        files: dict[str, FileRecord] = {}
+        if weights is not None:
+            files = write_weights(staging, weights, self.max_shard_size)
+        for extra in extras:
+            extra(staging, {**manifest, "files": files})
+            files = {name: files.get(name) or file_record(staging / name) for name in list_files(staging)}
+        complete = {**manifest, "files": files}
+        write_manifest(staging, complete)
+        fsync_tree(staging)
+        return complete
+
+    def _free_path(self, step: str) -> Path:
+        path, version = self.dirpath / step, 0
+        while os.path.lexists(path):
+            version += 1
+            path = self.dirpath / f"{step}-v{version}"
+        return path
+
+    def _ranked(self, monitor: str) -> list[Artifact]:
+        """Return the artifacts that hold weights and were measured by ``monitor``, best first; of equals the older."""
+        found = []
+        for path in sorted(self.dirpath.glob("step=*"), key=_age):
+            if not ARTIFACT_NAME.fullmatch(path.name) or path.is_symlink():
+                continue
+            try:
+                artifact = Artifact(path, read_manifest(path))
+            except ArtifactError:
+                continue  # Damaged or not ours: neither counted nor removed.
+            measured = (artifact.manifest["monitor"], artifact.manifest["mode"])
+            if artifact.has_weights and measured == (monitor, self.mode):
+                found.append(artifact)
+        return sorted(found, key=lambda a: self._rank(a.manifest))
+
+    def _rank(self, manifest: Manifest) -> tuple[bool, float]:
+        """Return what sorts better artifacts first."""
+        verdict = manifest["verdict"]
+        value = float("inf") if verdict["value"] is None else verdict["value"] * (1 if self.mode == "min" else -1)
+        return verdict["status"] != "accepted", value
+
+    def _move_best(self, ranked: Sequence[Artifact]) -> None:
+        accepted = [a for a in ranked if a.manifest["verdict"]["status"] == "accepted"]
+        if not accepted or best_target(self.dirpath) == accepted[0].path.resolve():
+            return
+        link = temporary(self.dirpath, BEST_NAME)
+        try:
+            os.symlink(accepted[0].path.name, link, target_is_directory=True)
+        except OSError:
+            # Some network file systems, and Windows without developer mode, refuse links.
+            replace_json(self.dirpath / POINTER_NAME, {"artifact": accepted[0].path.name})
+            if (self.dirpath / BEST_NAME).is_symlink():
+                (self.dirpath / BEST_NAME).unlink()
+        else:
+            os.replace(link, self.dirpath / BEST_NAME)
+            (self.dirpath / POINTER_NAME).unlink(missing_ok=True)
+        fsync(self.dirpath)
+
+    def _retain(self, ranked: Sequence[Artifact]) -> None:
+        if self.save_top_k == -1:
+            return
+        best = best_target(self.dirpath)
+        for artifact in ranked[self.save_top_k :]:
+            if artifact.path.resolve() != best:
+                # Renamed first: half removed, it would still look like an artifact.
+                doomed = temporary(self.dirpath, artifact.path.name)
+                os.rename(artifact.path, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what a crash left."""
+        for path in self.dirpath.glob(".tmp-*"):
+            if TEMPORARY_NAME.fullmatch(path.name):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _as_artifact_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise ArtifactError(
+            f"an artifact must be written whole, got {type(error).__name__} for {path}: {error}. Earlier artifacts are "
+            "untouched; free disk space or mend the cause, and the next search publishes again."
+        ) from error
+
+
+def _age(path: Path) -> tuple[int, int]:
+    match = ARTIFACT_NAME.fullmatch(path.name)
+    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)

@@ -1,0 +1,78 @@
+"""``timeline.jsonl``: one record a search, appended; the run's history of merges at a glance."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning_ckmerge.artifact.manifest import Manifest
+from lightning_ckmerge.errors import ArtifactError
+
+TIMELINE_NAME = "timeline.jsonl"
+
+
+def timeline_record(manifest: Manifest, artifact: str) -> dict[str, Any]:
+    """Return a search's record: its verdict, and the confirmation half's value of each candidate measured there.
+
+    Args:
+        manifest: The search's manifest.
+        artifact: Name of the directory that it published.
+    """
+    candidates = [*manifest["anchors"], *manifest["trials"]]
+    verdict = manifest["verdict"]
+    return {
+        "step": manifest["step"],
+        "monitor": manifest["monitor"],
+        "status": verdict["status"],
+        "gain": verdict["gain"],
+        "interval": verdict["interval"],
+        "values": {c["name"]: c["confirm"]["value"] for c in candidates if c["confirm"]},
+        "artifact": artifact,
+        "cost": manifest["cost"],
+    }
+
+
+def append_timeline(dirpath: Path, record: dict[str, Any]) -> None:
+    """Append one record. What a crash left of an unfinished last line is cut off first."""
+    line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    with (dirpath / TIMELINE_NAME).open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_timeline(dirpath: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the records of a run's searches, oldest first; none if there was no search.
+
+    Args:
+        dirpath: The run's ``dirpath``, which holds ``timeline.jsonl``.
+
+    Raises:
+        ArtifactError: A finished line is no record.
+    """
+    path = Path(dirpath) / TIMELINE_NAME
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise _bad_line(path, number, line) from error
+        if not isinstance(record, dict) or "status" not in record:
+            raise _bad_line(path, number, line)
+        records.append(record)
+    return records
+
+
+def _bad_line(path: Path, number: int, line: bytes) -> ArtifactError:
+    return ArtifactError(
+        f"each line of a timeline must be one search's record, got {line[:80]!r} in line {number} of {path}. Remove "
+        "the line; the artifacts hold the same figures."
+    )

@@ -1,0 +1,63 @@
+"""The report as Markdown, for terminals, trackers and pull requests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from lightning_ckmerge.report.view import Manifest, build_view
+
+# Whatever could start markup, end a table's cell, or open an HTML tag. A name may hold any of them.
+SPECIAL = re.compile(r"([\\`*_\[\]|~<>&$])")
+
+
+def render_markdown(manifest: Manifest) -> str:
+    """Return the report of a search in GitHub's Markdown.
+
+    Args:
+        manifest: Its manifest; ``files`` may still be missing.
+    """
+    view = build_view(manifest)
+    sections = [
+        f"# {view.title}",
+        f"**{view.badge}.** {escape(view.sentence)}",
+        *(f"> Note: {escape(warning)}" for warning in view.warnings),
+        table(("", ""), view.facts),
+        "## Candidates",
+        table(
+            ("candidate", "", "search half", "confirmation half", "gain over latest, 95 % interval"),
+            ((c.name, c.role, c.search, c.confirm, c.gain) for c in view.candidates),
+        ),
+        f"{len(manifest['trials'])} trials of the sampler beside {len(manifest['anchors'])} anchors.",
+        "## Snapshots and coefficients",
+        table(
+            ("steps", "kind", "coefficient", "sha256"),
+            ((s.steps, s.kind, s.coefficient, s.sha256) for s in view.snapshots),
+        ),
+        "## Cost",
+        table(("", ""), view.cost),
+        "## Provenance",
+    ]
+    if view.files:
+        sections.append(table(("file", "size", "sha256"), view.files))
+    sections.append(table(("software", "version"), view.software))
+    sections.append("## How to load it")
+    sections.append(f"```python\n{view.code}```" if view.code else "This artifact is a record: it holds no weights.")
+    return "\n\n".join(sections) + "\n"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table, its cells escaped.
+
+    >>> print(table(("name", "value"), [("a|b", "1")]))
+    | name | value |
+    | --- | --- |
+    | a\\|b | 1 |
+    """
+    lines = [header, ["---"] * len(header), *([escape(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def escape(text: str) -> str:
+    """Return ``text`` such that Markdown shows it as it is, on one line."""
+    return SPECIAL.sub(r"\\\1", " ".join(text.split()))
