@@ -62,6 +62,25 @@ class BufferConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Constraint:
+    """Another logged metric that a merge must not spoil.
+
+    Args:
+        monitor: Its name, as validation logs it.
+        allowance: How much worse than the latest weights' it may get, in its own unit; at least 0.
+        mode: ``min`` if lower is better, ``max`` if higher is.
+    """
+
+    monitor: str
+    allowance: float = 0.0
+    mode: Mode = "min"
+
+    def __post_init__(self) -> None:
+        require_at_least("search.constraints.allowance", self.allowance, 0, "0 allows no loss at all.")
+        require_choice("search.constraints.mode", self.mode, get_args(Mode))
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """Where a search looks, and what it may spend.
 
@@ -73,7 +92,7 @@ class SearchConfig:
         timeout_s: Seconds that one search may take; it stops early rather than exceed.
         max_fraction_of_training: Share of the training time so far that all searches together may take, in (0, 1];
             ``None``: no such limit.
-        constraints: Metric name -> how much worse than the latest weights' it may get, in the metric's own unit.
+        constraints: Other logged metrics that may not get worse than the latest weights' by more than stated.
         storage: Optuna storage URL; ``None``: a journal file beside the artifacts.
     """
 
@@ -83,7 +102,7 @@ class SearchConfig:
     seed: int = 0
     timeout_s: float | None = None
     max_fraction_of_training: float | None = 0.05
-    constraints: dict[str, float] = field(default_factory=dict)
+    constraints: list[Constraint] = field(default_factory=list)
     storage: str | None = None
 
     def __post_init__(self) -> None:
@@ -92,8 +111,6 @@ class SearchConfig:
         require_at_least("search.n_trials", self.n_trials, 1, "The default is 16.")
         require_positive("search.timeout_s", self.timeout_s, "Leave it out for no limit.")
         require_fraction("search.max_fraction_of_training", self.max_fraction_of_training, "`null` sets no limit.")
-        for name, allowance in self.constraints.items():
-            require_at_least(f"search.constraints[{name!r}]", allowance, 0, "0 allows no loss at all.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +179,9 @@ def parse_size(size: str, name: str = "size") -> int:
     base = 1024 if match and match[2] and match[2].lower().endswith("i") else 1000
     num_bytes = int(float(match[1]) * base**power) if match else 0
     if num_bytes < 1:
-        raise ConfigError(f"`{name}` must be a positive number with a unit, got {size!r}. Write it as '5GB' or '500MB'.")
+        raise ConfigError(
+            f"`{name}` must be a positive number with a unit, got {size!r}. Write it as '5GB' or '500MB'."
+        )
     return num_bytes
 
 

@@ -62,7 +62,14 @@ class TensorLayout:
             offset = self.sizes.get(stored_dtype, 0)
             self.sizes[stored_dtype] = offset + real.numel()
             slots.append(
-                Slot(name=o.name, role=o.role, shape=tuple(real.shape), dtype=stored_dtype, offset=offset, numel=real.numel())
+                Slot(
+                    name=o.name,
+                    role=o.role,
+                    shape=tuple(real.shape),
+                    dtype=stored_dtype,
+                    offset=offset,
+                    numel=real.numel(),
+                )
             )
         self.slots = tuple(slots)
 

@@ -21,8 +21,8 @@ BLOCK_NUMEL = 1 << 18
 def merge_tensor(target: Tensor, sources_K: Sequence[Tensor], c_K: Sequence[float], role: Role = "parameter") -> None:
     """Write ``sum_k c_k source_k`` into ``target``, rounding once.
 
-    The sum is taken as ``base + sum_k c_k (source_k - base)``, where ``base`` has the largest coefficient: equal sources
-    come out unchanged to the bit (frozen weights), and the rounding error shrinks with the sources' distance.
+    The sum is taken as ``base + sum_k c_k (source_k - base)``, where ``base`` has the largest coefficient: equal
+    sources come out unchanged to the bit (frozen weights), and the rounding error shrinks with their distance.
 
     Args:
         target: The tensor to overwrite: floating, shape ``(*S)``, any dtype, device and strides.

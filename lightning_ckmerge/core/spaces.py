@@ -57,9 +57,9 @@ class Space(ABC):
 class Decay(Space):
     """A decaying kernel over the steps of the run, plus a step past it.
 
-    ``c_K = (1 + beta) k(tau) - beta k(ratio tau)``, where ``k(tau)_K`` is proportional to ``exp(-age / tau)`` summed over
-    each snapshot's steps. ``beta = 0`` is an EMA of any length, chosen afterwards; ``tau`` to infinity the uniform mean.
-    ``beta > 0`` steps past the short mean, away from the long one: the direction in which the run still moves.
+    ``c_K = (1 + beta) k(tau) - beta k(ratio tau)``, where ``k(tau)_K`` is proportional to ``exp(-age / tau)``, summed
+    over each snapshot's steps. ``beta = 0`` is an EMA of any length, chosen afterwards; ``tau`` to infinity the uniform
+    mean. ``beta > 0`` steps past the short mean, away from the long one: the direction in which the run still moves.
 
     Args:
         ratio: Length of the long mean over that of the short one; above 1. ``None``: searched, in [2, 16].
@@ -155,8 +155,8 @@ class Window(Space):
         max_tilt: Largest absolute tilt; weights at the two ends of the window differ by ``exp(2 tilt)``.
 
     Source:
-        ``tilt = 0`` is the moving average of LAWA, Kaddour 2022, arXiv:2209.14981. That the window's length matters most:
-        WSM, arXiv:2507.17634.
+        ``tilt = 0`` is the moving average of LAWA, Kaddour 2022, arXiv:2209.14981. That the window's length matters
+        most: WSM, arXiv:2507.17634.
     """
 
     def __init__(self, *, max_tilt: float = 3.0) -> None:
@@ -199,7 +199,9 @@ def exponential_kernel(segments_K: Sequence[Segment], tau: float) -> tuple[float
         if math.isinf(tau) or not segment.num_steps:
             return float(segment.num_steps)
         # Geometric sum of num_steps terms. expm1 keeps it exact where tau is far above num_steps.
-        return math.exp((segment.last_step - newest) / tau) * math.expm1(-segment.num_steps / tau) / math.expm1(-1 / tau)
+        return (
+            math.exp((segment.last_step - newest) / tau) * math.expm1(-segment.num_steps / tau) / math.expm1(-1 / tau)
+        )
 
     return normalised([kernel_sum(s) for s in segments_K])
 

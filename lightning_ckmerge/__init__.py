@@ -1,0 +1,59 @@
+"""Checkpoint merging during pretraining: a Lightning callback that finds the best merge of the recent weights.
+
+Names are loaded when they are first used, so that what needs no Trainer starts without Lightning.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_ckmerge.artifact.load import Artifact, load_merged
+    from lightning_ckmerge.config import ArtifactConfig, BufferConfig, Constraint, EvaluationConfig, SearchConfig
+    from lightning_ckmerge.core.spaces import Decay, Interval, Pairwise, Space, Window
+    from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Artifact": "artifact.load",
+    "ArtifactConfig": "config",
+    "BufferConfig": "config",
+    "CheckpointMergeCallback": "plugin.callback",
+    "Constraint": "config",
+    "Decay": "core.spaces",
+    "EvaluationConfig": "config",
+    "Interval": "core.spaces",
+    "Pairwise": "core.spaces",
+    "SearchConfig": "config",
+    "Space": "core.spaces",
+    "Window": "core.spaces",
+    "load_merged": "artifact.load",
+}
+
+__all__ = [
+    "Artifact",
+    "ArtifactConfig",
+    "BufferConfig",
+    "CheckpointMergeCallback",
+    "Constraint",
+    "Decay",
+    "EvaluationConfig",
+    "Interval",
+    "Pairwise",
+    "SearchConfig",
+    "Space",
+    "Window",
+    "load_merged",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""Which tensors a rank owns, and how ranks agree."""

@@ -1,0 +1,266 @@
+"""One search, from the buffer's snapshots to the verdict. No Trainer in sight.
+
+Letters: K snapshots, oldest first, the last one being the latest weights; N tensors of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from lightning_ckmerge.buffer.rolling import Snapshot
+from lightning_ckmerge.config import Mode, SearchConfig
+from lightning_ckmerge.core.layout import Flats, TensorLayout
+from lightning_ckmerge.core.merge import merge_tensor
+from lightning_ckmerge.core.outcome import Cost, EvaluationRecord, Score, SearchOutcome, SnapshotRecord, Trial
+from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.core.spaces import Space
+from lightning_ckmerge.errors import SearchError
+from lightning_ckmerge.search.budget import Budget
+from lightning_ckmerge.search.engine import Half, KeepGoing, Problem, Search, T
+from lightning_ckmerge.search.study import SearchStudy, make_sampler
+from lightning_ckmerge.search.verdict import reach_verdict
+
+
+class Validation(Protocol):
+    """Scores the live weights; the plugin runs the user's own validation for it."""
+
+    def run(self, half: Half, keep_going: KeepGoing | None = None) -> Score:
+        """Return the live weights' score on one half of the batches."""
+
+    def num_batches(self, half: Half) -> tuple[int, ...]:
+        """Return the batches of each loader in a half."""
+
+    def can_confirm(self) -> bool:
+        """Whether the confirmation half has any batches."""
+
+
+class Merger:
+    """Writes merges of K snapshots into the model's own tensors.
+
+    Args:
+        layout: The model's layout, which every snapshot shares.
+        targets: N live tensors, in the layout's order.
+        snapshots: What the buffer holds.
+        latest: The live weights as they were when the search began.
+        step: Optimizer steps taken so far.
+    """
+
+    def __init__(
+        self, layout: TensorLayout, targets: Sequence[Tensor], snapshots: Sequence[Snapshot], latest: Flats, step: int
+    ) -> None:
+        # A point taken at this very step is the latest weights.
+        snapshots = [s for s in snapshots if s.segment.kind == "mean" or s.segment.last_step < step]
+        first = min(step, snapshots[-1].segment.last_step + 1 if snapshots else 1)
+        covered = bool(snapshots) and snapshots[-1].segment.last_step >= step
+        own = Segment(kind="point", first_step=first, last_step=step, covered=covered)
+        self.snapshots_K = [*snapshots, Snapshot(segment=own, sha256=None, tensors=layout.views(latest))]
+        self._slots = layout.slots
+        self._targets = targets
+
+    @property
+    def segments_K(self) -> tuple[Segment, ...]:
+        """The snapshots' places in the run."""
+        return tuple(s.segment for s in self.snapshots_K)
+
+    def merge(self, c_K: Sequence[float]) -> None:
+        """Overwrite the live tensors with ``sum_k c_k snapshot_k``."""
+        for n, (slot, target) in enumerate(zip(self._slots, self._targets, strict=True)):
+            merge_tensor(target, [s.tensors[n] for s in self.snapshots_K], c_K, slot.role)
+
+    def records(self) -> tuple[SnapshotRecord, ...]:
+        """Return the snapshots as the manifest names them."""
+        return tuple(
+            SnapshotRecord(
+                kind=s.segment.kind,
+                first_step=s.segment.first_step,
+                last_step=s.segment.last_step,
+                num_updates=s.segment.num_updates,
+                sha256=s.sha256,
+            )
+            for s in self.snapshots_K
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchJob:
+    """What one search needs.
+
+    Args:
+        name: Unique in the storage; an interrupted search goes on under the same name.
+        begin: Called before each evaluation: brings everything but the weights to where the search began.
+        load: Writes a merge into the live tensors, and recalibrates it where that is asked for.
+        allowed_s: Seconds that the search may take; ``None``: no limit.
+        allowed_by: The argument that sets the limit.
+        searched_s: Seconds that the run's earlier searches took.
+        training_s: Seconds of training so far, searches not counted.
+        previous: Coordinates of the previous search's optimum.
+        journal: The journal file that is used where ``config.storage`` is ``None``.
+    """
+
+    name: str
+    step: int
+    monitor: str
+    mode: Mode
+    space: Space
+    config: SearchConfig
+    staged: bool
+    merger: Merger
+    validation: Validation
+    begin: Callable[[], None]
+    load: Callable[[Sequence[float]], None]
+    allowed_s: float | None
+    allowed_by: str
+    searched_s: float
+    training_s: float
+    previous: Mapping[str, float] | None
+    journal: Path
+    on_scored: Callable[[Trial, int], None]
+    agree: Callable[[Callable[[], T]], T]
+
+
+def run_search(job: SearchJob) -> SearchOutcome:
+    """Search, confirm, and reach the verdict. The live weights are left as the last evaluation had them.
+
+    Raises:
+        SearchError: There is nothing to merge, the budget does not allow the least of searches, or the latest weights
+            have no finite value.
+        MonitorError: Validation does not log the metric.
+    """
+    if len(job.merger.snapshots_K) < 2:
+        raise SearchError(
+            "a search needs at least one snapshot beside the latest weights, got none. "
+            "Shorten `buffer.every_n_train_steps` or search later."
+        )
+    problem = Problem(
+        mode=job.mode,
+        space=job.space,
+        segments_K=job.merger.segments_K,
+        n_trials=job.config.n_trials,
+        staged=job.staged,
+        constraints=tuple(job.config.constraints),
+        previous=job.previous,
+    )
+    # The verdict compares three candidates at most.
+    reserved = 3 * sum(job.validation.num_batches("confirm"))
+    budget = Budget(job.allowed_s, reason=job.allowed_by, reserved_batches=reserved)
+    start = time.monotonic()
+    search = Search(
+        problem=problem,
+        evaluate=_Evaluation(job),
+        open_study=lambda latest: _open_study(job, latest),
+        budget=budget,
+        agree=job.agree,
+        on_scored=job.on_scored,
+    )
+    search.run()
+    if search.stopped_early is not None and not search.anchors[1:]:
+        raise SearchError(f"the search stopped {search.stopped_early}. Raise {job.allowed_by} or search less often.")
+    if job.validation.can_confirm():
+        search.confirm()
+    return _outcome(job, search, time.monotonic() - start)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """From coefficients to scores."""
+
+    job: SearchJob
+
+    def __call__(self, c_K: Sequence[float], half: Half, keep_going: KeepGoing | None = None) -> Score:
+        self.job.begin()
+        self.job.load(c_K)
+        return self.job.validation.run(half, keep_going)
+
+    def num_batches(self, half: Half) -> int:
+        return sum(self.job.validation.num_batches(half))
+
+
+def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
+    sampler = make_sampler(job.config.sampler, job.config.seed)
+    intervals = job.space.coordinates(job.merger.segments_K)
+    # The latest weights' values, batch by batch, stand for weights, data and random state at once.
+    identity = {
+        "snapshots": [asdict(r) for r in job.merger.records()],
+        "latest": [latest.value, latest.values_B],
+        "space": [type(job.space).__qualname__, {n: asdict(i) for n, i in intervals.items()}],
+        "sampler": type(sampler).__qualname__,
+        "monitor": [job.monitor, job.mode],
+    }
+    return SearchStudy(
+        job.config.storage or job.journal,
+        job.name,
+        sampler=sampler,
+        intervals=intervals,
+        mode=job.mode,
+        fingerprint=_fingerprint(identity),
+    )
+
+
+def _outcome(job: SearchJob, search: Search, elapsed_s: float) -> SearchOutcome:
+    winner, latest = search.winner, search.latest
+    verdict = reach_verdict(
+        winner,
+        latest,
+        search.best_anchor,
+        monitor=job.monitor,
+        mode=job.mode,
+        warnings=tuple(_warnings(job, search)),
+    )
+    seconds = {**search.seconds, "other": max(0.0, elapsed_s - sum(search.seconds.values()))}
+    share = (job.searched_s + elapsed_s) / job.training_s if job.training_s > 0 else None
+    return SearchOutcome(
+        step=job.step,
+        monitor=job.monitor,
+        mode=job.mode,
+        space=type(job.space).__name__.lower(),
+        snapshots_K=job.merger.records(),
+        winner=winner,
+        anchors=tuple(search.anchors),
+        trials=tuple(search.trials),
+        verdict=verdict,
+        evaluation=_evaluation_record(job, latest),
+        cost=Cost(
+            seconds=seconds,
+            share_of_training=share,
+            num_batches=search.num_batches,
+            num_batches_saved=search.num_batches_saved,
+            stopped_early=search.stopped_early,
+        ),
+    )
+
+
+def _warnings(job: SearchJob, search: Search) -> list[str]:
+    z_D = search.winner.candidate.coordinates
+    found = job.space.warnings(z_D, job.merger.segments_K) if z_D is not None else []
+    if search.stopped_early is not None:
+        found.append(f"The search stopped {search.stopped_early}.")
+    if not job.validation.can_confirm():
+        found.append("One validation batch cannot be split: nothing could be confirmed. Use more or smaller batches.")
+    return found
+
+
+def _evaluation_record(job: SearchJob, latest: Trial) -> EvaluationRecord:
+    def samples(score: Score | None) -> float | None:
+        return sum(score.sizes_B) if score is not None and score.sizes_B is not None else None
+
+    search_batches, confirm_batches = job.validation.num_batches("search"), job.validation.num_batches("confirm")
+    identity = [job.monitor, search_batches, confirm_batches, samples(latest.search), samples(latest.confirm)]
+    return EvaluationRecord(
+        search_batches=search_batches,
+        confirm_batches=confirm_batches,
+        search_samples=samples(latest.search),
+        confirm_samples=samples(latest.confirm),
+        fingerprint=_fingerprint(identity),
+    )
+
+
+def _fingerprint(identity: object) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The only room that imports Lightning: the callback, the evaluation inside ``fit``, the strategies."""

@@ -1,0 +1,213 @@
+"""``CheckpointMergeCallback``: arguments and hooks. What the hooks do is in ``run.py``."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, get_args
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_ckmerge.artifact.load import Artifact, best_target
+from lightning_ckmerge.config import (
+    Apply,
+    ArtifactConfig,
+    BufferConfig,
+    EvaluationConfig,
+    Mode,
+    OnError,
+    SearchConfig,
+    require_at_least,
+    require_choice,
+)
+from lightning_ckmerge.core.spaces import make_space
+from lightning_ckmerge.errors import ConfigError, MonitorError
+from lightning_ckmerge.plugin.evaluation import unknown_monitor
+from lightning_ckmerge.plugin.run import MergeRun
+from lightning_ckmerge.plugin.schedule import Schedule
+from lightning_ckmerge.plugin.strategies import check_supported
+
+
+class CheckpointMergeCallback(Callback):
+    """Searches, during training, for the best merge of the recent weights, and publishes it.
+
+    Training itself is not changed by a single bit. Artifacts appear under ``dirpath``; ``dirpath/best`` is the best
+    accepted one. With no trigger set, a search runs after each quarter of the run, where its length is known.
+
+    Args:
+        monitor: A metric that validation logs.
+        mode: ``min`` if lower is better, ``max`` if higher is.
+        dirpath: Where artifacts go; ``None``: ``merges/`` in the logger's directory, else in ``default_root_dir``.
+        save_top_k: Artifacts kept, by value; -1: all, 0: records only. The best accepted one is never deleted.
+        every_n_train_steps: Optimizer steps between searches.
+        every_n_epochs: Epochs between searches.
+        train_time_interval: Training time between searches.
+        search_on_train_end: Whether to search when ``fit`` ends, also by EarlyStopping or Ctrl-C.
+        buffer: What the buffer keeps.
+        search: How a search spends its trials.
+        evaluation: On what candidates are scored.
+        artifact: What an artifact holds.
+        apply: ``emit``: never touch the module. ``on_train_end``: load the last search's merge into the module after
+            training, if it was accepted.
+        on_error: ``warn``: a failing search is reported, and training goes on. ``raise``: it ends training.
+
+    Raises:
+        ConfigError: An argument is outside its range, or arguments contradict each other.
+
+    Source:
+        Liu et al. 2024, arXiv:2403.19390, whose method is ``search.space="pairwise"``.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        mode: Mode = "min",
+        dirpath: str | Path | None = None,
+        save_top_k: int = 1,
+        every_n_train_steps: int | None = None,
+        every_n_epochs: int | None = None,
+        train_time_interval: timedelta | None = None,
+        search_on_train_end: bool = True,
+        buffer: BufferConfig = BufferConfig(),  # noqa: B008 - frozen
+        search: SearchConfig = SearchConfig(),  # noqa: B008
+        evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008
+        artifact: ArtifactConfig = ArtifactConfig(),  # noqa: B008
+        apply: Apply = "emit",
+        on_error: OnError = "warn",
+    ) -> None:
+        require_choice("mode", mode, get_args(Mode))
+        require_choice("apply", apply, get_args(Apply))
+        require_choice("on_error", on_error, get_args(OnError))
+        require_at_least("save_top_k", save_top_k, -1, "-1 keeps all artifacts.")
+        needed = make_space(search.space).snapshot
+        if needed not in (None, buffer.snapshot):
+            raise ConfigError(
+                f"`search.space` {type(make_space(search.space)).__name__.lower()} needs {needed} snapshots, got "
+                f"`buffer.snapshot` {buffer.snapshot!r}. Set it to {needed!r}, or search another space."
+            )
+        self.triggers: dict[str, Any] = {
+            "every_n_train_steps": every_n_train_steps,
+            "every_n_epochs": every_n_epochs,
+            "train_time_interval": train_time_interval,
+        }
+        Schedule(**self.triggers)  # refuses bad triggers now
+        self.monitor = monitor
+        self.mode = mode
+        self.dirpath = dirpath
+        self.save_top_k = save_top_k
+        self.search_on_train_end = search_on_train_end
+        self.buffer = buffer
+        self.search = search
+        self.evaluation = evaluation
+        self.artifact = artifact
+        self.apply = apply
+        self.on_error = on_error
+        self._run: MergeRun | None = None
+        self._resolved_dirpath: Path | None = None
+        self._state: dict[str, Any] | None = None
+        self._monitor_seen = False
+
+    @property
+    def state_key(self) -> str:
+        """Tells several callbacks of one Trainer apart in a checkpoint."""
+        space = type(make_space(self.search.space)).__name__.lower()
+        dirpath = None if self.dirpath is None else str(self.dirpath)
+        return f"{type(self).__qualname__}{ ({'monitor': self.monitor, 'space': space, 'dirpath': dirpath})!r}"
+
+    @property
+    def best_artifact(self) -> Artifact | None:
+        """The best accepted artifact so far, read from the disk; ``None`` if there is none."""
+        target = best_target(self._resolved_dirpath) if self._resolved_dirpath is not None else None
+        return Artifact.open(target, verify=False) if target is not None else None
+
+    def search_now(self) -> Artifact | None:
+        """Search at this moment of ``fit``, from any hook; ``None`` if there was nothing to search, or it failed."""
+        return self._run.search() if self._run is not None else None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot be served, before anything is spent."""
+        if stage != "fit":
+            return
+        check_supported(trainer)
+        dirpath = _resolve_dirpath(trainer, self.dirpath)
+        callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009 - set where mypy cannot see it
+        others = [c for c in callbacks if isinstance(c, CheckpointMergeCallback) and c is not self]
+        if any(other._resolved_dirpath == dirpath for other in others):
+            raise ConfigError(f"each merge callback needs a `dirpath` of its own, got {dirpath} twice. Name another.")
+        self._resolved_dirpath = dirpath
+        self._run, self._monitor_seen = None, False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the buffer, or go on with a checkpoint's."""
+        if getattr(trainer, "fast_dev_run", False):
+            rank_zero_info("lightning-ckmerge does nothing in a fast_dev_run: there is no trail of weights to merge.")
+            return
+        assert self._resolved_dirpath is not None
+        self._run = MergeRun(self, trainer, self._resolved_dirpath, self._state)
+        self._state = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find a misspelt ``monitor`` at the first validation, not at the first search."""
+        if self._monitor_seen or self.evaluation.dataloader is not None:
+            return
+        self._monitor_seen = True
+        if self.monitor not in trainer.callback_metrics:
+            message = unknown_monitor(self.monitor, trainer.callback_metrics)
+            if trainer.sanity_checking:  # nothing is lost yet
+                raise MonitorError(message)
+            rank_zero_warn(message)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Take the optimizer's step, and search if one is due."""
+        if self._run is not None:
+            self._run.after_batch()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Search if one is due."""
+        if self._run is not None:
+            self._run.after_epoch()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Search one last time."""
+        if self._run is not None:
+            self._run.at_end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Search one last time after Ctrl-C, which Lightning handles; let anything else through."""
+        if self._run is None:
+            return
+        if isinstance(exception, KeyboardInterrupt):
+            self._run.at_end()
+        self._run.close()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the merge where that was asked for. Checkpoints have been written by now."""
+        if self._run is not None and self.apply == "on_train_end":
+            self._run.apply()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finish writing."""
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data for the checkpoint, no tensors."""
+        return self._run.state_dict() if self._run is not None else self._state or {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a checkpoint's state until training starts."""
+        self._state = state_dict or None
+
+
+def _resolve_dirpath(trainer: Trainer, dirpath: str | Path | None) -> Path:
+    if dirpath is not None:
+        return Path(dirpath).absolute()
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir).absolute() / "merges"
+    # As ModelCheckpoint does: beside its `checkpoints`.
+    logger = trainer.loggers[0]
+    root = Path(logger.save_dir if logger.save_dir is not None else trainer.default_root_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return (root / str(logger.name) / version / "merges").absolute()

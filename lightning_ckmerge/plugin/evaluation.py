@@ -1,0 +1,362 @@
+"""Evaluate inside ``fit`` and leave no trace: the one file that uses Lightning's private names.
+
+A trial runs the user's own ``validation_step``, hooks and ``self.log`` calls in an evaluation loop of its own, swapped
+in for the run's while the other callbacks' validation hooks, the loggers and the profiler are muted. The run's own
+loop, with its progress, results and loader iterators, is never touched. ``PRIVATE_NAMES`` lists what is borrowed.
+
+Letters: B batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_ckmerge.config import EvaluationConfig
+from lightning_ckmerge.core.outcome import Score
+from lightning_ckmerge.errors import ConfigError, MonitorError
+from lightning_ckmerge.plugin.loaders import Half, Split, blocks, has_length, stoppable
+
+# Private name -> what it is for. Tested on Lightning 2.6.6.
+PRIVATE_NAMES = {
+    "loops._EvaluationLoop": "the loop that evaluates a trial",
+    "loops._EvaluationLoop._combined_loader": "the loaders of a loop",
+    "loops._EvaluationLoop._max_batches": "the limits of a loop",
+    "loops._EvaluationLoop._last_val_dl_reload_epoch": "keeps a loop from asking for its loaders again",
+    "loops._EvaluationLoop._data_source": "asks the user for validation loaders before the run has done so",
+    "loops._EvaluationLoop._results": "what validation_step logged, batch by batch",
+    "Trainer._data_connector._prepare_dataloader": "gives own loaders the strategy's sampler",
+    "Trainer._logger_connector": "metrics that the run has logged so far",
+    "Trainer._last_val_time": "when the run validated last",
+    "LightningModule._current_fx_name": "the hook that is running",
+    "LightningModule._metric_attributes": "names of metric objects",
+}
+VALIDATION_HOOKS = (
+    "on_validation_start",
+    "on_validation_epoch_start",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_validation_epoch_end",
+    "on_validation_end",
+)
+NUM_BLOCKS = 10
+RecordBatch = Callable[[Any], None]
+
+
+def lightning_package(trainer: Trainer) -> str:
+    """Return the package of the Trainer's own classes: ``lightning.pytorch`` or ``pytorch_lightning``."""
+    roots = ("lightning.pytorch", "pytorch_lightning")
+    modules = [cls.__module__ for cls in type(trainer).__mro__]
+    return next(root for module in modules for root in roots if module.startswith(f"{root}."))
+
+
+class Validation:
+    """Scores the live weights on one half of the run's validation batches.
+
+    Args:
+        trainer: The Trainer, inside ``fit``.
+        callback: Ours; it is told of batches in place of the muted others.
+        config: On what to evaluate.
+        monitor: The metric to score.
+        own_loaders: What ``evaluation.dataloader`` returned; ``None``: the run's own validation loaders.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        callback: Callback,
+        config: EvaluationConfig,
+        monitor: str,
+        own_loaders: Any = None,
+    ) -> None:
+        self._trainer = trainer
+        self._callback = callback
+        self._config = config
+        self._monitor = monitor
+        self._module: LightningModule = trainer.lightning_module
+        loaders, limits = self._find_loaders(own_loaders)
+        limits = [limited(n, config.limit_batches) for n in limits]
+        if not any(limits):
+            raise ConfigError(
+                "a search needs validation batches, got none. Give the Trainer validation data (limit_val_batches > 0) "
+                "or name a method that returns loaders in `evaluation.dataloader`."
+            )
+        # One batch cannot be in both halves: the search gets it, and nothing can be confirmed.
+        fraction = config.confirm_fraction if max(limits) > 1 else 0.0
+        self._splits = [Split(d, n, fraction) for d, n in zip(loaders, limits, strict=True)]
+        self._batch_means: bool | None = None
+
+    @property
+    def loaders(self) -> list[Any]:
+        """The loaders that are evaluated."""
+        return [s.loader for s in self._splits]
+
+    def num_batches(self, half: Half) -> tuple[int, ...]:
+        """Return the batches of each loader in a half; 0 for loaders of unknown length."""
+        return tuple(s.num_batches(half) or 0 for s in self._splits)
+
+    def can_confirm(self) -> bool:
+        """Whether the confirmation half has any batches."""
+        return any(s.num_batches("confirm") != 0 for s in self._splits)
+
+    def run(self, half: Half, keep_going: Callable[[Sequence[float], Sequence[float]], bool] | None = None) -> Score:
+        """Score the live weights.
+
+        Raises:
+            MonitorError: Validation does not log the metric.
+        """
+        parts = [s.part(half) for s in self._splits]
+        if half == "confirm" and self._batch_means is False:
+            return self._run_in_blocks(parts)
+        recorder = _Recorder(self._monitor, keep_going)
+        metrics = self._run_loop(parts, recorder.record, lambda: recorder.stopped)
+        self._batch_means = recorder.is_batch_mean
+        return Score(
+            value=self._monitored(metrics),
+            metrics=metrics,
+            values_B=tuple(recorder.values_B) if recorder.is_batch_mean else None,
+            sizes_B=tuple(recorder.sizes_B) if recorder.is_batch_mean else None,
+            num_batches=recorder.num_batches,
+            complete=not recorder.stopped,
+        )
+
+    def recalibrate(self, batches: int) -> None:
+        """Re-estimate BatchNorm statistics of the live weights on the first ``batches`` training batches."""
+        norms = [m for m in self._module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        norms = [m for m in norms if m.track_running_stats and m.running_mean is not None]
+        if not norms:
+            return
+        momenta = [m.momentum for m in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+
+        def estimate(*_: Any) -> None:
+            for norm in norms:
+                norm.train()
+
+        loaders = self._trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
+        parts = [Split(d, limited(length_of(d), batches), 0.0).part("search") for d in loaders]
+        try:
+            self._run_loop(parts, lambda _: None, lambda: False, on_start=estimate)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+    def _run_in_blocks(self, parts: Sequence[Iterable[Any]]) -> Score:
+        """A metric over all batches at once has no paired values: score it on blocks of batches instead."""
+        blocks_of_parts = [blocks(p, NUM_BLOCKS) for p in parts]
+        rows = []
+        for i in range(max(len(b) for b in blocks_of_parts)):
+            row = [b[i] if i < len(b) else () for b in blocks_of_parts]
+            rows.append((sum(map(len, row)), self._run_loop([_Batches(b) for b in row], lambda _: None, lambda: False)))
+        total = sum(n for n, _ in rows)
+        metrics = {k: math.fsum(n * m[k] for n, m in rows) / total for k in rows[0][1] if all(k in m for _, m in rows)}
+        values = [self._monitored(m) for _, m in rows]
+        return Score(
+            value=self._monitored(metrics),
+            metrics=metrics,
+            values_B=tuple(values),
+            sizes_B=tuple(float(n) for n, _ in rows),
+            num_batches=total,
+        )
+
+    def _run_loop(
+        self,
+        parts: Sequence[Iterable[Any]],
+        record: RecordBatch,
+        stopped: Callable[[], bool],
+        on_start: Callable[..., None] | None = None,
+    ) -> dict[str, float]:
+        loop = self._make_loop([stoppable(p, stopped) for p in parts])
+        hooks = {"on_validation_batch_end": lambda *_: record(loop)}
+        if on_start is not None:
+            hooks["on_validation_start"] = on_start
+        try:
+            with _isolated(self._trainer, loop), _listening(self._callback, hooks):
+                logged = loop.run()
+        finally:
+            loop.teardown()
+        return {name: float(value) for row in logged for name, value in row.items()}
+
+    def _make_loop(self, parts: Sequence[Iterable[Any]]) -> Any:
+        loops = importlib.import_module(f"{lightning_package(self._trainer)}.loops")
+        states = importlib.import_module(f"{lightning_package(self._trainer)}.trainer.states")
+        combined = importlib.import_module(f"{lightning_package(self._trainer)}.utilities.combined_loader")
+        # inference_mode=False as in fit: inference tensors would get into the user's metric states.
+        loop = loops._EvaluationLoop(
+            self._trainer,
+            states.TrainerFn.FITTING,
+            states.RunningStage.VALIDATING,
+            verbose=False,
+            inference_mode=False,
+        )
+        loop._combined_loader = combined.CombinedLoader(list(parts), "sequential")
+        loop._max_batches = [length_of(p) for p in parts]
+        loop._last_val_dl_reload_epoch = math.inf
+        return loop
+
+    def _find_loaders(self, own_loaders: Any) -> tuple[list[Any], list[float]]:
+        trainer = self._trainer
+        source = trainer.fit_loop.epoch_loop.val_loop
+        if own_loaders is not None:
+            combined = importlib.import_module(f"{lightning_package(trainer)}.utilities.combined_loader")
+            prepare = functools.partial(
+                trainer._data_connector._prepare_dataloader, shuffle=False, mode=self._stage("VALIDATING")
+            )
+            loaders = [prepare(d) for d in combined.CombinedLoader(own_loaders, "sequential").flattened]
+            return loaders, [length_of(d) for d in loaders]
+        if source._combined_loader is None:
+            # No validation has run yet. The run will ask for its loaders when it is due to, and draw the same random
+            # numbers then as without us.
+            loop = self._make_loop([])
+            loop._combined_loader, loop._data_source = None, source._data_source
+            loop._last_val_dl_reload_epoch = source._last_val_dl_reload_epoch
+            with _isolated(trainer, loop):
+                loop.setup_data()
+            source = loop
+        if source._combined_loader is None:
+            return [], []
+        return list(source._combined_loader.flattened), list(source._max_batches)
+
+    def _stage(self, name: str) -> Any:
+        states = importlib.import_module(f"{lightning_package(self._trainer)}.trainer.states")
+        return states.RunningStage[name]
+
+    def _monitored(self, metrics: dict[str, float]) -> float:
+        if self._monitor not in metrics:
+            raise MonitorError(unknown_monitor(self._monitor, metrics))
+        return metrics[self._monitor]
+
+
+def unknown_monitor(monitor: str, logged: Iterable[str]) -> str:
+    """Return the message for a ``monitor`` that validation does not log."""
+    names = ", ".join(sorted(logged)) or "nothing: call `self.log` in `validation_step`"
+    return f"`monitor` must be a metric that validation logs, got {monitor!r}. Logged are: {names}."
+
+
+def limited(num_batches: float, limit: float | None) -> float:
+    """Return how many of ``num_batches`` to use under a limit: a count (int), a share (float), or none."""
+    if limit is None:
+        return num_batches
+    if isinstance(limit, int) or math.isinf(num_batches):
+        return min(num_batches, limit)
+    return max(1, int(num_batches * limit)) if num_batches else 0
+
+
+def length_of(loader: Any) -> float:
+    """Return a loader's length, infinity if it has none."""
+    return len(loader) if has_length(loader) else math.inf
+
+
+class _Batches:
+    """Fetched batches as a loader; not a list, which Lightning would take for several loaders."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+class _Recorder:
+    """Reads the monitored metric after each batch, where it is a mean over batches.
+
+    Lightning sums ``value * batch_size`` in the metric's own precision. The sum is widened to float64 at the first
+    batch, so that the difference between two sums is the batch's value, and not what rounding left of it.
+    """
+
+    def __init__(self, monitor: str, keep_going: Callable[[Sequence[float], Sequence[float]], bool] | None) -> None:
+        self._monitor = monitor
+        self._keep_going = keep_going
+        self._sums = (0.0, 0.0)
+        self.values_B: list[float] = []
+        self.sizes_B: list[float] = []
+        self.num_batches = 0
+        self.stopped = False
+        self.is_batch_mean = False
+
+    def record(self, loop: Any) -> None:
+        """Take one batch's value."""
+        self.num_batches += 1
+        entry = next((e for e in loop._results.values() if _logged_name(e.meta) == self._monitor), None)
+        if entry is None or not (entry.is_tensor and entry.meta.is_mean_reduction and entry.meta.on_epoch):
+            return
+        if not entry.meta.fx.startswith("validation_step"):
+            return
+        self.is_batch_mean = True
+        entry.value = entry.value.double()
+        total, size = float(entry.value), float(entry.cumulated_batch_size)
+        if size == self._sums[1]:  # another loader's batch
+            return
+        self.values_B.append((total - self._sums[0]) / (size - self._sums[1]))
+        self.sizes_B.append(size - self._sums[1])
+        self._sums = (total, size)
+        if self._keep_going is not None and not self._keep_going(self.values_B, self.sizes_B):
+            self.stopped = True
+
+
+def _logged_name(meta: Any) -> str:
+    """The name under which Lightning's epoch metrics appear."""
+    suffix = (
+        f"/dataloader_idx_{meta.dataloader_idx}" if meta.add_dataloader_idx and meta.dataloader_idx is not None else ""
+    )
+    return f"{meta.name}{suffix}"
+
+
+@contextlib.contextmanager
+def _isolated(trainer: Any, loop: Any) -> Iterator[None]:
+    """Let ``loop`` stand in for the run's validation loop, and put back all that this touches."""
+    package = lightning_package(trainer)
+    dummy = importlib.import_module(f"{package}.loggers.logger").DummyLogger
+    no_profiler = importlib.import_module(f"{package}.profilers").PassThroughProfiler
+    module, epoch_loop, connector = trainer.lightning_module, trainer.fit_loop.epoch_loop, trainer._logger_connector
+    saved = (trainer.state.stage, epoch_loop.val_loop, trainer.loggers, trainer.profiler, trainer.should_stop)
+    saved_module = (module._current_fx_name, module._metric_attributes)
+    last_val_time = getattr(trainer, "_last_val_time", None)
+    logged = {k: dict(v) if isinstance(v, dict) else v for k, v in vars(connector).items() if k != "trainer"}
+    try:
+        epoch_loop.val_loop = loop
+        # Not an empty list where there were loggers: a module may use `self.logger`.
+        trainer.loggers = [dummy()] if trainer.loggers else []
+        trainer.profiler = no_profiler()
+        trainer.validating = True
+        with contextlib.ExitStack() as stack:
+            # `trainer.callbacks` stays as it is: a progress bar's thread looks itself up there.
+            for callback in trainer.callbacks:
+                stack.enter_context(_listening(callback, dict.fromkeys(VALIDATION_HOOKS, _ignore)))
+            yield
+    finally:
+        trainer.state.stage, epoch_loop.val_loop, trainer.loggers, trainer.profiler, trainer.should_stop = saved
+        module._current_fx_name, module._metric_attributes = saved_module
+        if last_val_time is not None:
+            trainer._last_val_time = last_val_time
+        vars(connector).update(logged)
+
+
+@contextlib.contextmanager
+def _listening(callback: Callback, hooks: dict[str, Callable[..., None]]) -> Iterator[None]:
+    """Replace hooks of one callback object, and take the replacements away again."""
+    own = vars(callback)
+    saved = {name: own[name] for name in hooks if name in own}
+    own.update(hooks)
+    try:
+        yield
+    finally:
+        for name in hooks:
+            own.pop(name, None)
+        own.update(saved)
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    return None

@@ -1,0 +1,203 @@
+"""Remember everything that an evaluation can change, and put it back, bit for bit and object for object.
+
+Weights are not among it: the search keeps them as its latest snapshot. Random state is; buffers, modes, attributes of
+the user's own objects, metric states and loaders' generators are.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torchmetrics
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+# A clone of more than this would cost more than it protects: larger tensors outside the weights are data, not state.
+MAX_CLONED_BYTES = 64 << 20
+MAX_CONTAINER_LENGTH = 10_000
+MAX_DEPTH = 6
+# Objects of these packages are not looked into: they hold threads, files, or the run itself.
+OPAQUE_PACKAGES = {"torch", "lightning", "pytorch_lightning", "lightning_ckmerge", "optuna", "numpy"}
+# What torch and Lightning keep in a module's ``__dict__``; weights, buffers and submodules are treated by name.
+MODULE_INTERNALS = set(vars(nn.Module())) - {"training"}
+
+
+class Memory:
+    """Objects as they are now. ``restore`` may be called any number of times.
+
+    Args:
+        tensors: Whether tensors and arrays are state. In a dataset they are data, which nobody changes.
+    """
+
+    def __init__(self, *, tensors: bool = True) -> None:
+        self._tensors = tensors
+        self._undo: list[Callable[[], object]] = []
+        self._seen: dict[int, object] = {}
+
+    def restore(self) -> None:
+        """Put every remembered object back as it was, keeping its identity."""
+        for undo in self._undo:
+            undo()
+
+    def take(self, value: Any, depth: int = 0) -> None:
+        """Remember ``value`` and what it holds, as far as it is state and not code, data or machinery."""
+        if id(value) in self._seen or depth > MAX_DEPTH:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            self._take_tensor(value)
+        elif isinstance(value, np.ndarray):
+            self._take_array(value)
+        elif isinstance(value, torch.Generator):
+            self._undo.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            self._undo.append(partial(value.setstate, value.getstate()))
+        elif isinstance(value, np.random.RandomState):
+            self._undo.append(partial(value.set_state, value.get_state()))
+        elif isinstance(value, np.random.Generator):
+            self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif isinstance(value, (list, deque, dict, set)):
+            self._take_container(value, depth)
+        elif isinstance(value, tuple):
+            for item in value:
+                self.take(item, depth + 1)
+        elif isinstance(value, nn.Module):
+            for submodule in value.modules():
+                self._take_module(submodule)
+        elif isinstance(value, DataLoader):
+            for part in (value.dataset, value.sampler, value.batch_sampler, value.generator):
+                self.take(part, depth)
+        elif _is_plain_object(value):
+            self.take(vars(value), depth)
+
+    def _take_module(self, module: nn.Module) -> None:
+        """Mode, buffers and own attributes. Parameters and gradients are left out: no evaluation changes them."""
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                self._take_tensor(buffer, always=True)
+        buffers = dict(module._buffers)
+        self._undo.append(partial(_reset_dict, module._buffers, buffers))
+        own = vars(module)
+        saved = {k: v for k, v in own.items() if k not in MODULE_INTERNALS}
+        self._undo.append(partial(_reset_dict, own, saved, MODULE_INTERNALS))
+        if not type(module).__module__.startswith("torch."):
+            for value in saved.values():
+                self.take(value, 1)
+
+    def _take_tensor(self, tensor: Tensor, *, always: bool = False) -> None:
+        small = tensor.numel() * tensor.element_size() <= MAX_CLONED_BYTES
+        if always or (self._tensors and small):
+            saved = tensor.detach().clone()
+
+            def undo() -> None:
+                # A resize in place cannot be undone. Equal tensors are left alone: autograd counts every write.
+                if tensor.shape == saved.shape and not torch.equal(tensor, saved):
+                    tensor.detach().copy_(saved)
+
+            self._undo.append(undo)
+
+    def _take_array(self, array: np.ndarray[Any, Any]) -> None:
+        if self._tensors and array.nbytes <= MAX_CLONED_BYTES and array.flags.writeable:
+            self._undo.append(partial(np.copyto, array, array.copy()))
+
+    def _take_container(self, value: Any, depth: int) -> None:
+        if isinstance(value, dict):
+            self._undo.append(partial(_reset_dict, value, dict(value)))
+        else:
+            self._undo.append(partial(_refill, value, list(value)))
+        items = value.values() if isinstance(value, dict) else list(value)
+        if len(value) <= MAX_CONTAINER_LENGTH:
+            for item in items:
+                self.take(item, depth + 1)
+
+
+class Guard:
+    """The state around the weights, as it was when the search began.
+
+    Args:
+        module: The LightningModule.
+        wrapper: What the strategy trains: the module itself, or DDP around it.
+        others: Loaders with their datasets, and the datamodule.
+    """
+
+    def __init__(self, module: nn.Module, wrapper: nn.Module, others: Iterable[Any] = ()) -> None:
+        self._metrics = [m for m in module.modules() if isinstance(m, torchmetrics.Metric)]
+        self._random = _random_state()
+        self._memory = Memory()
+        self._memory.take(module)
+        self._data = Memory(tensors=False)
+        self.watch(others)
+        self._requires_grad = [(p, p.requires_grad) for p in module.parameters()]
+        # A forward pass without gradients tells DDP to skip the next broadcast of buffers.
+        flags = ("require_forward_param_sync", "require_backward_grad_sync")
+        self._ddp = {f: getattr(wrapper, f) for f in flags} if isinstance(wrapper, DistributedDataParallel) else {}
+        self._wrapper = wrapper
+
+    def watch(self, others: Iterable[Any]) -> None:
+        """Remember more objects, as they are now."""
+        for other in others:
+            self._data.take(other)
+
+    def begin(self) -> None:
+        """Start an evaluation where every other one starts, so that its value depends on the weights alone."""
+        self.restore()
+        for metric in self._metrics:
+            metric.reset()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back."""
+        self._memory.restore()
+        self._data.restore()
+        for parameter, requires_grad in self._requires_grad:
+            parameter.requires_grad_(requires_grad)
+        for flag, value in self._ddp.items():
+            setattr(self._wrapper, flag, value)
+        _set_random_state(self._random)
+
+
+def _is_plain_object(value: Any) -> bool:
+    """An instance of somebody's own class, or a dataset or sampler: no code, and of no package that is opaque to us."""
+    if isinstance(value, (Dataset, Sampler)):
+        return True
+    if not hasattr(value, "__dict__") or isinstance(value, type) or inspect.isroutine(value):
+        return False
+    package = type(value).__module__.partition(".")[0]
+    return package not in OPAQUE_PACKAGES and (package == "__main__" or package not in sys.stdlib_module_names)
+
+
+def _reset_dict(target: dict[Any, Any], saved: dict[Any, Any], keep: Iterable[Any] = ()) -> None:
+    for key in target.keys() - saved.keys() - set(keep):
+        del target[key]
+    target.update(saved)
+
+
+def _refill(target: list[Any] | deque[Any] | set[Any], saved: list[Any]) -> None:
+    target.clear()
+    if isinstance(target, set):
+        target.update(saved)
+    else:
+        target.extend(saved)
+
+
+def _random_state() -> tuple[Any, ...]:
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return torch.get_rng_state(), random.getstate(), np.random.get_state(), devices
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    torch_state, python_state, numpy_state, devices = state
+    torch.set_rng_state(torch_state)
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    if devices:
+        torch.cuda.set_rng_state_all(devices)

@@ -1,0 +1,139 @@
+"""Split validation loaders into a search half and a confirmation half, batch by batch, on copies."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch.utils.data import DataLoader, IterableDataset
+
+Half = Literal["search", "confirm"]
+
+
+def confirms(batch: int, fraction: float) -> bool:
+    """Whether a batch, counted from 0, belongs to the confirmation half: evenly interleaved, the first one never."""
+    return math.floor((batch + 1) * fraction) > math.floor(batch * fraction)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One loader's batches in two halves.
+
+    Args:
+        loader: The run's own loader; it is never iterated itself where that could change it.
+        limit: Batches to use; may be infinite for a loader without a length.
+        fraction: Share of the confirmation half. 0: all batches are for the search.
+    """
+
+    loader: Iterable[Any]
+    limit: float
+    fraction: float
+
+    def num_batches(self, half: Half) -> int | None:
+        """Return how many batches a half has; ``None`` for a loader without a length."""
+        if math.isinf(self.limit):
+            return None
+        return sum(confirms(b, self.fraction) == (half == "confirm") for b in range(int(self.limit)))
+
+    def part(self, half: Half) -> Iterable[Any]:
+        """Return an iterable over one half's batches.
+
+        Only these are loaded, where the loader draws batches of indices from a sampler; else the others are skipped.
+        """
+        own: Any = private_copy(self.loader)
+        if not can_select(own):
+            return _Selected(own, half, self.limit, self.fraction)
+        attribute = "sampler" if own.batch_sampler is None else "batch_sampler"
+        indices = itertools.islice(getattr(own, attribute), None if math.isinf(self.limit) else int(self.limit))
+        chosen = [i for b, i in enumerate(indices) if confirms(b, self.fraction) == (half == "confirm")]
+        # DataLoader refuses to have its sampler set after it was built; this copy has not been used yet.
+        own.__dict__[attribute] = chosen
+        selected: Iterable[Any] = own
+        return selected
+
+
+class Stoppable:
+    """Batches of one loader until ``stopped()``; sized if the loader is. Not a list: Lightning would flatten that."""
+
+    def __init__(self, batches: Iterable[Any], stopped: Callable[[], bool]) -> None:
+        self._batches = batches
+        self._stopped = stopped
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator = iter(self._batches)
+        while not self._stopped():
+            try:
+                yield next(iterator)
+            except StopIteration:
+                return
+
+
+class SizedStoppable(Stoppable):
+    """The same with a length, so that Lightning knows the last batch without fetching ahead."""
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+
+def stoppable(batches: Iterable[Any], stopped: Callable[[], bool]) -> Stoppable:
+    """Return ``batches``, which end early once ``stopped()`` says so."""
+    return (SizedStoppable if has_length(batches) else Stoppable)(batches, stopped)
+
+
+def private_copy(loader: Any) -> Any:
+    """Return a loader over the same dataset that shares no worker and no iterator with ``loader``.
+
+    Persistent workers keep random state of their own: an extra pass through them would change the run's later batches.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    own = copy.copy(loader)
+    own.__dict__.update(_iterator=None, persistent_workers=False)
+    return own
+
+
+def can_select(loader: Any) -> bool:
+    """Whether single batches can be loaded without the ones before them."""
+    return (
+        isinstance(loader, DataLoader)
+        and type(loader).__iter__ is DataLoader.__iter__
+        and not isinstance(loader.dataset, IterableDataset)
+    )
+
+
+def has_length(loader: Any) -> bool:
+    """Whether ``len(loader)`` works."""
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
+class _Selected:
+    """One half of the batches of a loader that must be read through."""
+
+    def __init__(self, loader: Iterable[Any], half: Half, limit: float, fraction: float) -> None:
+        self._loader = loader
+        self._half = half
+        self._limit = limit
+        self._fraction = fraction
+
+    def __iter__(self) -> Iterator[Any]:
+        for b, batch in enumerate(self._loader):
+            if b >= self._limit:
+                return
+            if confirms(b, self._fraction) == (self._half == "confirm"):
+                yield batch
+
+
+def blocks(batches: Iterable[Any], num_blocks: int) -> list[Sequence[Any]]:
+    """Return the batches in at most ``num_blocks`` consecutive runs of nearly equal length, none empty."""
+    fetched = list(batches)
+    num_blocks = min(num_blocks, len(fetched))
+    edges = [len(fetched) * i // num_blocks for i in range(num_blocks + 1)] if fetched else [0]
+    return [fetched[a:b] for a, b in itertools.pairwise(edges)]

@@ -1,0 +1,78 @@
+"""What a run will spend, said once at its start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+
+from lightning_ckmerge.buffer.rolling import RollingBuffer
+from lightning_ckmerge.core.layout import TensorLayout
+from lightning_ckmerge.core.spaces import Space
+from lightning_ckmerge.plugin.evaluation import limited
+from lightning_ckmerge.plugin.loaders import Split
+from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
+
+if TYPE_CHECKING:
+    from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+
+# Latest, four uniform means, three EMA shapes, the previous optimum.
+NUM_ANCHORS = 9
+# A backward pass takes about twice as long as a forward pass.
+FORWARDS_PER_TRAINING_BATCH = 3
+
+
+def render_plan(
+    callback: CheckpointMergeCallback,
+    trainer: Trainer,
+    buffer: RollingBuffer,
+    layout: TensorLayout,
+    space: Space,
+    total_steps: int | None,
+    dirpath: Path,
+) -> str:
+    """Return the plan as a few lines of text: buffer, evaluations, expected share of the training time."""
+    config = callback.buffer
+    lines = [
+        f"lightning-ckmerge: up to {config.capacity} {config.snapshot} snapshots, {config.layout}, the finest of "
+        f"{buffer.segment_steps} steps; space {type(space).__name__.lower()}.",
+        f"  buffer: {as_size(buffer.num_bytes_in_memory)} in memory and at most {as_size(buffer.num_bytes_on_disk)} on "
+        f"disk; a search holds {as_size(layout.num_bytes)} more. Artifacts go to {dirpath}.",
+        f"  a search: {_evaluations(callback, trainer, total_steps)}",
+    ]
+    return "\n".join(lines)
+
+
+def as_size(num_bytes: int) -> str:
+    """Return bytes for people, in decimal units.
+
+    >>> as_size(1_234_567)
+    '1.2 MB'
+    """
+    size, unit = float(num_bytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _evaluations(callback: CheckpointMergeCallback, trainer: Trainer, total_steps: int | None) -> str:
+    candidates = f"up to {NUM_ANCHORS} anchors and {callback.search.n_trials} trials"
+    cap = callback.search.max_fraction_of_training
+    limit = f", at most {100 * cap:g} % of the training time" if cap is not None else ""
+    loaders = [] if callback.evaluation.dataloader else [n for n in trainer.num_val_batches if n]
+    if not loaders:
+        return f"{candidates}{limit}."
+    config = callback.evaluation
+    splits = [Split((), limited(n, config.limit_batches), config.confirm_fraction) for n in loaders]
+    search = sum(s.num_batches("search") or 0 for s in splits)
+    confirm = sum(s.num_batches("confirm") or 0 for s in splits)
+    most = search * (NUM_ANCHORS + callback.search.n_trials) + 3 * confirm
+    text = f"{candidates} on {search} batches, 3 candidates on {confirm}: up to {most} forward batches"
+    if total_steps:
+        interval = callback.triggers["every_n_train_steps"] or total_steps / NUM_SEARCHES
+        share = most / (FORWARDS_PER_TRAINING_BATCH * interval * trainer.accumulate_grad_batches)
+        text += f", an expected {100 * share:.2g} % of the training between two searches"
+    return f"{text}{limit}."

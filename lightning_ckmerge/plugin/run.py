@@ -1,0 +1,333 @@
+"""What the callback does during one ``fit``: keep the buffer, search, publish, restore, log."""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_ckmerge.artifact.load import Artifact, load_merged
+from lightning_ckmerge.artifact.manifest import build_manifest
+from lightning_ckmerge.artifact.publish import ArtifactStore
+from lightning_ckmerge.buffer.rolling import RollingBuffer
+from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
+from lightning_ckmerge.config import parse_size
+from lightning_ckmerge.core.layout import TensorLayout
+from lightning_ckmerge.core.outcome import SearchOutcome
+from lightning_ckmerge.core.spaces import make_space
+from lightning_ckmerge.distributed.ownership import Ownership
+from lightning_ckmerge.errors import CkmergeError, ConfigError
+from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
+from lightning_ckmerge.plugin.evaluation import Validation
+from lightning_ckmerge.plugin.guard import Guard
+from lightning_ckmerge.plugin.plan import render_plan
+from lightning_ckmerge.plugin.progress import OnScored, search_progress
+from lightning_ckmerge.plugin.schedule import Schedule
+from lightning_ckmerge.report.html import render_html
+from lightning_ckmerge.report.markdown import render_markdown
+
+if TYPE_CHECKING:
+    from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+
+T = TypeVar("T")
+# Length of the finest segment: this share of a run of known length, else so many steps to begin with.
+SEGMENT_SHARE = 0.01
+SEGMENT_STEPS = 25
+
+
+class MergeRun:
+    """One ``fit`` of one callback.
+
+    Args:
+        callback: Holds the arguments.
+        trainer: The Trainer, which has the model on its device and knows the length of the run.
+        dirpath: Where artifacts go.
+        state: What a checkpoint held of an earlier one; ``None``: a new run.
+    """
+
+    def __init__(
+        self, callback: CheckpointMergeCallback, trainer: Trainer, dirpath: Path, state: dict[str, Any] | None = None
+    ) -> None:
+        self.callback = callback
+        self.dirpath = dirpath
+        self._trainer = trainer
+        self._module: LightningModule = trainer.lightning_module
+        self._space = make_space(callback.search.space)
+        self._ownership = Ownership(self._module)
+        self._layout = TensorLayout(self._ownership.owned())
+        self._own_loaders: Any = None
+        self._previous: dict[str, float] | None = None
+        self._last_artifact: Artifact | None = None
+        self._searching = False
+        total_steps = length_of_run(trainer)
+        self._schedule = Schedule(**callback.triggers, total_steps=total_steps, step=trainer.global_step)
+        self._store = ArtifactStore(
+            dirpath,
+            mode=callback.mode,
+            save_top_k=callback.save_top_k,
+            max_shard_size=parse_size(callback.artifact.max_shard_size),
+        )
+        state = state or {"run_id": uuid.uuid4().hex[:8], "training_s": 0.0, "searched_s": 0.0}
+        self._run_id: str = state["run_id"]
+        self._earlier_training_s = float(state["training_s"])
+        self._searched_s = float(state["searched_s"])
+        self._searched_here_s = 0.0
+        self._start = time.monotonic()
+        self._buffer = self._make_buffer(total_steps)
+        if "buffer" in state:
+            self._buffer.load_state_dict(state["buffer"])
+            self._schedule.load_state_dict(state["schedule"])
+            self._previous = state["previous"]
+            self._report_buffer()
+        rank_zero_info(render_plan(callback, trainer, self._buffer, self._layout, self._space, total_steps, dirpath))
+
+    @property
+    def training_s(self) -> float:
+        """Seconds of training so far, over resumptions, without the searches."""
+        return self._earlier_training_s + time.monotonic() - self._start - self._searched_here_s
+
+    def after_batch(self) -> None:
+        """Take an optimizer step into the buffer, and search if one is due."""
+        step = self._trainer.global_step
+        if step == self._schedule.step:  # gradients are being accumulated
+            return
+        due = self._schedule.due_at_step(step, self.training_s)
+        self._buffer.update(self._layout.order(self._ownership.owned()), step)
+        self._report_buffer()
+        if due:
+            self.search()
+
+    def after_epoch(self) -> None:
+        """Search if one is due."""
+        if self._schedule.due_at_epoch_end(self._trainer.current_epoch):
+            self.search()
+
+    def at_end(self) -> None:
+        """Search once more, unless the last step has been searched or a search was interrupted."""
+        if self.callback.search_on_train_end and not self._searching and self._buffer_has_moved():
+            self.search()
+
+    def search(self) -> Artifact | None:
+        """Search, publish, restore and log; ``None`` if the search was skipped or failed."""
+        start = time.monotonic()
+        self._searching = True
+        self._last_artifact = None
+        self._schedule.searched_step = self._trainer.global_step
+        try:
+            outcome, artifact = self._search_guarded()
+        except Exception as error:
+            if self.callback.on_error == "raise":
+                raise
+            rank_zero_warn(f"No merge at step {self._trainer.global_step}: {_explained(error)}")
+            self._searching = False
+            return None
+        finally:
+            seconds = time.monotonic() - start
+            self._searched_s += seconds
+            self._searched_here_s += seconds
+        self._searching = False
+        self._last_artifact = artifact
+        self._announce(outcome, artifact)
+        return artifact
+
+    def apply(self) -> None:
+        """Load the last search's merge into the module, if it was accepted."""
+        artifact = self._last_artifact
+        if artifact is not None and artifact.manifest["verdict"]["status"] == "accepted" and artifact.has_weights:
+            load_merged(artifact, self._module)
+            rank_zero_info(f"The module now holds the merged weights of {artifact.path}.")
+
+    def close(self) -> None:
+        """Finish writing."""
+        self._buffer.close()
+        self._report_buffer()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data from which a later one goes on; no tensors."""
+        return {
+            "run_id": self._run_id,
+            "training_s": self.training_s,
+            "searched_s": self._searched_s,
+            "previous": self._previous,
+            "schedule": self._schedule.state_dict(),
+            "buffer": self._buffer.state_dict(),
+        }
+
+    def _make_buffer(self, total_steps: int | None) -> RollingBuffer:
+        config = self.callback.buffer
+        given = config.every_n_train_steps
+        steps = given or (max(1, round(SEGMENT_SHARE * total_steps)) if total_steps else SEGMENT_STEPS)
+        device = self._trainer.strategy.root_device
+        storage: Storage = (
+            DiskStorage(self.dirpath / "buffer")
+            if config.storage == "disk"
+            else MemoryStorage(device if config.storage == "device" else "cpu")
+        )
+        return RollingBuffer(
+            config,
+            self._layout,
+            storage,
+            device=device,
+            run_id=self._run_id,
+            segment_steps=steps,
+            double_segments=given is None and total_steps is None,
+        )
+
+    def _buffer_has_moved(self) -> bool:
+        return self._trainer.global_step > self._schedule.searched_step
+
+    def _report_buffer(self) -> None:
+        for warning in self._buffer.take_warnings():
+            rank_zero_warn(warning)
+
+    @torch.no_grad()
+    def _search_guarded(self) -> tuple[SearchOutcome, Artifact]:
+        """Everything between two identical states of the run."""
+        trainer, module = self._trainer, self._module
+        targets = self._layout.order(self._ownership.owned())
+        latest = self._layout.allocate("cpu", pinned=trainer.strategy.root_device.type == "cuda")
+        for view, target in zip(self._layout.views(latest), targets, strict=True):
+            view.copy_(target)
+        guard = Guard(module, trainer.model or module, [getattr(trainer, "datamodule", None)])
+        try:
+            validation = self._make_validation()
+            guard.watch(validation.loaders)
+            merger = Merger(self._layout, targets, self._buffer.snapshots(), latest, trainer.global_step)
+            self._report_buffer()
+            with search_progress(trainer, trainer.global_step, 1 if self.callback.mode == "min" else -1) as on_scored:
+                job = self._make_job(merger, validation, guard, on_scored)
+                outcome = run_search(job)
+                return outcome, self._publish(outcome, job)
+        finally:
+            guard.restore()
+            for target, view in zip(targets, self._layout.views(latest), strict=True):
+                target.copy_(view)
+
+    def _make_validation(self) -> Validation:
+        name = self.callback.evaluation.dataloader
+        if name is not None and self._own_loaders is None:
+            owners = [o for o in (getattr(self._trainer, "datamodule", None), self._module) if hasattr(o, name)]
+            if not owners:
+                raise ConfigError(
+                    f"`evaluation.dataloader` must name a method of the datamodule or module, got {name!r}. "
+                    "Define it, or leave the argument out to use the run's validation loaders."
+                )
+            self._own_loaders = getattr(owners[0], name)()
+        callback = self.callback
+        return Validation(self._trainer, callback, callback.evaluation, callback.monitor, self._own_loaders)
+
+    def _make_job(self, merger: Merger, validation: Validation, guard: Guard, on_scored: OnScored) -> SearchJob:
+        callback = self.callback
+        recalibrate = callback.evaluation.recalibrate_batches
+
+        def load(c_K: Sequence[float]) -> None:
+            merger.merge(c_K)
+            if recalibrate:
+                validation.recalibrate(recalibrate)
+
+        allowed_s, allowed_by = self._allowance()
+        return SearchJob(
+            name=f"{self._run_id}-step={self._trainer.global_step:09d}",
+            step=self._trainer.global_step,
+            monitor=callback.monitor,
+            mode=callback.mode,
+            space=self._space,
+            config=callback.search,
+            staged=callback.evaluation.staged,
+            merger=merger,
+            validation=validation,
+            begin=guard.begin,
+            load=load,
+            allowed_s=allowed_s,
+            allowed_by=allowed_by,
+            searched_s=self._searched_s,
+            training_s=self.training_s,
+            previous=self._previous,
+            journal=self.dirpath / "study.journal",
+            on_scored=on_scored,
+            agree=_alone,
+        )
+
+    def _allowance(self) -> tuple[float | None, str]:
+        """Seconds that this search may take, and the argument that says so."""
+        search = self.callback.search
+        allowed_s, allowed_by = search.timeout_s or math.inf, "search.timeout_s"
+        if search.max_fraction_of_training is not None:
+            share_s = max(0.0, search.max_fraction_of_training * self.training_s - self._searched_s)
+            if share_s < allowed_s:
+                allowed_s, allowed_by = share_s, "search.max_fraction_of_training"
+        return (None, "") if math.isinf(allowed_s) else (allowed_s, allowed_by)
+
+    def _publish(self, outcome: SearchOutcome, job: SearchJob) -> Artifact:
+        """Write the winner, which is merged into the module for that, or the record alone of a rejected search."""
+        manifest = build_manifest(outcome)
+        if not self._store.keeps_weights(manifest):
+            return self._store.publish(manifest, None, extras=[_write_report])
+        job.begin()
+        job.load(outcome.winner.candidate.coefficients_K)
+        weights = {n: t for n, t in self._module.state_dict().items() if isinstance(t, torch.Tensor)}
+        extras: list[Callable[[Path, dict[str, Any]], None]] = [_write_report]
+        if "ckpt" in self.callback.artifact.formats:
+            # With weights_only=False an EMA callback would write its own average instead.
+            extras.append(lambda path, _: self._trainer.save_checkpoint(path / "model.ckpt", weights_only=True))
+        return self._store.publish(manifest, weights, extras=extras)
+
+    def _announce(self, outcome: SearchOutcome, artifact: Artifact) -> None:
+        self._previous = outcome.winner.candidate.coordinates or self._previous
+        verdict = outcome.verdict
+        line = f"Merge search at step {outcome.step}: {verdict.sentence} {artifact.path}"
+        (rank_zero_warn if verdict.status == "rejected" else rank_zero_info)(line)
+        for warning in verdict.warnings:
+            rank_zero_warn(warning)
+        for logger in self._trainer.loggers:
+            logger.log_metrics(scalars(outcome, self._searched_s), step=self._trainer.global_step)
+
+
+def scalars(outcome: SearchOutcome, searched_s: float) -> dict[str, float]:
+    """Return what a search logs to the Trainer's loggers."""
+    winner = outcome.winner
+    best_anchor = next(t for t in outcome.anchors if t.candidate.name == outcome.verdict.best_anchor)
+    values = {
+        f"merge/{outcome.monitor}": (winner.confirm or winner.search).value,
+        "merge/gain": outcome.verdict.gain,
+        "merge/best_anchor": (best_anchor.confirm or best_anchor.search).value,
+        "merge/seconds": sum(outcome.cost.seconds.values()),
+        "merge/seconds_total": searched_s,
+        **{f"merge/{name}": value for name, value in (winner.candidate.coordinates or {}).items()},
+    }
+    if outcome.cost.share_of_training is not None:
+        values["merge/share_of_training"] = outcome.cost.share_of_training
+    return values
+
+
+def length_of_run(trainer: Trainer) -> int | None:
+    """Return the run's optimizer steps, ``None`` where only training will tell."""
+    steps = trainer.estimated_stepping_batches
+    if not math.isfinite(steps) or steps < 1:
+        return None
+    by_steps_alone = trainer.max_steps == steps
+    # By hand, each optimizer's step counts; `max_steps` counts them all already.
+    per_batch = 1 if trainer.lightning_module.automatic_optimization or by_steps_alone else len(trainer.optimizers)
+    total = int(steps) * max(1, per_batch)
+    return total if trainer.max_steps == -1 else min(total, trainer.max_steps)
+
+
+def _write_report(path: Path, manifest: dict[str, Any]) -> None:
+    (path / "report.md").write_text(render_markdown(manifest), encoding="utf-8")
+    (path / "report.html").write_text(render_html(manifest), encoding="utf-8")
+
+
+def _alone(function: Callable[[], T]) -> T:
+    """A single process agrees with itself."""
+    return function()
+
+
+def _explained(error: Exception) -> str:
+    return str(error) if isinstance(error, CkmergeError) else f"{type(error).__name__}: {error}"

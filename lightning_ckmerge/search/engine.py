@@ -1,0 +1,235 @@
+"""Anchors, then the sampler's trials, then the winner's confirmation. No Trainer and no tensor in sight.
+
+Letters: K snapshots, oldest first; the last is the latest weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, TypeVar
+
+from lightning_ckmerge.config import Constraint, Mode
+from lightning_ckmerge.core.outcome import Candidate, Score, Trial
+from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.core.spaces import Space
+from lightning_ckmerge.errors import MonitorError, SearchError
+from lightning_ckmerge.search.anchors import make_anchors
+from lightning_ckmerge.search.budget import Budget
+from lightning_ckmerge.search.racing import Race
+from lightning_ckmerge.search.study import SearchStudy
+
+T = TypeVar("T")
+Half = Literal["search", "confirm"]
+KeepGoing = Callable[[Sequence[float], Sequence[float]], bool]
+
+
+class Evaluate(Protocol):
+    """Scores coefficients on one half of the batches; the same batches and random numbers every time."""
+
+    def __call__(self, c_K: Sequence[float], half: Half, keep_going: KeepGoing | None = None) -> Score:
+        """Return the score.
+
+        Args:
+            c_K: K coefficients.
+            half: Which batches.
+            keep_going: Asked after each batch, with values and sizes so far, where the metric is a mean over batches;
+                ``False`` ends the evaluation.
+        """
+
+    def num_batches(self, half: Half) -> int:
+        """Return how many batches one evaluation takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What to search.
+
+    Args:
+        segments_K: K segments, oldest first; the last is the latest weights.
+        previous: Coordinates of the previous search's optimum.
+        n_trials: The sampler's proposals.
+        staged: Whether to drop losers early.
+    """
+
+    mode: Mode
+    space: Space
+    segments_K: tuple[Segment, ...]
+    n_trials: int
+    staged: bool = True
+    constraints: tuple[Constraint, ...] = ()
+    previous: Mapping[str, float] | None = None
+
+    @property
+    def sign(self) -> int:
+        """1 if lower values are better, -1 if higher ones are."""
+        return 1 if self.mode == "min" else -1
+
+
+@dataclass
+class Search:
+    """One search. ``run`` it, then read the fields.
+
+    Args:
+        problem: What to search.
+        evaluate: Scores coefficients.
+        open_study: Makes the study, on rank 0, once the latest weights' score is known.
+        budget: What it may spend.
+        agree: Runs a function on rank 0 and returns its result on every rank.
+        on_scored: Told of each scored trial and of how many are expected in all.
+    """
+
+    problem: Problem
+    evaluate: Evaluate
+    open_study: Callable[[Score], SearchStudy]
+    budget: Budget
+    agree: Callable[[Callable[[], T]], T]
+    on_scored: Callable[[Trial, int], None] = lambda trial, total: None
+    anchors: list[Trial] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("anchors", "trials", "confirm"), 0.0))
+    stopped_early: str | None = None
+    _study: SearchStudy | None = None
+    _total: int = 0
+
+    def run(self) -> None:
+        """Score the anchors, then the sampler's trials, until they are done or the budget is spent."""
+        problem = self.problem
+        anchors = make_anchors(problem.segments_K, problem.space, problem.previous)
+        self._total = len(anchors) + problem.n_trials
+        self.anchors.append(self._score(anchors[0], "anchors"))
+        if not math.isfinite(self.latest.search.value):
+            raise SearchError(
+                f"the monitored metric must be finite for the latest weights, got {self.latest.search.value}. "
+                "Look at the training run first: there is nothing to merge."
+            )
+        self.agree(self._open)
+        for anchor in anchors[1:]:
+            if self._must_stop():
+                return
+            self.anchors.append(self._score_anchor(anchor))
+        for i in range(problem.n_trials):
+            if self._must_stop():
+                return
+            self.trials.append(self._score_trial(f"trial-{i}"))
+
+    def confirm(self) -> None:
+        """Score the winner, the latest weights and the best anchor on the confirmation half."""
+        for trial in {id(t): t for t in (self.latest, self.best_anchor, self.winner)}.values():
+            start = time.monotonic()
+            score = self.evaluate(trial.candidate.coefficients_K, "confirm")
+            self.seconds["confirm"] += time.monotonic() - start
+            self._replace(trial, replace(trial, confirm=score))
+
+    @property
+    def latest(self) -> Trial:
+        """The latest weights."""
+        return self.anchors[0]
+
+    @property
+    def best_anchor(self) -> Trial:
+        """The best anchor on the search half."""
+        return self._best(self.anchors)
+
+    @property
+    def winner(self) -> Trial:
+        """The best of all on the search half."""
+        return self._best([*self.anchors, *self.trials])
+
+    @property
+    def num_batches(self) -> int:
+        """Batch evaluations spent."""
+        scores = [s for t in (*self.anchors, *self.trials) for s in (t.search, t.confirm) if s is not None]
+        return sum(s.num_batches for s in scores)
+
+    @property
+    def num_batches_saved(self) -> int:
+        """Batch evaluations that dropping losers early avoided."""
+        full = self.evaluate.num_batches("search")
+        dropped = [t.search for t in (*self.anchors, *self.trials) if not t.search.complete]
+        return sum(full - s.num_batches for s in dropped)
+
+    def _best(self, trials: Sequence[Trial]) -> Trial:
+        """The first of the best, so that the latest weights win a draw."""
+        eligible = [t for t in trials if t.feasible and t.search.complete and math.isfinite(t.search.value)]
+        return min(eligible, key=lambda t: self.problem.sign * t.search.value)
+
+    def _must_stop(self) -> bool:
+        reason = self.agree(lambda: self.budget.stop_reason(self.evaluate.num_batches("search")))
+        if reason is not None:
+            self.stopped_early = f"after {len(self.anchors)} anchors and {len(self.trials)} trials: {reason}"
+        return reason is not None
+
+    def _open(self) -> None:
+        self._study = self.open_study(self.latest.search)
+        self._begin(self.latest.candidate)
+        self._tell(self.latest)
+
+    def _score_anchor(self, anchor: Candidate) -> Trial:
+        known = self.agree(lambda: self._begin(anchor))
+        return self._score(anchor, "anchors", known)
+
+    def _score_trial(self, name: str) -> Trial:
+        start = time.monotonic()
+        z_D, known = self.agree(lambda: self._opened.begin(name))
+        self.seconds["trials"] += time.monotonic() - start
+        c_K = self.problem.space.coefficients(z_D, self.problem.segments_K)
+        return self._score(Candidate(name=name, coefficients_K=c_K, coordinates=z_D), "trials", known)
+
+    def _begin(self, anchor: Candidate) -> Score | None:
+        return self._opened.begin(anchor.name, anchor.coordinates)[1] if anchor.coordinates is not None else None
+
+    def _tell(self, trial: Trial) -> None:
+        if trial.candidate.coordinates is not None:
+            self._opened.tell(trial.candidate.name, trial.search, self._violations(trial.search))
+
+    @property
+    def _opened(self) -> SearchStudy:
+        assert self._study is not None
+        return self._study
+
+    def _score(self, candidate: Candidate, phase: str, known: Score | None = None) -> Trial:
+        """Score a candidate, unless an interrupted run of this search has done so, and tell the study."""
+        score = known or self._evaluate(candidate, phase)
+        feasible = all(v <= 0 for v in self._violations(score).values())
+        trial = Trial(candidate=candidate, search=score, feasible=feasible)
+        if self.anchors and known is None:
+            self.agree(lambda: self._tell(trial))
+        self.on_scored(trial, self._total)
+        return trial
+
+    def _evaluate(self, candidate: Candidate, phase: str) -> Score:
+        race = self._race()
+        start = time.monotonic()
+        score = self.evaluate(candidate.coefficients_K, "search", race.keep_going if race else None)
+        elapsed = time.monotonic() - start
+        self.seconds[phase] += elapsed
+        self.budget.spent(elapsed, score.num_batches)
+        return race.estimate(score) if race is not None and not score.complete else score
+
+    def _race(self) -> Race | None:
+        if not self.problem.staged or not self.anchors or self.winner.search.values_B is None:
+            return None
+        return Race(self.winner.search, self.problem.sign)
+
+    def _violations(self, score: Score) -> dict[str, float]:
+        """By how much each constraint is broken, against the latest weights; nothing for the latest weights."""
+        if not self.anchors:
+            return {}
+        before, after = self.latest.search.metrics, score.metrics
+        for c in self.problem.constraints:
+            if c.monitor not in before:
+                raise MonitorError(
+                    f"`search.constraints` must name metrics that validation logs, got {c.monitor!r}. "
+                    f"Logged are: {', '.join(sorted(before))}."
+                )
+        return {
+            c.monitor: (1 if c.mode == "min" else -1) * (after[c.monitor] - before[c.monitor]) - c.allowance
+            for c in self.problem.constraints
+        }
+
+    def _replace(self, old: Trial, new: Trial) -> None:
+        for trials in (self.anchors, self.trials):
+            trials[:] = [new if t is old else t for t in trials]

@@ -1,0 +1,160 @@
+"""One search as an Optuna study: asked, told, and continued after an interruption.
+
+Each search is a study of its own (the weights have moved on since the last one, and so have all values); the studies of
+a run share one storage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import optuna
+import torch
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, GPSampler
+from optuna.storages import BaseStorage, JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from lightning_ckmerge.config import Mode
+from lightning_ckmerge.core.outcome import Score
+from lightning_ckmerge.core.spaces import Interval
+
+# Anchors in the space count as start-up trials, so a plain `decay` search draws one random point.
+NUM_STARTUP_TRIALS = 4
+
+
+class SearchStudy:
+    """The trials of one search in an Optuna storage.
+
+    Args:
+        storage: Path of a journal file, which is created, or any Optuna storage URL.
+        name: Name of the study; taken again only if ``fingerprint`` is that of the stored one, else ``name-v1``, ...
+        sampler: Proposes coordinates; copied, so that it starts each search alike.
+        intervals: The D coordinates and their ranges.
+        mode: Whether lower or higher values are better.
+        fingerprint: Identifies weights, data and settings. Equal ones mean that an interrupted search goes on.
+    """
+
+    def __init__(
+        self,
+        storage: Path | str,
+        name: str,
+        *,
+        sampler: BaseSampler,
+        intervals: Mapping[str, Interval],
+        mode: Mode,
+        fingerprint: str,
+    ) -> None:
+        self._distributions = {n: _distribution(i) for n, i in intervals.items()}
+        self._pending: dict[str, optuna.Trial] = {}
+        direction = StudyDirection.MINIMIZE if mode == "min" else StudyDirection.MAXIMIZE
+        with _quiet():
+            backend = _open_storage(storage)
+            taken = {s.study_name: s for s in optuna.get_all_study_summaries(backend)}
+            versions = (name if v == 0 else f"{name}-v{v}" for v in range(len(taken) + 1))
+            free = next(n for n in versions if n not in taken or taken[n].user_attrs.get("fingerprint") == fingerprint)
+            self._study = optuna.create_study(
+                storage=backend,
+                study_name=free,
+                direction=direction,
+                # Without a sampler Optuna would take up a stored study with TPE, whatever it was begun with.
+                sampler=copy.deepcopy(sampler),
+                load_if_exists=True,
+            )
+            self._study.set_user_attr("fingerprint", fingerprint)
+            # A trial that was under way when the process died would count as pending for ever.
+            for trial in self._study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
+                self._study.tell(trial.number, state=TrialState.FAIL)
+
+    @property
+    def name(self) -> str:
+        """The study's name in its storage."""
+        return self._study.study_name
+
+    def begin(self, name: str, fixed: Mapping[str, float] | None = None) -> tuple[dict[str, float], Score | None]:
+        """Return the next candidate's coordinates, and its score if an interrupted run of this search has scored it.
+
+        Args:
+            name: The candidate's name, unique in the search.
+            fixed: An anchor's coordinates; ``None``: the sampler proposes.
+        """
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            if trial.user_attrs.get("name") == name:
+                return dict(trial.params), _score_from(trial.user_attrs["score"])
+        # Validation hooks run without gradients, but a GP is fitted with them.
+        with _quiet(), torch.inference_mode(False), torch.enable_grad():
+            if fixed is not None:
+                self._study.enqueue_trial(dict(fixed))
+            asked = self._study.ask(self._distributions)
+        asked.set_user_attr("name", name)
+        self._pending[name] = asked
+        return dict(asked.params), None
+
+    def tell(self, name: str, score: Score, violations: Mapping[str, float]) -> None:
+        """Report what was asked.
+
+        Args:
+            name: As given to ``begin``.
+            score: Its score; a value that is not finite makes the trial a failed one.
+            violations: Constraint name -> by how much it is broken; 0 or less if it holds.
+        """
+        trial = self._pending.pop(name, None)
+        if trial is None:  # it was told before the interruption
+            return
+        for key, violation in violations.items():
+            trial.set_constraint(key, violation)
+        trial.set_user_attr("score", asdict(score))
+        with _quiet():
+            if math.isfinite(score.value):
+                self._study.tell(trial, score.value)
+            else:
+                self._study.tell(trial, state=TrialState.FAIL)
+
+
+def make_sampler(sampler: BaseSampler | None, seed: int) -> BaseSampler:
+    """Return ``sampler``, or the default: a Gaussian process for an objective without noise."""
+    if sampler is not None:
+        return sampler
+    with warnings.catch_warnings():
+        # `deterministic_objective` is marked experimental. All candidates see the same batches, so it is true here.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return GPSampler(seed=seed, n_startup_trials=NUM_STARTUP_TRIALS, deterministic_objective=True)
+
+
+def _open_storage(storage: Path | str) -> BaseStorage:
+    if isinstance(storage, str):
+        return optuna.storages.get_storage(storage)
+    storage.parent.mkdir(parents=True, exist_ok=True)
+    # An open-based lock works on file systems without links.
+    lock = JournalFileOpenLock(str(storage))
+    return JournalStorage(JournalFileBackend(str(storage), lock_obj=lock))
+
+
+def _distribution(interval: Interval) -> BaseDistribution:
+    if interval.integer:
+        return IntDistribution(int(interval.low), int(interval.high), log=interval.log)
+    return FloatDistribution(interval.low, interval.high, log=interval.log)
+
+
+def _score_from(stored: Mapping[str, object]) -> Score:
+    """JSON has no tuples."""
+    return Score(**{k: tuple(v) if isinstance(v, Sequence) else v for k, v in stored.items()})  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Optuna logs every study and trial at INFO; a pretraining log wants one line a search."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)

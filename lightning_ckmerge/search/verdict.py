@@ -1,0 +1,105 @@
+"""The verdict: does the merge gain on data that the search did not see?
+
+Letters: B batches (or blocks of batches) of the confirmation half.
+"""
+
+from __future__ import annotations
+
+from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+from lightning_ckmerge.config import Mode
+from lightning_ckmerge.core.outcome import Score, Status, Trial, Verdict
+from lightning_ckmerge.search.racing import paired_difference
+
+# With fewer paired differences the t quantile alone (2.8 at 4 degrees of freedom) makes an interval worthless.
+MIN_CONFIRM_BATCHES = 5
+CONFIDENCE = 0.95
+
+
+def reach_verdict(
+    winner: Trial, latest: Trial, best_anchor: Trial, *, monitor: str, mode: Mode, warnings: tuple[str, ...] = ()
+) -> Verdict:
+    """Compare the winner with the latest weights and the best anchor, on the confirmation half.
+
+    Picking the best of many flatters it, so the search half, on which it was picked, has no say here.
+
+    Args:
+        winner: The best candidate on the search half.
+        latest: The latest weights.
+        best_anchor: The best anchor on the search half, the latest weights included.
+        monitor: The metric's name, for the sentence.
+        mode: Whether lower or higher values are better.
+        warnings: What else people should know.
+    """
+    sign = 1 if mode == "min" else -1
+    gain, interval = paired_gain(winner, latest, sign)
+    anchor_gain, anchor_interval = paired_gain(winner, best_anchor, sign)
+    status: Status = "rejected"
+    if interval is None and winner is not latest:
+        status = "unconfirmed"
+    elif interval is not None and interval[0] > 0:
+        status = "accepted"
+    return Verdict(
+        status=status,
+        gain=gain,
+        interval=interval,
+        best_anchor=best_anchor.candidate.name,
+        gain_over_best_anchor=anchor_gain,
+        interval_over_best_anchor=anchor_interval,
+        sentence=_sentence(status, monitor, gain, interval, winner, latest, best_anchor, anchor_gain),
+        warnings=warnings,
+    )
+
+
+def paired_gain(trial: Trial, other: Trial, sign: int) -> tuple[float, tuple[float, float] | None]:
+    """Return how much better ``trial`` is than ``other`` on the confirmation half, and the 95 % interval.
+
+    Without per-batch values, or with fewer than five batches, there is no interval.
+    """
+    if trial is other:
+        return 0.0, None
+    ours, theirs = trial.confirm or trial.search, other.confirm or other.search
+    if not _comparable(ours, theirs):
+        return sign * (theirs.value - ours.value), None
+    assert ours.values_B is not None
+    assert theirs.values_B is not None
+    assert theirs.sizes_B is not None
+    mean, standard_error = paired_difference(theirs.values_B, ours.values_B, theirs.sizes_B)
+    margin = float(stdtrit(len(ours.values_B) - 1, (1 + CONFIDENCE) / 2)) * standard_error
+    return sign * mean, (sign * mean - margin, sign * mean + margin)
+
+
+def _comparable(ours: Score, theirs: Score) -> bool:
+    if ours.values_B is None or theirs.values_B is None:
+        return False
+    return len(ours.values_B) == len(theirs.values_B) >= MIN_CONFIRM_BATCHES
+
+
+def _sentence(
+    status: Status,
+    monitor: str,
+    gain: float,
+    interval: tuple[float, float] | None,
+    winner: Trial,
+    latest: Trial,
+    best_anchor: Trial,
+    anchor_gain: float,
+) -> str:
+    if winner is latest:
+        return f"Merging does not help: no candidate beats the latest weights' {monitor} on the search half."
+    if interval is None:
+        return (
+            f"Unconfirmed: merging seems to gain {gain:.4g} {monitor} over the latest weights, but there are too few "
+            f"validation batches for an interval (at least {MIN_CONFIRM_BATCHES} in the confirmation half). Use more "
+            "or smaller batches."
+        )
+    bounds = f"95 % {interval[0]:.4g} to {interval[1]:.4g}"
+    if status == "rejected":
+        return (
+            f"Merging does not help: on unseen batches the best candidate changes {monitor} by {gain:.4g} for the "
+            f"better ({bounds}), which may be nothing."
+        )
+    gains = f"Merging gains {gain:.4g} {monitor} over the latest weights ({bounds})"
+    if winner is best_anchor:
+        return f"{gains}, by {winner.candidate.name}."
+    return f"{gains}, and {anchor_gain:.4g} over the best anchor, {best_anchor.candidate.name}."
