@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from lightning_ckmerge.artifact.manifest import build_manifest
+from lightning_ckmerge.core.outcome import Score
+from lightning_ckmerge.report.html import render_html
+from lightning_ckmerge.report.markdown import render_markdown
+from tests.artifact.outcomes import make_outcome
+
+HOSTILE = "</title><script>alert('x')</script>\"'{{ 7*7 }}&amp;|`[a](http://b.example)\n# heading"
+FILES = {"model.safetensors": {"bytes": 498_000_123, "sha256": "ef" * 32}}
+
+
+class Page(HTMLParser):
+    """The page's tags, attributes and visible text; a tag left open is an error."""
+
+    VOID = frozenset({"meta"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+        self.pieces: list[str] = []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.pieces.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.pieces).split())
+
+
+def manifest(**kwargs: Any) -> dict[str, Any]:
+    return {**build_manifest(make_outcome(**kwargs)), "files": FILES}
+
+
+@pytest.mark.parametrize("status", ["accepted", "rejected", "unconfirmed"])
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("winner_is_anchor", [False, True])
+def test_both_reports_give_the_same_figures(status: Any, mode: Any, winner_is_anchor: bool) -> None:
+    data = manifest(status=status, mode=mode, winner_is_anchor=winner_is_anchor, warnings=("Beware of the bound.",))
+    page = Page(render_html(data)).text
+    # Non-breaking spaces are spaces, and escapes are not read aloud.
+    markdown = " ".join(re.sub(r"\\(.)", r"\1", render_markdown(data)).split())
+    interval = "" if status == "unconfirmed" else " [+0.0410, +0.0590]"
+    for text in (
+        status.capitalize(),
+        data["verdict"]["sentence"],
+        "Beware of the bound.",
+        f"+0.0500{interval}",
+        data["verdict"]["winner"],
+        "ema-40",
+        "2.0000",
+        "897–960",
+        "ababababab",
+        "498.0 MB",
+        "11.3 s",
+        "2.1 %",
+        "8 trials",
+        "3 anchors",
+        data["software"]["torch"],
+        'load_merged("step=000001000", model)',
+    ):
+        assert text in page
+        assert text in markdown
+
+
+def test_the_verdict_comes_first_with_its_colour() -> None:
+    html = render_html(manifest(status="rejected"))
+    page = Page(html).text
+    assert page.index("The verdict on val_loss is: rejected.") < page.index("Candidates")
+    assert '<span class="badge rejected">Rejected</span>' in html
+
+
+def test_the_winner_leads_and_the_anchors_follow_from_best_to_worst() -> None:
+    rows = re.findall(r'class="name">([\w-]+) <span', render_html(manifest(mode="max")))
+    assert rows == ["trial-6", "uniform-4", "ema-40", "latest"]
+    rows = re.findall(r'class="name">([\w-]+) <span', render_html(manifest(winner_is_anchor=True)))
+    assert rows == ["uniform-4", "ema-40", "latest"]
+
+
+@pytest.mark.parametrize(("mode", "gain"), [("min", "+0.0380"), ("max", "+0.0380")])
+def test_a_gain_is_positive_when_better(mode: Any, gain: str) -> None:
+    row = next(line for line in render_markdown(manifest(mode=mode)).splitlines() if line.startswith("| uniform-4"))
+    assert row.endswith(f"| {gain} |")
+
+
+def test_the_page_asks_nothing_of_any_network() -> None:
+    page = Page(render_html(manifest(monitor=HOSTILE)))
+    assert not {"script", "link", "img", "iframe", "object", "base"} & {*page.tags}
+    assert not {"src", "href", "srcset", "action"} & {name for name, _ in page.attributes}
+    html = render_html(manifest())
+    assert "url(" not in html
+    assert "@import" not in html
+    assert "default-src 'none'" in html
+
+
+def test_hostile_names_are_shown_as_they_are() -> None:
+    """Metric and file names come from users' code, loader and sampler names from plugins."""
+    data = manifest(monitor=HOSTILE, warnings=(HOSTILE,))
+    data["space"] = HOSTILE
+    data["anchors"][1]["name"] = data["verdict"]["best_anchor"] = HOSTILE
+    data["files"] = {f"{HOSTILE}.bin": FILES["model.safetensors"]}
+    data["cost"]["stopped_early"] = HOSTILE
+    page = Page(render_html(data))
+    assert "script" not in page.tags
+    shown = " ".join(HOSTILE.split())
+    # Title bar aside: sentence, warning, fact, space, candidate, caption, level, file, cost.
+    assert page.text.count(shown) >= 9
+
+
+def test_hostile_names_break_no_markdown() -> None:
+    data = manifest(monitor=HOSTILE, warnings=(HOSTILE,))
+    data["anchors"][1]["name"] = data["verdict"]["best_anchor"] = HOSTILE
+    markdown = render_markdown(data)
+    prose = re.sub(r"```.*?```", "", markdown, flags=re.DOTALL)
+    assert not re.search(r"(?<!\\)<", prose)
+    assert not re.search(r"(?<!\\)\]\(", prose)
+    assert "\n# heading" not in prose
+    for block in prose.split("\n\n"):
+        if block.startswith("| "):
+            assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
+
+
+def test_a_record_offers_no_code_to_load_it() -> None:
+    data = {**manifest(status="rejected"), "files": {}}
+    for report in (render_html(data), render_markdown(data)):
+        assert "holds no weights" in report
+        assert "load_merged" not in report
+
+
+def test_a_manifest_without_files_can_be_shown() -> None:
+    """Extras render the report before the last file is known."""
+    data = build_manifest(make_outcome())
+    assert "holds no weights" in render_html(data)
+    assert "Files" not in Page(render_html(data)).text
+
+
+def test_missing_figures_are_dashes() -> None:
+    outcome = make_outcome(status="unconfirmed")
+    wild = replace(outcome.trials[0], search=Score(value=float("nan"), metrics={}))
+    trials = (wild, *outcome.trials[1:])
+    cost = replace(outcome.cost, share_of_training=None)
+    verdict = replace(outcome.verdict, gain=float("nan"))
+    data = build_manifest(replace(outcome, trials=trials, cost=cost, verdict=verdict))
+    assert "| Gain over latest | – |" in render_markdown(data)
+    assert "Share of training" not in render_markdown(data)
+    assert not re.search(r"\b(nan|inf|None)\b", Page(render_html(data)).text)
