@@ -142,14 +142,17 @@ def header(layout: TensorLayout) -> dict[str, Any]:
 
 
 def first_difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    """Name the first entry in which two headers differ, with what each says."""
-    name = next((n for n in (*expected, *found) if found.get(n) != expected.get(n)), "the order of the tensors")
-    return f"{name!r}: {describe(found.get(name))} instead of {describe(expected.get(name))}"
+    """Name the first tensor that two headers describe differently, with what each says."""
+    for name in (*expected, *found):
+        is_, should_be = describe(found.get(name)), describe(expected.get(name))
+        if is_ != should_be:
+            return f"{name!r}: {is_} instead of {should_be}"
+    return "the order of the tensors"
 
 
 def describe(entry: dict[str, Any] | None) -> str:
-    """Return an entry's dtype and shape."""
-    return f"{entry['dtype']} {entry['shape']}" if entry else "nothing"
+    """Return a header entry's dtype and shape."""
+    return f"{entry.get('dtype')} {entry.get('shape')}" if entry else "nothing"
 
 
 def temporary_path(path: Path) -> Path:

@@ -82,6 +82,9 @@ def update_means(means_N: Sequence[Tensor], weights_N: Sequence[Tensor], num_upd
         weights_N: N floating tensors of the same shapes, of any dtype.
         num_updates: Weight states averaged, these included; from 1 on. 1 overwrites.
     """
+    if not means_N:
+        # A rank may own no tensor; `_foreach_copy_` wants one.
+        return
     if num_updates == 1:
         torch._foreach_copy_(list(means_N), list(weights_N))
         return

@@ -26,7 +26,9 @@ def admit(ring: list[Segment], segment: Segment, capacity: int, layout: str) -> 
     ring = [*ring, segment]
     while action := decide(ring, capacity=capacity, layout=layout, finest=FINEST):
         i = action.index
-        ring[i : i + (1 if isinstance(action, Drop) else 2)] = [] if isinstance(action, Drop) else [pooled(*ring[i : i + 2])]
+        ring[i : i + (1 if isinstance(action, Drop) else 2)] = (
+            [] if isinstance(action, Drop) else [pooled(*ring[i : i + 2])]
+        )
     return ring
 
 
@@ -41,7 +43,9 @@ def rings(capacity: int, lengths_N: list[int], layout: str = "geometric") -> lis
 
 
 @given(capacities, lengths, st.sampled_from(["geometric", "uniform"]))
-def test_a_ring_is_never_over_capacity_and_has_no_gap_or_overlap(capacity: int, lengths_N: list[int], layout: str) -> None:
+def test_a_ring_is_never_over_capacity_and_has_no_gap_or_overlap(
+    capacity: int, lengths_N: list[int], layout: str
+) -> None:
     for ring in rings(capacity, lengths_N, layout):
         assert len(ring) <= capacity
         assert all(newer.first_step == older.last_step + 1 for older, newer in pairwise(ring))
