@@ -101,13 +101,13 @@ class Archive:
         self._saved_names = state.names
 
     def release(self) -> None:
-        """Delete what only an older state needed."""
+        """Delete what is retired and the last state does not need."""
         for name in self._retired - self._saved_names:
             self._delete(name)
         self._retired &= self._saved_names
 
     def reopen(self, state: BufferState, *, usable: bool) -> None:
-        """Take over the files of an earlier process, and delete those that its last state does not name.
+        """Take over the files of an earlier process. Those that its state does not name go with the next ``release``.
 
         Args:
             state: That state.
@@ -115,9 +115,7 @@ class Archive:
         """
         self.run_id = state.run_id
         found = self._storage.contents(state.run_id)
-        self._saved_names = state.names & found.keys()
-        for name in found.keys() - self._saved_names:
-            self._delete(name)
+        self._saved_names = state.names
         for entry in state.entries if usable else ():
             if found.get(entry.stored.name) == entry.stored.num_bytes:
                 self.entries.append(entry)
@@ -127,7 +125,7 @@ class Archive:
                     f"Resume with the same `dirpath`; until then, {lost(entry.segment)}."
                 )
         kept = {e.stored.name for e in self.entries} | ({state.file.name} if usable and state.file else set())
-        self._retired = set(self._saved_names - kept)
+        self._retired = found.keys() - kept
 
     def _pool(self, index: int) -> None:
         older, newer = self.entries[index : index + 2]

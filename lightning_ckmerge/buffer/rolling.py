@@ -94,6 +94,7 @@ class RollingBuffer:
         self._means: list[Tensor] = []
         self._open_file: Stored | None = None
         self._state_taken = False
+        self._state_loaded = False
 
     @property
     def num_bytes_in_memory(self) -> int:
@@ -121,10 +122,11 @@ class RollingBuffer:
             weights: The live tensors, in the order of the model's layout.
             step: Optimizer steps taken so far; above the last call's, by more than 1 where steps are not seen.
         """
-        if self._state_taken:
-            # Not in `state_dict`: the checkpoint that holds the new state was written after it returned.
+        if self._state_taken or self._state_loaded:
+            # Only now: the checkpoint of a state is written after `state_dict` returned, and a state that is loaded to
+            # look at a run, without going on from it, must leave the run's files alone.
             self._archive.release()
-            self._state_taken = False
+            self._state_taken = self._state_loaded = False
         if self._progress.first_step is None:
             self._progress = Progress.after(step - 1)
         progress = self._progress
@@ -184,7 +186,8 @@ class RollingBuffer:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state, in a buffer that has not been updated yet. ``take_warnings`` says what was lost.
 
-        Files of the same run that the state does not name are deleted: a crash left them, or steps that are now undone.
+        Files of the same run that the state does not name are deleted by the first update: a crash left them, or steps
+        that are undone by then.
 
         Raises:
             SnapshotError: This is not the state of a buffer.
@@ -201,11 +204,12 @@ class RollingBuffer:
             self.segment_steps = max(self.segment_steps, state.segment_steps)
         self._archive.reopen(state, usable=usable)
         self._resume_mean(state.progress, state.file if usable else None)
+        self._state_loaded = True
 
     def close(self) -> None:
         """Finish writing and end the thread. Snapshots on disk stay."""
         self._writer.close()
-        if self._state_taken:
+        if self._state_taken and not self._state_loaded:
             self._archive.release()
             self._state_taken = False
 

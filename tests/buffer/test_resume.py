@@ -142,6 +142,22 @@ def test_two_checkpoints_of_one_step_share_the_file_in_progress(tmp_path: Path) 
     buffer.close()
 
 
+def test_looking_at_a_run_leaves_its_files_alone(tmp_path: Path) -> None:
+    """``Trainer.test(ckpt_path=...)`` loads the state of an old step, too; what came after must stay."""
+    run = Run()
+    before = run.buffer(DiskStorage(tmp_path))
+    run.train(before, range(1, 14))
+    state = before.state_dict()
+    run.train(before, range(14, 60))
+    before.state_dict()
+    before.close()
+    left = files(tmp_path)
+    looking = run.buffer(DiskStorage(tmp_path))
+    looking.load_state_dict(state)
+    looking.close()
+    assert files(tmp_path) == left
+
+
 def test_loading_removes_only_what_a_crash_of_this_run_left(tmp_path: Path) -> None:
     run = Run()
     before = run.buffer(DiskStorage(tmp_path))
@@ -162,8 +178,10 @@ def test_loading_removes_only_what_a_crash_of_this_run_left(tmp_path: Path) -> N
         (tmp_path / name).write_bytes(b"x")
     after = run.buffer(DiskStorage(tmp_path))
     after.load_state_dict(state)
+    assert files(tmp_path) == named | foreign | left
+    run.train(after, range(14, 15))
     assert files(tmp_path) == named | foreign
-    run.train(after, range(14, 200))
+    run.train(after, range(15, 200))
     after.close()
     assert foreign < files(tmp_path)
 
