@@ -6,6 +6,7 @@ CkmergeError
 ├── MonitorError       ``monitor`` is not among the metrics that validation logs
 ├── SnapshotError      a snapshot is missing, damaged, or does not fit the model
 ├── SearchError        a search could not be carried out
+├── PeerError          another rank failed, and this one gives up with it
 └── ArtifactError      an artifact is missing, damaged, or could not be written
 """
 
@@ -35,6 +36,10 @@ class SnapshotError(CkmergeError):
 
 class SearchError(CkmergeError):
     """A search could not be carried out."""
+
+
+class PeerError(CkmergeError):
+    """Another rank failed, and this one gives up with it."""
 
 
 class ArtifactError(CkmergeError):

@@ -22,6 +22,7 @@ from lightning_ckmerge.config import parse_size
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.core.spaces import make_space
+from lightning_ckmerge.distributed.comm import connect
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import CkmergeError, ConfigError
 from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
@@ -60,7 +61,8 @@ class MergeRun:
         self._trainer = trainer
         self._module: LightningModule = trainer.lightning_module
         self._space = make_space(callback.search.space)
-        self._ownership = Ownership(self._module)
+        self._comm = connect()
+        self._ownership = Ownership(self._module, self._comm)
         self._layout = TensorLayout(self._ownership.owned())
         self._own_loaders: Any = None
         self._previous: dict[str, float] | None = None

@@ -1,0 +1,103 @@
+"""How ranks talk, so that a fault on one becomes the same decision on all.
+
+All talk between two collectives of tensors goes through ``exchange``, and each message says whether its sender is well.
+A rank that fails sends its error as its next message and leaves; its peers find it in theirs and leave too, all at the
+same message. So no rank waits for one that is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch.distributed as dist
+
+from lightning_ckmerge.errors import PeerError
+
+T = TypeVar("T")
+
+
+class Comm(Protocol):
+    """The ranks of a run, as far as plain Python values are concerned."""
+
+    rank: int
+    world_size: int
+
+    def exchange(self, value: T) -> list[T]:
+        """Return every rank's value, by rank. Raises ``PeerError`` if one of them has failed."""
+
+    def give_up(self, error: BaseException) -> None:
+        """Tell the others, in place of the next ``exchange``, that this rank has failed."""
+
+    def close(self) -> None:
+        """End the conversation."""
+
+
+def connect() -> Comm:
+    """Return the ranks of the default process group, or a process alone. A collective."""
+    return Ranks() if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else Alone()
+
+
+def on_rank_zero(comm: Comm, function: Callable[[], T]) -> T:
+    """Call ``function`` on rank 0, and return its result on every rank."""
+    return comm.exchange(function() if comm.rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+class Alone:
+    """A single process agrees with itself."""
+
+    rank = 0
+    world_size = 1
+
+    def exchange(self, value: T) -> list[T]:
+        """Return ``[value]``."""
+        return [value]
+
+    def give_up(self, error: BaseException) -> None:
+        """Nobody waits."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+
+class Ranks:
+    """All ranks of the default process group.
+
+    Messages go over a gloo group of their own where there is one, so that they need no accelerator and cannot be taken
+    for the run's own collectives. Building it is a collective: all ranks do it in the same order.
+    """
+
+    def __init__(self) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._group = dist.new_group(backend="gloo") if dist.is_gloo_available() else None
+
+    def exchange(self, value: T) -> list[T]:
+        """Return every rank's value, by rank. Values are pickled between the ranks of one run."""
+        messages = self._gather(_Message(value=value))
+        for rank, message in enumerate(messages):
+            if message.error is not None:
+                raise PeerError(f"rank {rank} failed: {message.error}")
+        return [message.value for message in messages]
+
+    def give_up(self, error: BaseException) -> None:
+        """Send the error in place of the next value."""
+        self._gather(_Message(error=f"{type(error).__name__}: {error}"))
+
+    def close(self) -> None:
+        """Give the group back."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _gather(self, message: _Message) -> list[_Message]:
+        messages: list[Any] = [None] * self.world_size
+        dist.all_gather_object(messages, message, group=self._group)
+        return messages
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Message:
+    value: Any = None
+    error: str | None = None
