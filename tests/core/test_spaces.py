@@ -1,0 +1,174 @@
+"""Spaces: what holds for every point of each, and the shapes that they promise.
+
+Letters: K snapshots, oldest first; T steps.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.core.spaces import Decay, Pairwise, Space, Window, exponential_kernel, make_space, near
+from lightning_ckmerge.errors import ConfigError
+from tests.core.runs import coordinates, means, runs, with_latest
+
+SPACES = [Decay(), Decay(ratio=None, max_extrapolation=4.0), Decay(max_extrapolation=0), Pairwise(), Window()]
+spaces = pytest.mark.parametrize("space", SPACES, ids=lambda s: f"{type(s).__name__}-{vars(s)}")
+taus = st.floats(1e-3, 1e12)
+
+
+@spaces
+@given(data=st.data())
+def test_coefficients_sum_to_one_at_every_point(space: Space, data: st.DataObject) -> None:
+    segments_K = data.draw(runs())
+    c_K = space.coefficients(data.draw(coordinates(space, segments_K)), segments_K)
+    assert len(c_K) == len(segments_K)
+    assert math.fsum(c_K) == pytest.approx(1, rel=0, abs=1e-12)
+
+
+@spaces
+@given(segments_K=runs())
+@example(segments_K=with_latest(means([1])))
+@example(segments_K=with_latest(means([10**12])))
+def test_ranges_are_valid_for_any_segments(space: Space, segments_K: tuple[Segment, ...]) -> None:
+    for interval in space.coordinates(segments_K).values():
+        assert -math.inf < interval.low <= interval.high < math.inf
+        assert interval.low > 0 or not interval.log
+        assert not interval.integer or {interval.low % 1, interval.high % 1} == {0}
+
+
+@given(segments_K=runs(max_length=50), tau=st.floats(1e-3, 1e6), seed=st.integers(0, 99))
+def test_decay_is_the_ema_of_every_step_that_the_segments_average(
+    segments_K: tuple[Segment, ...], tau: float, seed: int
+) -> None:
+    """A pooled segment counts as each of its steps having its mean; segments of one step are the steps themselves."""
+    counted_K = [s for s in segments_K if s.num_steps]
+    means_K = [random.Random(seed + i).gauss(0, 1) for i in range(len(counted_K))]
+    decay, ema, correction = math.exp(-1 / tau), 0.0, 0.0
+    for mean, segment in zip(means_K, counted_K, strict=True):
+        for _ in range(segment.num_steps):
+            ema, correction = decay * ema + (1 - decay) * mean, decay * correction + (1 - decay)
+    c_K = Decay().coefficients({"tau": tau, "beta": 0.0}, segments_K)
+    merged = math.fsum(c * m for c, m in zip(c_K, means_K, strict=False))
+    # Corrected for its start, as in Adam.
+    assert merged == pytest.approx(ema / correction, rel=1e-6, abs=1e-6)
+
+
+@given(segments_K=runs())
+def test_a_long_decay_is_the_uniform_mean_over_steps(segments_K: tuple[Segment, ...]) -> None:
+    total = sum(s.num_steps for s in segments_K)
+    uniform_K = [s.num_steps / total for s in segments_K]
+    assert exponential_kernel(segments_K, math.inf) == pytest.approx(uniform_K)
+    assert exponential_kernel(segments_K, 1e9 * total) == pytest.approx(uniform_K, rel=1e-6, abs=1e-12)
+
+
+@given(segments_K=runs())
+def test_a_short_decay_is_the_newest_counted_snapshot(segments_K: tuple[Segment, ...]) -> None:
+    newest = max(i for i, s in enumerate(segments_K) if s.num_steps)
+    assert exponential_kernel(segments_K, 1e-3)[newest] == pytest.approx(1)
+
+
+@given(parts=st.lists(st.integers(1, 1000), min_size=2, max_size=8), older=st.integers(1, 1000), tau=taus)
+def test_a_pooled_segment_weighs_as_much_as_its_parts(parts: list[int], older: int, tau: float) -> None:
+    apart = exponential_kernel(with_latest(means([older, *parts, 3])), tau)
+    pooled = exponential_kernel(with_latest(means([older, sum(parts), 3])), tau)
+    assert pooled[1] == pytest.approx(sum(apart[1:-2]), rel=1e-9)
+    assert pooled[2] == pytest.approx(apart[-2], rel=1e-9)
+
+
+@given(segments_K=runs(), tau=taus, beta=st.floats(0, 4))
+def test_extrapolation_steps_away_from_the_long_mean(segments_K: tuple[Segment, ...], tau: float, beta: float) -> None:
+    c_K = Decay(ratio=4.0).coefficients({"tau": tau, "beta": beta}, segments_K)
+    short_K, long_K = exponential_kernel(segments_K, tau), exponential_kernel(segments_K, 4 * tau)
+    expected = [s + beta * (s - l) for s, l in zip(short_K, long_K, strict=True)]
+    assert c_K == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    freed = Decay(ratio=None).coefficients({"tau": tau, "beta": beta, "ratio": 4.0}, segments_K)
+    assert freed == c_K
+
+
+def test_the_coordinates_of_decay() -> None:
+    segments_K = with_latest(means([400, 200, 100]))
+    assert Decay().coordinates(segments_K).keys() == {"tau", "beta"}
+    assert Decay(ratio=None).coordinates(segments_K).keys() == {"tau", "beta", "ratio"}
+    assert Decay(max_extrapolation=0, ratio=None).coordinates(segments_K).keys() == {"tau"}
+    tau = Decay().coordinates(segments_K)["tau"]
+    assert (tau.low, tau.high, tau.log) == (50, 1400, True)
+
+
+@given(segments_K=runs(), alpha=st.floats(0, 0.99))
+def test_the_pairs_end_points_come_first_and_are_the_two_newest(segments_K: tuple[Segment, ...], alpha: float) -> None:
+    space = Pairwise(alpha=alpha)
+    low, high = (space.coefficients(z_D, segments_K) for z_D in space.initial(segments_K))
+    assert low[-2:] == (1 - alpha, alpha)
+    assert high[-2:] == (0, 1)
+    assert not any(low[:-2] + high[:-2])
+    interval = space.coordinates(segments_K)["lam"]
+    assert (interval.low, interval.high) == (alpha, 1)
+
+
+@given(segments_K=runs(max_length=1000), k=st.integers(1, 17))
+def test_a_window_without_tilt_is_the_mean_over_its_steps(segments_K: tuple[Segment, ...], k: int) -> None:
+    window = [s for s in segments_K if s.num_steps][-k:]
+    total = sum(s.num_steps for s in window)
+    expected = [s.num_steps / total if s in window else 0 for s in segments_K]
+    assert Window().coefficients({"k": k, "tilt": 0.0}, segments_K) == pytest.approx(expected)
+
+
+@given(tilt=st.floats(0.01, 3))
+def test_tilt_leans_towards_new_snapshots(tilt: float) -> None:
+    segments_K = with_latest(means([10] * 4))
+    c_K = Window().coefficients({"k": 4, "tilt": tilt}, segments_K)[:-1]
+    assert list(c_K) == sorted(c_K)
+    assert c_K[-1] / c_K[0] == pytest.approx(math.exp(2 * tilt))
+    assert Window().coefficients({"k": 4, "tilt": -tilt}, segments_K)[:-1] == pytest.approx(c_K[::-1])
+
+
+def test_an_optimum_on_a_bound_is_reported() -> None:
+    segments_K = with_latest(means([100] * 9))
+    tau = Decay().coordinates(segments_K)["tau"]
+    inside = {"tau": 100.0, "beta": 1.0}
+    assert Decay().warnings(inside, segments_K) == []
+    assert "buffer.capacity" in Decay().warnings({**inside, "tau": tau.high}, segments_K)[0]
+    assert "beta" in Decay().warnings({**inside, "beta": 2.0}, segments_K)[0]
+    # No extrapolation and the shortest of means are answers, not limits.
+    assert Decay().warnings({"tau": tau.low, "beta": 0.0}, segments_K) == []
+    assert Pairwise().warnings({"lam": 0.5}, segments_K) == []
+    assert "latest weights" in Pairwise().warnings({"lam": 1.0}, segments_K)[0]
+    assert "0.87" in Pairwise(alpha=0.87).warnings({"lam": 0.87}, segments_K)[0]
+    assert Window().warnings({"k": 9, "tilt": 3.0}, segments_K) == []
+
+
+def test_nearness_is_measured_on_the_intervals_own_scale() -> None:
+    tau = Decay().coordinates(with_latest(means([10, 5000])))["tau"]
+    assert near(0.99 * tau.high, tau.high, tau)
+    assert near(1.01 * tau.low, tau.low, tau)
+    assert not near(0.98 * tau.high, tau.high, tau)
+    lam = Pairwise().coordinates(with_latest(means([10])))["lam"]
+    assert near(0.995, 1.0, lam)
+    assert not near(0.98, 1.0, lam)
+
+
+def test_a_space_has_a_name_or_is_an_object() -> None:
+    assert [type(make_space(n)) for n in ("decay", "pairwise", "window")] == [Decay, Pairwise, Window]
+    space = Decay(ratio=2.0)
+    assert make_space(space) is space
+
+
+@pytest.mark.parametrize(
+    ("make", "rule", "value"),
+    [
+        (lambda: Decay(ratio=1.0), "`ratio > 1`", "1.0"),
+        (lambda: Decay(max_extrapolation=-0.5), "`max_extrapolation >= 0`", "-0.5"),
+        (lambda: Pairwise(alpha=1.0), "`0 <= alpha < 1`", "1.0"),
+        (lambda: Pairwise(alpha=-0.1), "`0 <= alpha < 1`", "-0.1"),
+        (lambda: Window(max_tilt=0.0), "`max_tilt > 0`", "0.0"),
+    ],
+)
+def test_a_space_out_of_range_is_refused(make: type[Space], rule: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{rule}.* got {value}\. \S"):
+        make()
