@@ -123,7 +123,8 @@ class EvaluationConfig:
             validation loaders.
         confirm_fraction: Share of the batches kept from the search, for the verdict; in (0, 1).
         recalibrate_batches: Batches of training data that re-estimate BatchNorm statistics of a candidate; 0: none.
-        staged: Drop losing candidates early, by paired per-batch differences, where the metric is a batch mean.
+        staged: Drop losing candidates early, by paired per-batch differences, where the metric is a batch mean and no
+            constraint needs all batches.
     """
 
     limit_batches: int | float | None = None

@@ -51,7 +51,7 @@ class Problem:
         segments_K: K segments, oldest first; the last is the latest weights.
         previous: Coordinates of the previous search's optimum.
         n_trials: The sampler's proposals.
-        staged: Whether to drop losers early.
+        staged: Whether to drop losers early, where no constraint needs all batches.
     """
 
     mode: Mode
@@ -210,7 +210,11 @@ class Search:
         return race.estimate(score) if race is not None and not score.complete else score
 
     def _race(self) -> Race | None:
-        if not self.problem.staged or not self.anchors or self.winner.search.values_B is None:
+        # A constraint is compared with the latest weights' value over all batches; those that a dropped candidate did
+        # not see may be all that a metric is logged on.
+        if not self.problem.staged or self.problem.constraints:
+            return None
+        if not self.anchors or self.winner.search.values_B is None:
             return None
         return Race(self.winner.search, self.problem.sign)
 

@@ -103,20 +103,22 @@ class SearchStudy:
 
         Args:
             name: As given to ``begin``.
-            score: Its score; a value that is not finite makes the trial a failed one.
+            score: Its score.
             violations: Constraint name -> by how much it is broken; 0 or less if it holds.
+
+        A value or violation that is not finite makes the trial a failed one: Optuna takes neither.
         """
         trial = self._pending.pop(name, None)
         if trial is None:  # it was told before the interruption
             return
-        for key, violation in violations.items():
-            trial.set_constraint(key, violation)
         trial.set_user_attr("score", asdict(score))
         with _quiet():
-            if math.isfinite(score.value):
-                self._study.tell(trial, score.value)
-            else:
+            if not all(map(math.isfinite, (score.value, *violations.values()))):
                 self._study.tell(trial, state=TrialState.FAIL)
+                return
+            for key, violation in violations.items():
+                trial.set_constraint(key, violation)
+            self._study.tell(trial, score.value)
 
 
 def make_sampler(sampler: BaseSampler | None, seed: int) -> BaseSampler:

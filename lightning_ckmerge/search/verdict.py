@@ -54,11 +54,14 @@ def reach_verdict(
 def paired_gain(trial: Trial, other: Trial, sign: int) -> tuple[float, tuple[float, float] | None]:
     """Return how much better ``trial`` is than ``other`` on the confirmation half, and the 95 % interval.
 
-    Without per-batch values, or with fewer than five batches, there is no interval.
+    Without per-batch values, or with fewer than five batches, there is no interval. Without a confirmation half the
+    gain is the search half's.
     """
     if trial is other:
         return 0.0, None
-    ours, theirs = trial.confirm or trial.search, other.confirm or other.search
+    if trial.confirm is None or other.confirm is None:
+        return sign * (other.search.value - trial.search.value), None
+    ours, theirs = trial.confirm, other.confirm
     if not _comparable(ours, theirs):
         return sign * (theirs.value - ours.value), None
     assert ours.values_B is not None
