@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.config import Mode, SearchConfig
-from lightning_ckmerge.core.layout import Flats, TensorLayout
+from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.core.outcome import Cost, EvaluationRecord, Score, SearchOutcome, SnapshotRecord, Trial
 from lightning_ckmerge.core.segments import Segment
@@ -49,19 +49,24 @@ class Merger:
         layout: The model's layout, which every snapshot shares.
         targets: N live tensors, in the layout's order.
         snapshots: What the buffer holds.
-        latest: The live weights as they were when the search began.
+        latest: N tensors: the live weights as they were when the search began.
         step: Optimizer steps taken so far.
     """
 
     def __init__(
-        self, layout: TensorLayout, targets: Sequence[Tensor], snapshots: Sequence[Snapshot], latest: Flats, step: int
+        self,
+        layout: TensorLayout,
+        targets: Sequence[Tensor],
+        snapshots: Sequence[Snapshot],
+        latest: Sequence[Tensor],
+        step: int,
     ) -> None:
         # A point taken at this very step is the latest weights.
         snapshots = [s for s in snapshots if s.segment.kind == "mean" or s.segment.last_step < step]
         first = min(step, snapshots[-1].segment.last_step + 1 if snapshots else 1)
         covered = bool(snapshots) and snapshots[-1].segment.last_step >= step
         own = Segment(kind="point", first_step=first, last_step=step, covered=covered)
-        self.snapshots_K = [*snapshots, Snapshot(segment=own, sha256=None, tensors=layout.views(latest))]
+        self.snapshots_K = [*snapshots, Snapshot(segment=own, sha256=None, tensors=list(latest))]
         self._slots = layout.slots
         self._targets = targets
 

@@ -130,7 +130,8 @@ class CheckpointMergeCallback(Callback):
         if stage != "fit":
             return
         check_supported(trainer)
-        dirpath = _resolve_dirpath(trainer, self.dirpath)
+        # Loggers of several ranks may count several versions.
+        dirpath = trainer.strategy.broadcast(_resolve_dirpath(trainer, self.dirpath))
         callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009 - set where mypy cannot see it
         others = [c for c in callbacks if isinstance(c, CheckpointMergeCallback) and c is not self]
         if any(other._resolved_dirpath == dirpath for other in others):
@@ -177,7 +178,8 @@ class CheckpointMergeCallback(Callback):
         """Search one last time after Ctrl-C, which Lightning handles; let anything else through."""
         if self._run is None:
             return
-        if isinstance(exception, KeyboardInterrupt):
+        # Several ranks are interrupted at several places, some of them inside a collective.
+        if isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1:
             self._run.at_end()
         self._run.close()
 

@@ -6,8 +6,9 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -16,28 +17,27 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore
-from lightning_ckmerge.buffer.rolling import RollingBuffer
+from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.config import parse_size
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.core.spaces import make_space
-from lightning_ckmerge.distributed.comm import connect
+from lightning_ckmerge.distributed.comm import Comm, connect, on_rank_zero
 from lightning_ckmerge.distributed.ownership import Ownership
-from lightning_ckmerge.errors import CkmergeError, ConfigError
+from lightning_ckmerge.errors import CkmergeError, ConfigError, PeerError
 from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
 from lightning_ckmerge.plugin.evaluation import Validation
-from lightning_ckmerge.plugin.guard import Guard
 from lightning_ckmerge.plugin.plan import render_plan
 from lightning_ckmerge.plugin.progress import OnScored, search_progress
 from lightning_ckmerge.plugin.schedule import Schedule
+from lightning_ckmerge.plugin.standstill import Standstill
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
 
 if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 
-T = TypeVar("T")
 # Length of the finest segment: this share of a run of known length, else so many steps to begin with.
 SEGMENT_SHARE = 0.01
 SEGMENT_STEPS = 25
@@ -64,6 +64,7 @@ class MergeRun:
         self._comm = connect()
         self._ownership = Ownership(self._module, self._comm)
         self._layout = TensorLayout(self._ownership.owned())
+        self._local_layout = TensorLayout(self._ownership.local())
         self._own_loaders: Any = None
         self._previous: dict[str, float] | None = None
         self._last_artifact: Artifact | None = None
@@ -77,14 +78,14 @@ class MergeRun:
             max_shard_size=parse_size(callback.artifact.max_shard_size),
         )
         state = state or {"run_id": uuid.uuid4().hex[:8], "training_s": 0.0, "searched_s": 0.0}
-        self._run_id: str = state["run_id"]
+        self._run_id: str = self._comm.exchange(state["run_id"])[0]
         self._earlier_training_s = float(state["training_s"])
         self._searched_s = float(state["searched_s"])
         self._searched_here_s = 0.0
         self._start = time.monotonic()
         self._buffer = self._make_buffer(total_steps)
-        if "buffer" in state:
-            self._buffer.load_state_dict(state["buffer"])
+        if "buffers" in state:
+            self._resume_buffer(state["buffers"])
             self._schedule.load_state_dict(state["schedule"])
             self._previous = state["previous"]
             self._report_buffer()
@@ -100,7 +101,7 @@ class MergeRun:
         step = self._trainer.global_step
         if step == self._schedule.step:  # gradients are being accumulated
             return
-        due = self._schedule.due_at_step(step, self.training_s)
+        due = self._due_at_step(step)
         self._buffer.update(self._layout.order(self._ownership.owned()), step)
         self._report_buffer()
         if due:
@@ -117,27 +118,25 @@ class MergeRun:
             self.search()
 
     def search(self) -> Artifact | None:
-        """Search, publish, restore and log; ``None`` if the search was skipped or failed."""
+        """Search, publish, restore and log; ``None`` if the search was skipped or failed, on this rank or another."""
         start = time.monotonic()
         self._searching = True
         self._last_artifact = None
         self._schedule.searched_step = self._trainer.global_step
         try:
-            outcome, artifact = self._search_guarded()
+            self._last_artifact = self._search_and_publish()
         except Exception as error:
+            if not isinstance(error, PeerError):
+                self._comm.give_up(error)
             if self.callback.on_error == "raise":
                 raise
             rank_zero_warn(f"No merge at step {self._trainer.global_step}: {_explained(error)}")
-            self._searching = False
-            return None
         finally:
             seconds = time.monotonic() - start
             self._searched_s += seconds
             self._searched_here_s += seconds
         self._searching = False
-        self._last_artifact = artifact
-        self._announce(outcome, artifact)
-        return artifact
+        return self._last_artifact
 
     def apply(self) -> None:
         """Load the last search's merge into the module, if it was accepted."""
@@ -150,6 +149,7 @@ class MergeRun:
         """Finish writing."""
         self._buffer.close()
         self._report_buffer()
+        self._comm.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data from which a later one goes on; no tensors."""
@@ -159,7 +159,8 @@ class MergeRun:
             "searched_s": self._searched_s,
             "previous": self._previous,
             "schedule": self._schedule.state_dict(),
-            "buffer": self._buffer.state_dict(),
+            # A checkpoint holds rank 0's state alone, so that has to hold everybody's.
+            "buffers": self._comm.exchange(self._buffer.state_dict()),
         }
 
     def _make_buffer(self, total_steps: int | None) -> RollingBuffer:
@@ -168,7 +169,7 @@ class MergeRun:
         steps = given or (max(1, round(SEGMENT_SHARE * total_steps)) if total_steps else SEGMENT_STEPS)
         device = self._trainer.strategy.root_device
         storage: Storage = (
-            DiskStorage(self.dirpath / "buffer")
+            DiskStorage(buffer_dirpath(self.dirpath, self._comm))
             if config.storage == "disk"
             else MemoryStorage(device if config.storage == "device" else "cpu")
         )
@@ -189,28 +190,39 @@ class MergeRun:
         for warning in self._buffer.take_warnings():
             rank_zero_warn(warning)
 
-    @torch.no_grad()
-    def _search_guarded(self) -> tuple[SearchOutcome, Artifact]:
+    def _resume_buffer(self, states: list[dict[str, Any]]) -> None:
+        if len(states) == self._comm.world_size:
+            self._buffer.load_state_dict(states[self._comm.rank])
+
+    def _due_at_step(self, step: int) -> bool:
+        due = self._schedule.due_at_step(step, self.training_s)
+        if self._schedule.train_time_interval is None:
+            return due
+        return self._comm.exchange(due)[0]  # clocks differ
+
+    def _search_and_publish(self) -> Artifact:
         """Everything between two identical states of the run."""
-        trainer, module = self._trainer, self._module
-        targets = self._layout.order(self._ownership.owned())
-        latest = self._layout.allocate("cpu", pinned=trainer.strategy.root_device.type == "cuda")
-        for view, target in zip(self._layout.views(latest), targets, strict=True):
-            view.copy_(target)
-        guard = Guard(module, trainer.model or module, [getattr(trainer, "datamodule", None)])
-        try:
+        trainer = self._trainer
+        with Standstill(trainer, self._ownership, self._local_layout) as standstill:
             validation = self._make_validation()
-            guard.watch(validation.loaders)
-            merger = Merger(self._layout, targets, self._buffer.snapshots(), latest, trainer.global_step)
-            self._report_buffer()
+            standstill.watch(validation.loaders)
+            latest = self._layout.order(self._ownership.select(standstill.weights))
+            targets = self._layout.order(self._ownership.owned())
+            merger = Merger(self._layout, targets, self._common_snapshots(), latest, trainer.global_step)
             with search_progress(trainer, trainer.global_step, 1 if self.callback.mode == "min" else -1) as on_scored:
-                job = self._make_job(merger, validation, guard, on_scored)
+                job = self._make_job(merger, validation, standstill, on_scored)
                 outcome = run_search(job)
-                return outcome, self._publish(outcome, job)
-        finally:
-            guard.restore()
-            for target, view in zip(targets, self._layout.views(latest), strict=True):
-                target.copy_(view)
+                artifact = self._publish(outcome, job)
+        self._announce(outcome, artifact)
+        self._comm.exchange(None)  # all are done, or all hear of it
+        return artifact
+
+    def _common_snapshots(self) -> list[Snapshot]:
+        """The snapshots that no rank has lost."""
+        own = self._buffer.snapshots()
+        self._report_buffer()
+        everywhere = set.intersection(*(set(segments) for segments in self._comm.exchange([s.segment for s in own])))
+        return [s for s in own if s.segment in everywhere]
 
     def _make_validation(self) -> Validation:
         name = self.callback.evaluation.dataloader
@@ -225,12 +237,17 @@ class MergeRun:
         callback = self.callback
         return Validation(self._trainer, callback, callback.evaluation, callback.monitor, self._own_loaders)
 
-    def _make_job(self, merger: Merger, validation: Validation, guard: Guard, on_scored: OnScored) -> SearchJob:
+    def _make_job(
+        self, merger: Merger, validation: Validation, standstill: Standstill, on_scored: OnScored
+    ) -> SearchJob:
         callback = self.callback
         recalibrate = callback.evaluation.recalibrate_batches
 
         def load(c_K: Sequence[float]) -> None:
             merger.merge(c_K)
+            self._comm.exchange(None)  # nobody has failed: publishing cannot be left half done
+            self._ownership.publish()
+            self._ownership.settle()
             if recalibrate:
                 validation.recalibrate(recalibrate)
 
@@ -245,7 +262,7 @@ class MergeRun:
             staged=callback.evaluation.staged,
             merger=merger,
             validation=validation,
-            begin=guard.begin,
+            begin=standstill.begin,
             load=load,
             allowed_s=allowed_s,
             allowed_by=allowed_by,
@@ -254,7 +271,7 @@ class MergeRun:
             previous=self._previous,
             journal=self.dirpath / "study.journal",
             on_scored=on_scored,
-            agree=_alone,
+            agree=partial(on_rank_zero, self._comm),
         )
 
     def _allowance(self) -> tuple[float | None, str]:
@@ -326,9 +343,10 @@ def _write_report(path: Path, manifest: dict[str, Any]) -> None:
     (path / "report.html").write_text(render_html(manifest), encoding="utf-8")
 
 
-def _alone(function: Callable[[], T]) -> T:
-    """A single process agrees with itself."""
-    return function()
+def buffer_dirpath(dirpath: Path, comm: Comm) -> Path:
+    """Return where this rank's snapshots go."""
+    buffer = dirpath / "buffer"
+    return buffer if comm.world_size == 1 else buffer / f"rank={comm.rank:05d}-of-{comm.world_size:05d}"
 
 
 def _explained(error: Exception) -> str:
