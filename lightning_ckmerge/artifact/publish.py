@@ -7,9 +7,8 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-
-from torch import Tensor
 
 from lightning_ckmerge.artifact.files import (
     TEMPORARY_NAME,
@@ -24,9 +23,10 @@ from lightning_ckmerge.artifact.files import (
 from lightning_ckmerge.artifact.load import BEST_NAME, POINTER_NAME, Artifact, best_target
 from lightning_ckmerge.artifact.manifest import Manifest, read_manifest, write_manifest
 from lightning_ckmerge.artifact.timeline import append_timeline, timeline_record
-from lightning_ckmerge.artifact.weights import write_weights
+from lightning_ckmerge.artifact.weights import Weights, write_weights
 from lightning_ckmerge.config import Mode
-from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.distributed.comm import Alone, Comm, on_rank_zero
+from lightning_ckmerge.errors import ArtifactError, PeerError
 
 ARTIFACT_NAME = re.compile(r"step=(\d{9,})(?:-v(\d+))?")
 
@@ -61,57 +61,73 @@ class ArtifactStore:
         return self.save_top_k == -1 or len(better) < self.save_top_k
 
     def publish(
-        self, manifest: Manifest, weights: Mapping[str, Tensor] | None, *, extras: Sequence[Extra] = ()
+        self,
+        manifest: Manifest,
+        weights: Weights | None,
+        *,
+        extras: Sequence[Extra] = (),
+        comm: Comm | None = None,
     ) -> Artifact:
-        """Publish one search, and return its artifact.
+        """Publish one search, and return its artifact, on every rank.
 
         A crash at any moment leaves the earlier artifacts and ``best`` as they were; what was staged is removed by the
         next call.
 
         Args:
-            manifest: What ``build_manifest`` returned; left unchanged.
-            weights: The merged model's ``state_dict``; ``None`` for a record. Not written where ``keeps_weights``
-                says no.
-            extras: Called in order with the staging directory and the manifest, its ``files`` so far included. They
-                add files or directories.
+            manifest: What ``build_manifest`` returned; left unchanged. Rank 0's counts.
+            weights: The merged model; ``None`` for a record. Not written where ``keeps_weights`` says no.
+            extras: Called on every rank, in order, with the staging directory and the manifest, its ``files`` so far
+                included. They add files or directories.
+            comm: The ranks; ``None``: a process alone. Only rank 0 makes, moves and removes directories.
 
         Raises:
             ArtifactError: The disk or an extra failed.
         """
+        comm = comm or Alone()
         step = f"step={manifest['step']:09d}"
         with _as_artifact_error(self.dirpath / step):
-            self.dirpath.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            staging = temporary(self.dirpath, step)
-            staging.mkdir()
+            staging = on_rank_zero(comm, lambda: self._open_staging(step))
             try:
-                kept = weights if weights is not None and self.keeps_weights(manifest) else None
-                complete = self._stage(staging, manifest, kept, extras)
-                path = self._free_path(step)
-                os.rename(staging, path)
+                kept = weights if on_rank_zero(comm, lambda: weights and self.keeps_weights(manifest)) else None
+                complete = self._stage(staging, manifest, kept, extras, comm)
+                path = on_rank_zero(comm, lambda: self._move(staging, step, complete))
             except BaseException:
-                shutil.rmtree(staging, ignore_errors=True)
+                if comm.rank == 0:
+                    shutil.rmtree(staging, ignore_errors=True)
                 raise
-            fsync(self.dirpath)
-            append_timeline(self.dirpath, timeline_record(complete, path.name))
-            ranked = self._ranked(complete["monitor"])
-            self._move_best(ranked)
-            self._retain(ranked)
         return Artifact(path.resolve(), complete)
 
+    def _open_staging(self, step: str) -> Path:
+        self.dirpath.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        staging = temporary(self.dirpath, step)
+        staging.mkdir()
+        return staging
+
     def _stage(
-        self, staging: Path, manifest: Manifest, weights: Mapping[str, Tensor] | None, extras: Sequence[Extra]
+        self, staging: Path, manifest: Manifest, weights: Weights | None, extras: Sequence[Extra], comm: Comm
     ) -> Manifest:
         files: dict[str, FileRecord] = {}
         if weights is not None:
-            files = write_weights(staging, weights, self.max_shard_size)
+            files = write_weights(staging, weights, self.max_shard_size, comm)
         for extra in extras:
             extra(staging, {**manifest, "files": files})
-            files = {name: files.get(name) or file_record(staging / name) for name in list_files(staging)}
-        complete = {**manifest, "files": files}
+            comm.exchange(None)  # all have written
+            files = on_rank_zero(comm, partial(_records, staging, files))
+        return {**manifest, "files": files}
+
+    def _move(self, staging: Path, step: str, complete: Manifest) -> Path:
+        """The manifest last, one rename, and only then the rest."""
         write_manifest(staging, complete)
         fsync_tree(staging)
-        return complete
+        path = self._free_path(step)
+        os.rename(staging, path)
+        fsync(self.dirpath)
+        append_timeline(self.dirpath, timeline_record(complete, path.name))
+        ranked = self._ranked(complete["monitor"])
+        self._move_best(ranked)
+        self._retain(ranked)
+        return path
 
     def _free_path(self, step: str) -> Path:
         path, version = self.dirpath / step, 0
@@ -179,11 +195,15 @@ class ArtifactStore:
                     path.unlink(missing_ok=True)
 
 
+def _records(staging: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    return {name: known.get(name) or file_record(staging / name) for name in list_files(staging)}
+
+
 @contextmanager
 def _as_artifact_error(path: Path) -> Iterator[None]:
     try:
         yield
-    except ArtifactError:
+    except (ArtifactError, PeerError):
         raise
     except Exception as error:
         raise ArtifactError(

@@ -9,18 +9,22 @@ metadata maps each left-out name to the one kept.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_ckmerge.artifact.files import FileRecord, file_record
+from lightning_ckmerge.core.layout import TensorSpec
+from lightning_ckmerge.distributed.comm import Alone, Comm
 from lightning_ckmerge.errors import ArtifactError
 
 SINGLE_NAME = "model.safetensors"
@@ -45,36 +49,91 @@ DTYPE_NAMES = {
 }
 
 
-def write_weights(directory: Path, weights: Mapping[str, Tensor], max_shard_size: int) -> dict[str, FileRecord]:
-    """Write ``weights`` into ``directory``, and return each written file's bytes and SHA-256.
+class Weights(Protocol):
+    """A model's ``state_dict`` that is written a tensor at a time."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """All names, on every rank in the same order."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Names that can be left out, each with the name of the same tensor that is kept."""
+
+    def gather(self, name: str) -> Tensor:
+        """Return a whole tensor. A collective: all ranks ask for the same names in the same order."""
+
+
+class LocalWeights:
+    """Weights of which this process holds all.
 
     Args:
-        directory: An existing directory.
-        weights: Dense tensors by ``state_dict`` name, on any device, with any strides; left unchanged.
-        max_shard_size: Bytes above which the model is split; a larger tensor has a shard of its own.
+        tensors: Dense tensors by name, on any device, with any strides; left unchanged.
 
     Raises:
         ArtifactError: safetensors cannot hold one of the tensors.
     """
-    for name, tensor in weights.items():
-        if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if tensor.layout != torch.strided:
+                raise ArtifactError(
+                    f"safetensors must be able to hold every tensor, got {tensor.layout} for {name!r}. "
+                    "Register it with `persistent=False`, or convert it."
+                )
+        self._tensors = tensors
+        self.specs = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        self.aliases = find_aliases(tensors)
+
+    def gather(self, name: str) -> Tensor:
+        """Return a tensor."""
+        return self._tensors[name]
+
+
+def write_weights(
+    directory: Path, weights: Weights, max_shard_size: int, comm: Comm | None = None
+) -> dict[str, FileRecord]:
+    """Write ``weights`` into ``directory``, and return each written file's bytes and SHA-256, on every rank.
+
+    The files are the same for any number of ranks. Each is written by one of the ranks that see the directory, and a
+    rank holds one gathered tensor at a time.
+
+    Args:
+        directory: Exists where rank 0 is; elsewhere too, if the file system is shared.
+        weights: What to write.
+        max_shard_size: Bytes above which the model is split; a larger tensor has a shard of its own.
+        comm: The ranks; ``None``: a process alone.
+
+    Raises:
+        ArtifactError: safetensors cannot hold one of the tensors.
+    """
+    for name, spec in weights.specs.items():
+        if spec.dtype not in DTYPE_NAMES:
             raise ArtifactError(
-                f"safetensors must be able to hold every tensor, got {tensor.dtype}, {tensor.layout} for {name!r}. "
+                f"safetensors must be able to hold every tensor, got {spec.dtype} for {name!r}. "
                 "Register it with `persistent=False`, or convert it."
             )
-    aliases = find_aliases(weights)
-    shards = _split(weights, [name for name in weights if name not in aliases], max_shard_size)
-    if len(shards) == 1:
-        return {SINGLE_NAME: _write_file(directory / SINGLE_NAME, weights, shards[0], aliases)}
-    records, weight_map = {}, {}
-    for i, names in enumerate(shards, start=1):
-        shard_name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        records[shard_name] = _write_file(directory / shard_name, weights, names, aliases)
-        weight_map.update(dict.fromkeys(names, shard_name))
-    total_size = sum(weights[name].nbytes for name in weight_map)
-    index = {"metadata": {"total_size": total_size, **aliases}, "weight_map": weight_map}
-    (directory / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    return {**records, INDEX_NAME: file_record(directory / INDEX_NAME)}
+    comm = comm or Alone()
+    shards = _split(weights, max_shard_size)
+    count = len(shards)
+    names = [SINGLE_NAME] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    writers = [rank for rank, sees in enumerate(comm.exchange(directory.is_dir())) if sees]
+    records: dict[str, FileRecord] = {}
+    for start in range(0, count, len(writers)):
+        wave = slice(start, start + len(writers))
+        own = _write_wave(directory, weights, names[wave], shards[wave], writers, comm.rank)
+        for written in comm.exchange(own):
+            records.update(written)
+    if count == 1:
+        return records
+    if comm.rank == 0:
+        weight_map = {name: file for file, held in zip(names, shards, strict=True) for name in held}
+        total_size = sum(weights.specs[name].nbytes for name in weight_map)
+        index = {"metadata": {"total_size": total_size, **weights.aliases}, "weight_map": weight_map}
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    index_record = comm.exchange(file_record(directory / INDEX_NAME) if comm.rank == 0 else None)[0]
+    assert index_record is not None
+    return {**records, INDEX_NAME: index_record}
 
 
 def find_aliases(weights: Mapping[str, Tensor]) -> dict[str, str]:
@@ -142,43 +201,87 @@ class StoredWeights(Mapping[str, Tensor]):
         return tuple(self._files[kept].get_slice(kept).get_shape())
 
 
-def _split(weights: Mapping[str, Tensor], names: Sequence[str], max_shard_size: int) -> list[list[str]]:
+def _split(weights: Weights, max_shard_size: int) -> list[list[str]]:
+    """Return the names of each shard, in the order in which the shard holds them."""
     shards: list[list[str]] = [[]]
     num_bytes = 0
-    for name in names:
-        if shards[-1] and num_bytes + weights[name].nbytes > max_shard_size:
+    for name, spec in weights.specs.items():
+        if name in weights.aliases:
+            continue
+        if shards[-1] and num_bytes + spec.nbytes > max_shard_size:
             shards.append([])
             num_bytes = 0
         shards[-1].append(name)
-        num_bytes += weights[name].nbytes
-    return shards
-
-
-def _write_file(
-    path: Path, weights: Mapping[str, Tensor], names: Sequence[str], aliases: Mapping[str, str]
-) -> FileRecord:
+        num_bytes += spec.nbytes
     # Wide types first, as safetensors sorts them, so that every tensor is aligned when the file is mapped.
-    held = set(names)
-    order = sorted(names, key=lambda name: (-weights[name].element_size(), name))
-    left_out = {alias: kept for alias, kept in aliases.items() if kept in held}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **left_out}}
-    offset = 0
-    for name in order:
-        tensor = weights[name]
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    text = json.dumps(header, ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    prefix = len(text).to_bytes(8, "little") + text
-    sha256 = hashlib.sha256(prefix)
-    with path.open("wb") as file:
-        file.write(prefix)
-        for name in order:
-            data = weights[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            sha256.update(data)
-            file.write(data)
-    return {"bytes": len(prefix) + offset, "sha256": sha256.hexdigest()}
+    return [sorted(names, key=lambda name: (-weights.specs[name].dtype.itemsize, name)) for names in shards]
+
+
+def _write_wave(
+    directory: Path,
+    weights: Weights,
+    files: Sequence[str],
+    shards: Sequence[Sequence[str]],
+    writers: Sequence[int],
+    rank: int,
+) -> dict[str, FileRecord]:
+    """Write one shard a writer, side by side; every rank takes part in gathering every tensor."""
+    own = writers.index(rank) if rank in writers and writers.index(rank) < len(shards) else None
+    with contextlib.ExitStack() as stack:
+        output = _ShardWriter(directory / files[own], weights, shards[own]) if own is not None else None
+        if output is not None:
+            stack.enter_context(output)
+        for row in itertools.zip_longest(*shards):
+            for i, name in enumerate(row):
+                if name is None:
+                    continue
+                tensor = weights.gather(name)
+                if output is not None and i == own:
+                    output.write(tensor)
+                del tensor
+    return {files[own]: output.record} if output is not None and own is not None else {}
+
+
+class _ShardWriter:
+    """One safetensors file, written and hashed a tensor at a time, in the order of ``names``."""
+
+    def __init__(self, path: Path, weights: Weights, names: Sequence[str]) -> None:
+        self._path = path
+        held = set(names)
+        left_out = {alias: kept for alias, kept in weights.aliases.items() if kept in held}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **left_out}}
+        offset = 0
+        for name in names:
+            spec = weights.specs[name]
+            header[name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [offset, offset + spec.nbytes],
+            }
+            offset += spec.nbytes
+        text = json.dumps(header, ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._prefix = len(text).to_bytes(8, "little") + text
+        self._num_bytes = len(self._prefix) + offset
+        self._sha256 = hashlib.sha256()
+
+    def __enter__(self) -> _ShardWriter:
+        self._file = self._path.open("wb")
+        self._append(self._prefix)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, tensor: Tensor) -> None:
+        """Append the next tensor."""
+        self._append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    @property
+    def record(self) -> FileRecord:
+        """Bytes and SHA-256 of the complete file."""
+        return {"bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._sha256.update(data)
+        self._file.write(data)

@@ -6,6 +6,7 @@ memory are the same bytes, and a file can be mapped instead of read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,19 @@ from torch import Tensor
 
 Role = Literal["parameter", "buffer"]
 Flats = dict[torch.dtype, Tensor]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What must be known of a whole tensor to write it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ Three kinds of tensors:
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,14 +73,14 @@ class Ownership:
         self._fsdp2 = [m for m in module.modules() if isinstance(m, FSDPModule)]
         self.settle()
         self._places = list(_places(module))
-        flat_ranges = dict(_flat_ranges(module))
-        is_sharded = bool(flat_ranges) or any(isinstance(holder[key], DTensor) for _, _, holder, key in self._places)
+        flat = {s.name: s for s in flat_shards(module)}
+        is_sharded = bool(flat) or any(isinstance(holder[key], DTensor) for _, _, holder, key in self._places)
         self.is_replicated = comm.world_size > 1 and not is_sharded
         self._pieces = [
             piece
             for name, role, holder, key in self._places
             if not (self.is_replicated and role == "parameter")
-            for piece in _own_part(name, role, holder[key], flat_ranges.get(name))
+            for piece in _own_part(name, role, holder[key], flat.get(name))
         ]
         self._shares: list[list[Piece]] = []
         if self.is_replicated:
@@ -176,7 +177,7 @@ def _piece(name: str, tensor: Tensor, start: int, stop: int) -> Piece:
     return Piece(name=name, role="parameter", rows=(start, stop), part=part_name(name, box, tensor.shape))
 
 
-def _own_part(name: str, role: Role, tensor: Tensor | None, flat_range: tuple[int, int, int] | None) -> list[Piece]:
+def _own_part(name: str, role: Role, tensor: Tensor | None, flat: FlatShard | None) -> list[Piece]:
     """This rank's part of a sharded tensor, or all of one that is its own; nothing for an empty shard."""
     if tensor is None or local_part(tensor).numel() == 0:
         return []
@@ -190,9 +191,8 @@ def _own_part(name: str, role: Role, tensor: Tensor | None, flat_range: tuple[in
             )
         box = Box(tuple((o, o + n) for o, n in zip(offset, shape, strict=True)))
         part = part_name(name, box, tensor.shape)
-    elif flat_range is not None:
-        start, stop, numel = flat_range
-        part = part_name(name, Box(((start, stop),)), (numel,))
+    elif flat is not None:
+        part = part_name(name, Box(((flat.start, flat.stop),)), (math.prod(flat.shape),))
     return [Piece(name=name, role=role, rows=None, part=part)]
 
 
@@ -214,18 +214,37 @@ def _places(module: nn.Module) -> Iterator[tuple[str, Role, dict[str, Tensor | N
                 yield f"{prefix}{key}", role, holder, key
 
 
-def _flat_ranges(module: nn.Module) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """Where this rank's flat FSDP1 shards lie in the flattened parameters: start, stop, and the whole's length."""
+@dataclass(frozen=True)
+class FlatShard:
+    """This rank's part of a parameter that FSDP1 flattened: elements ``start`` to ``stop`` of the whole's."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Return the whole parameter. A collective."""
+        numel = math.prod(self.shape)
+        # Each element lies on one rank, so a sum over zeros is the element itself, in any precision.
+        whole = torch.zeros(numel, dtype=part.dtype, device=part.device)
+        whole[self.start : self.stop] = part.reshape(-1)
+        dist.all_reduce(whole)
+        return whole.view(self.shape)
+
+
+def flat_shards(module: nn.Module) -> Iterator[FlatShard]:
+    """Return this rank's shards of the parameters that FSDP1 flattened, empty ones included."""
     for path, submodule in module.named_modules():
         handle = getattr(submodule, "_handle", None) if isinstance(submodule, FullyShardedDataParallel) else None
         if handle is None:
             continue
         flat = handle.flat_param
         prefix = f"{path}." if path else ""
-        for fqn, shard, numel in zip(flat._fqns, flat._shard_param_infos, flat._numels, strict=False):
+        for fqn, shard, shape in zip(flat._fqns, flat._shard_param_infos, flat._shapes, strict=True):
             start = shard.intra_param_start_idx if shard.in_shard else 0
             stop = shard.intra_param_end_idx + 1 if shard.in_shard else 0
-            yield clean_name(f"{prefix}_fsdp_wrapped_module.{fqn}"), (start, stop, int(numel))
+            yield FlatShard(clean_name(f"{prefix}{fqn}"), tuple(shape), start, stop)
 
 
 def _buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -24,6 +23,7 @@ from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.core.spaces import make_space
 from lightning_ckmerge.distributed.comm import Comm, connect, on_rank_zero
+from lightning_ckmerge.distributed.gather import GatheredWeights
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import CkmergeError, ConfigError, PeerError
 from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
@@ -287,16 +287,21 @@ class MergeRun:
     def _publish(self, outcome: SearchOutcome, job: SearchJob) -> Artifact:
         """Write the winner, which is merged into the module for that, or the record alone of a rejected search."""
         manifest = build_manifest(outcome)
-        if not self._store.keeps_weights(manifest):
-            return self._store.publish(manifest, None, extras=[_write_report])
+        extras: list[Callable[[Path, dict[str, Any]], None]] = [self._write_report]
+        if not on_rank_zero(self._comm, lambda: self._store.keeps_weights(manifest)):
+            return self._store.publish(manifest, None, extras=extras, comm=self._comm)
         job.begin()
         job.load(outcome.winner.candidate.coefficients_K)
-        weights = {n: t for n, t in self._module.state_dict().items() if isinstance(t, torch.Tensor)}
-        extras: list[Callable[[Path, dict[str, Any]], None]] = [_write_report]
         if "ckpt" in self.callback.artifact.formats:
             # With weights_only=False an EMA callback would write its own average instead.
             extras.append(lambda path, _: self._trainer.save_checkpoint(path / "model.ckpt", weights_only=True))
-        return self._store.publish(manifest, weights, extras=extras)
+        weights = GatheredWeights(self._module, self._comm)
+        return self._store.publish(manifest, weights, extras=extras, comm=self._comm)
+
+    def _write_report(self, path: Path, manifest: dict[str, Any]) -> None:
+        if self._comm.rank == 0:
+            (path / "report.md").write_text(render_markdown(manifest), encoding="utf-8")
+            (path / "report.html").write_text(render_html(manifest), encoding="utf-8")
 
     def _announce(self, outcome: SearchOutcome, artifact: Artifact) -> None:
         self._previous = outcome.winner.candidate.coordinates or self._previous
@@ -336,11 +341,6 @@ def length_of_run(trainer: Trainer) -> int | None:
     per_batch = 1 if trainer.lightning_module.automatic_optimization or by_steps_alone else len(trainer.optimizers)
     total = int(steps) * max(1, per_batch)
     return total if trainer.max_steps == -1 else min(total, trainer.max_steps)
-
-
-def _write_report(path: Path, manifest: dict[str, Any]) -> None:
-    (path / "report.md").write_text(render_markdown(manifest), encoding="utf-8")
-    (path / "report.html").write_text(render_html(manifest), encoding="utf-8")
 
 
 def buffer_dirpath(dirpath: Path, comm: Comm) -> Path:

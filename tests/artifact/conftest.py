@@ -11,6 +11,7 @@ from torch import nn
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore
+from lightning_ckmerge.artifact.weights import LocalWeights
 from tests.artifact.outcomes import make_outcome
 
 Publish = Callable[..., Artifact]
@@ -55,6 +56,7 @@ def publish(tmp_path: Path) -> Publish:
         )
         if weights == "default":
             weights = tensors_of(TiedModel())
-        return store.publish(build_manifest(make_outcome(**kwargs)), weights, extras=extras)
+        merged = None if weights is None else LocalWeights(weights)
+        return store.publish(build_manifest(make_outcome(**kwargs)), merged, extras=extras)
 
     return run

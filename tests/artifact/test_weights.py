@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_ckmerge.artifact.files import file_record
-from lightning_ckmerge.artifact.weights import DTYPE_NAMES, StoredWeights, write_weights
+from lightning_ckmerge.artifact.weights import DTYPE_NAMES, LocalWeights, StoredWeights, write_weights
 from lightning_ckmerge.errors import ArtifactError
 
 LARGE = 1 << 30
@@ -39,7 +39,7 @@ def odd_weights() -> dict[str, Tensor]:
 @pytest.mark.parametrize("max_shard_size", [LARGE, 64])
 def test_safetensors_reads_back_every_bit(tmp_path: Path, max_shard_size: int) -> None:
     weights = odd_weights()
-    records = write_weights(tmp_path, weights, max_shard_size)
+    records = write_weights(tmp_path, LocalWeights(weights), max_shard_size)
     loaded: dict[str, Tensor] = {}
     for path in tmp_path.glob("*.safetensors"):
         loaded.update(load_file(path))
@@ -51,9 +51,21 @@ def test_safetensors_reads_back_every_bit(tmp_path: Path, max_shard_size: int) -
     assert records == {p.name: file_record(p) for p in tmp_path.iterdir()}
 
 
+def test_mapped_tensors_are_aligned(tmp_path: Path) -> None:
+    weights = {
+        "a": torch.zeros(3, dtype=torch.int8),
+        "b": torch.zeros(3),
+        "c": torch.zeros(1).bfloat16(),
+        "d": torch.ones(1),
+    }
+    write_weights(tmp_path, LocalWeights(weights), LARGE)
+    stored = StoredWeights([tmp_path / "model.safetensors"])
+    assert all(stored[name].data_ptr() % weights[name].element_size() == 0 for name in weights)
+
+
 def test_shards_follow_hugging_face(tmp_path: Path) -> None:
     weights = {f"layer.{i}": torch.full((10,), float(i)) for i in range(5)} | {"large": torch.zeros(100)}
-    write_weights(tmp_path, weights, max_shard_size=80)
+    write_weights(tmp_path, LocalWeights(weights), max_shard_size=80)
     names = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
     assert sorted(p.name for p in tmp_path.iterdir()) == [*names, "model.safetensors.index.json"]
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -68,7 +80,7 @@ def test_shards_follow_hugging_face(tmp_path: Path) -> None:
 def test_tied_weights_are_written_once_and_read_by_each_name(tmp_path: Path, max_shard_size: int) -> None:
     tied = torch.randn(4, 3)
     weights = {"wte.weight": tied, "body": torch.randn(12), "head.weight": tied, "other": tied.clone()}
-    write_weights(tmp_path, weights, max_shard_size)
+    write_weights(tmp_path, LocalWeights(weights), max_shard_size)
     paths = sorted(tmp_path.glob("*.safetensors"))
     written = [name for path in paths for name in load_file(path)]
     assert sorted(written) == ["body", "head.weight", "other"]
@@ -89,7 +101,7 @@ def test_parts_of_one_memory_are_not_taken_for_tied(tmp_path: Path) -> None:
     """A merge may live in one flat buffer; goes red if tensors are compared by their storage."""
     flat = torch.arange(12.0)
     weights = {"a": flat[:6], "b": flat[6:], "c": flat[:6].view(2, 3), "d": flat[:4].view(2, 2).t(), "e": flat[:0]}
-    write_weights(tmp_path, weights, LARGE)
+    write_weights(tmp_path, LocalWeights(weights), LARGE)
     loaded = load_file(tmp_path / "model.safetensors")
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
@@ -98,7 +110,7 @@ def test_parts_of_one_memory_are_not_taken_for_tied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.complex128), torch.eye(3).to_sparse()])
 def test_what_safetensors_cannot_hold_is_named_before_a_file_is_begun(tmp_path: Path, tensor: Tensor) -> None:
     with pytest.raises(ArtifactError, match="'odd'"):
-        write_weights(tmp_path, {"fine": torch.zeros(1), "odd": tensor}, LARGE)
+        write_weights(tmp_path, LocalWeights({"fine": torch.zeros(1), "odd": tensor}), LARGE)
     assert not list(tmp_path.iterdir())
 
 

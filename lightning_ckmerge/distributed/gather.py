@@ -1,0 +1,71 @@
+"""A model's ``state_dict`` whose tensors are spread over ranks, whole again a tensor at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lightning_ckmerge.core.layout import TensorSpec
+from lightning_ckmerge.distributed.comm import Comm
+from lightning_ckmerge.distributed.ownership import clean_name, flat_shards, local_part
+
+
+class GatheredWeights:
+    """The tensors of a module's ``state_dict``; entries that are none are left out.
+
+    Args:
+        module: The LightningModule, its shards in place.
+        comm: The ranks.
+    """
+
+    def __init__(self, module: nn.Module, comm: Comm) -> None:
+        self._comm = comm
+        self._flat = {s.name: s for s in flat_shards(module)}
+        self._parameters = {clean_name(n) for n, _ in module.named_parameters(remove_duplicate=False)}
+        self._tensors = _entries(module, has_flat=bool(self._flat))
+        self.specs = {n: self._spec(n, t) for n, t in self._tensors.items()}
+        self.aliases = self._find_aliases()
+
+    def gather(self, name: str) -> Tensor:
+        """Return a whole tensor. A collective: all ranks ask for the same names in the same order."""
+        tensor = self._tensors[name].detach()
+        if name in self._flat:
+            return self._flat[name].gather(tensor)
+        if isinstance(tensor, DTensor):
+            return tensor.full_tensor()
+        if name in self._parameters or self._comm.world_size == 1:
+            return tensor
+        # Ranks need not agree on buffers: rank 0's count, as they do in a checkpoint.
+        whole = tensor.clone(memory_format=torch.contiguous_format)
+        dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
+        return whole
+
+    def _spec(self, name: str, tensor: Tensor) -> TensorSpec:
+        shape = self._flat[name].shape if name in self._flat else tuple(tensor.shape)
+        return TensorSpec(shape, tensor.dtype)
+
+    def _find_aliases(self) -> dict[str, str]:
+        """By rank 0's addresses: elsewhere a shard may be empty."""
+        kept: dict[tuple[object, ...], str] = {}
+        aliases = {}
+        for name in sorted(self._tensors):
+            local = local_part(self._tensors[name])
+            key = (local.device, local.data_ptr(), local.dtype, local.shape, local.stride())
+            first = kept.setdefault(key, name) if local.numel() else name
+            if first != name:
+                aliases[name] = first
+        return self._comm.exchange(aliases)[0]
+
+
+def _entries(module: nn.Module, *, has_flat: bool) -> dict[str, Tensor]:
+    if not has_flat:
+        return {n: t for n, t in module.state_dict().items() if isinstance(t, Tensor)}
+    # FSDP1's `state_dict` gathers the whole model at once.
+    entries: dict[str, Tensor] = {clean_name(n): p for n, p in module.named_parameters(remove_duplicate=False)}
+    for path, submodule in module.named_modules(remove_duplicate=False):
+        for name, buffer in submodule._buffers.items():
+            if buffer is not None and name not in submodule._non_persistent_buffers_set:
+                entries[clean_name(f"{path}.{name}" if path else name)] = buffer
+    return entries
