@@ -167,7 +167,8 @@ def test_no_memory_for_a_snapshot_loses_it_only() -> None:
     run.train(buffer, range(1, 16))
     assert spans(buffer.snapshots()) == [(1, 5), (11, 15)]
     (warning,) = buffer.take_warnings()
-    assert "out of memory" in warning
+    assert "must fit its storage, got RuntimeError: out of memory" in warning
+    assert "steps 6 to 10" in warning
     buffer.close()
 
 

@@ -142,6 +142,32 @@ def test_two_checkpoints_of_one_step_share_the_file_in_progress(tmp_path: Path) 
     buffer.close()
 
 
+def test_one_file_in_progress_stays_of_many_checkpoints(tmp_path: Path) -> None:
+    run = Run()
+    buffer = run.buffer(DiskStorage(tmp_path), segment_steps=50)
+    for step in range(1, 40):
+        run.train(buffer, [step])
+        buffer.state_dict()
+        assert len(files(tmp_path)) <= 2
+    run.train(buffer, range(40, 51))
+    buffer.state_dict()
+    run.train(buffer, [51])
+    assert files(tmp_path) == {f"{RUN_ID}-000000001-000000050-mean.safetensors"}
+    buffer.close()
+
+
+def test_closing_frees_what_only_the_checkpoint_before_needed(tmp_path: Path) -> None:
+    run = Run()
+    buffer = run.buffer(DiskStorage(tmp_path), capacity=2, layout="uniform")
+    run.train(buffer, range(1, 11))
+    buffer.state_dict()
+    run.train(buffer, range(11, 21))
+    buffer.state_dict()
+    assert len(files(tmp_path)) == 4
+    buffer.close()
+    assert len(files(tmp_path)) == 2
+
+
 def test_looking_at_a_run_leaves_its_files_alone(tmp_path: Path) -> None:
     """``Trainer.test(ckpt_path=...)`` loads the state of an old step, too; what came after must stay."""
     run = Run()

@@ -10,9 +10,11 @@ import torch
 from safetensors import safe_open
 
 from lightning_ckmerge.buffer import DiskStorage, MemoryStorage, RollingBuffer, Storage
+from lightning_ckmerge.buffer.ring import Pool, decide, pooled
 from lightning_ckmerge.buffer.storage import Stored
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.layout import OwnedTensor, TensorLayout
+from lightning_ckmerge.core.segments import Segment
 from tests.buffer.runs import Run, assert_same, spans
 
 
@@ -21,10 +23,12 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return DiskStorage(tmp_path / "buffer") if request.param == "disk" else MemoryStorage("cpu")
 
 
+@pytest.mark.parametrize("capacity", [2, 4])
 @pytest.mark.parametrize("layout", ["uniform", "geometric"])
-def test_snapshots_are_the_means_of_the_steps_that_they_name(storage: Storage, layout: str) -> None:
+def test_snapshots_are_the_means_of_the_steps_that_they_name(storage: Storage, layout: str, capacity: int) -> None:
+    """Two snapshots pool segments of different lengths, four pool equal ones."""
     run = Run()
-    buffer = run.buffer(storage, capacity=4, layout=layout)
+    buffer = run.buffer(storage, capacity=capacity, layout=layout)
     run.train(buffer, range(1, 63))
     snapshots = buffer.snapshots()
     assert [s.segment.num_updates for s in snapshots] == [s.segment.num_steps for s in snapshots]
@@ -212,6 +216,22 @@ def test_a_model_of_which_a_rank_owns_nothing_is_served(tmp_path: Path) -> None:
         buffer.update([], step)
     assert spans(buffer.snapshots())[-1] == (59, 59)
     assert not buffer.take_warnings()
+    buffer.close()
+
+
+@pytest.mark.parametrize("snapshot", ["mean", "point"])
+def test_the_buffer_does_what_the_ring_decides(snapshot: str) -> None:
+    run = Run()
+    buffer = run.buffer(MemoryStorage(), capacity=5, snapshot=snapshot)
+    ring: list[Segment] = []
+    for last_step in range(5, 305, 5):
+        run.train(buffer, range(last_step - 4, last_step + 1))
+        num_updates = 5 if snapshot == "mean" else 1
+        ring.append(Segment(kind=snapshot, first_step=last_step - 4, last_step=last_step, num_updates=num_updates))
+        while action := decide(ring, capacity=5, layout="geometric", finest=5):
+            new = [pooled(*ring[action.index : action.index + 2])] if isinstance(action, Pool) else []
+            ring[action.index : action.index + 1 + len(new)] = new
+        assert [s.segment for s in buffer.snapshots()] == ring
     buffer.close()
 
 

@@ -152,6 +152,17 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[Path], None
         DiskStorage(tmp_path).read(stored, layout)
 
 
+def test_a_file_that_shrinks_after_its_check_is_refused(tmp_path: Path) -> None:
+    """Content is read once, but a map that reaches past the file's end would kill the process."""
+    layout = TensorLayout(make_owned())
+    storage = DiskStorage(tmp_path)
+    stored = write(storage, layout, filled(layout))
+    storage.read(stored, layout)
+    truncate(tmp_path / NAME)
+    with pytest.raises(SnapshotError, match="size must be"):
+        storage.read(stored, layout)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
