@@ -15,8 +15,17 @@ from lightning_ckmerge.errors import CkmergeError
 def main(args: Sequence[str] | None = None) -> None:
     try:
         LightningCLI(args=list(args) if args is not None else None)
-    except CkmergeError as error:
-        raise SystemExit(f"error: {error}") from None
+    except Exception as error:
+        if fault := find_fault(error):
+            raise SystemExit(f"error: {fault}") from error
+        raise
+
+
+def find_fault(error: BaseException | None) -> CkmergeError | None:
+    """Return the error of ours behind ``error``: jsonargparse buries it in all the types that a callback could have."""
+    while error is not None and not isinstance(error, CkmergeError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 if __name__ == "__main__":

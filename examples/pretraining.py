@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from gpt import GPT
 from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -54,7 +54,7 @@ class GPTModule(LightningModule):
     def test_step(self, windows_BT: Tensor, batch_idx: int) -> None:
         self.log("test_loss", self.loss(windows_BT))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameters(), self.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
         num_steps = int(self.trainer.estimated_stepping_batches)
         num_decay_steps = self.decay_fraction * num_steps
@@ -88,17 +88,17 @@ class StdlibData(LightningDataModule):
         self.val = Windows(texts["val"], self.context, self.num_eval_windows)
         self.test = Windows(texts["test"], self.context, self.num_eval_windows)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader[Tensor]:
         return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader[Tensor]:
         return DataLoader(self.val, self.batch_size)
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader[Tensor]:
         return DataLoader(self.test, self.batch_size)
 
 
-class Windows(Dataset):
+class Windows(Dataset[Tensor]):
     """Windows of ``context + 1`` bytes that share no predicted byte.
 
     Args:

@@ -63,7 +63,7 @@ def _tqdm(bar: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _rich(bar: Any) -> Iterator[Any]:
-    line = bar.progress.add_task("Merge search", total=None)
+    line = bar.progress.add_task("Merge search", total=1)  # Lightning's own class refuses an unknown total
 
     def advance(text: str, total: int) -> None:
         bar.progress.update(line, description=text, total=total, advance=1)
