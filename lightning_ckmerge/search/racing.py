@@ -34,6 +34,8 @@ class Race:
     def keep_going(self, values_B: Sequence[float], sizes_B: Sequence[float]) -> bool:
         """Whether the candidate may still win, after B batches."""
         num_batches = len(values_B)
+        if not math.isfinite(values_B[-1]):
+            return False
         if num_batches < MIN_BATCHES or num_batches >= len(self._values_B):
             return True
         mean, standard_error = paired_difference(values_B, self._values_B[:num_batches], sizes_B)
@@ -60,13 +62,20 @@ def paired_difference(
         others_B: B values of another on the same batches.
         sizes_B: B weights, such as the batches' numbers of samples.
 
+    Returns:
+        Both NaN if a difference is not finite.
+
     Source:
         Standard error of a weighted mean, ratio estimator: Cochran 1977, *Sampling Techniques*, section 6.4.
     """
     d_B = [v - o for v, o in zip(values_B, others_B, strict=True)]
+    if not all(map(math.isfinite, d_B)):
+        # `fsum` raises where infinities of both signs meet.
+        return math.nan, math.nan
     total, num_batches = math.fsum(sizes_B), len(d_B)
     mean = math.fsum(w * d for w, d in zip(sizes_B, d_B, strict=True)) / total
     if num_batches < 2:
         return mean, math.inf
-    squares = math.fsum((w * (d - mean)) ** 2 for w, d in zip(sizes_B, d_B, strict=True))
-    return mean, math.sqrt(squares * num_batches / (num_batches - 1)) / total
+    # `hypot` does not overflow where squares would.
+    root = math.hypot(*(w * (d - mean) for w, d in zip(sizes_B, d_B, strict=True)))
+    return mean, root * math.sqrt(num_batches / (num_batches - 1)) / total

@@ -1,0 +1,226 @@
+"""The search on a paraboloid: what wins, what is told to Optuna, when it stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from lightning_ckmerge.config import Constraint
+from lightning_ckmerge.core.outcome import Trial
+from lightning_ckmerge.core.spaces import Pairwise, Window
+from lightning_ckmerge.errors import MonitorError, SearchError
+from lightning_ckmerge.search import engine
+from lightning_ckmerge.search.budget import Budget
+from tests.core.runs import means, with_latest
+from tests.search.paraboloid import OPTIMUM, Paraboloid, make_search
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    return tmp_path / "merges" / "study.journal"
+
+
+def stored(journal: Path, name: str = "search") -> dict[str, FrozenTrial]:
+    """Return what is in the journal, by candidate."""
+    backend = optuna.storages.journal.JournalFileBackend(str(journal))
+    study = optuna.load_study(study_name=name, storage=optuna.storages.JournalStorage(backend))
+    return {t.user_attrs["name"]: t for t in study.trials}
+
+
+def names(trials: Sequence[Trial]) -> list[str]:
+    return [t.candidate.name for t in trials]
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_it_finds_the_optimum_of_the_decay_space(journal: Path, staged: bool) -> None:
+    evaluate = Paraboloid()
+    search = make_search(evaluate, journal, n_trials=16, staged=staged)
+    search.run()
+    best = min(evaluate.loss(t.candidate.coefficients_K) for t in search.anchors)
+    assert search.winner in search.trials
+    assert evaluate.loss(search.winner.candidate.coefficients_K) < 0.1 * best
+    assert len(search.trials) == 16
+    assert all(math.fsum(t.candidate.coefficients_K) == pytest.approx(1, abs=1e-12) for t in search.trials)
+
+
+def test_it_finds_the_best_pair(journal: Path) -> None:
+    """The two end points come first; the newer one is the latest weights, which are not scored twice."""
+    segments_K = with_latest(means([100] * 3), steps_since=100)
+    space = Pairwise()
+    evaluate = Paraboloid(space.coefficients({"lam": 0.43}, segments_K))
+    search = make_search(evaluate, journal, space=space, segments_K=segments_K, n_trials=8)
+    search.run()
+    assert search.winner.candidate.coordinates == pytest.approx({"lam": 0.43}, abs=0.02)
+    anchored = evaluate.calls[: len(search.anchors)]
+    assert evaluate.loss(search.winner.candidate.coefficients_K) < min(map(evaluate.loss, anchored))
+    assert [t.candidate.coordinates for t in search.anchors if t.candidate.coordinates] == [{"lam": 1.0}, {"lam": 0.0}]
+    assert len(anchored) == len(set(anchored))
+
+
+def test_it_searches_whole_numbers(journal: Path) -> None:
+    space = Window()
+    segments_K = with_latest(means([100] * 9))
+    evaluate = Paraboloid(space.coefficients({"k": 5, "tilt": 1.0}, segments_K))
+    search = make_search(evaluate, journal, space=space, previous={"k": 40, "tilt": 0.0})
+    search.run()
+    assert all(t.candidate.coordinates["k"] in range(1, 10) for t in search.trials if t.candidate.coordinates)
+    assert evaluate.loss(search.winner.candidate.coefficients_K) < 0.01
+
+
+def test_maximising_is_minimising_in_a_mirror(tmp_path: Path) -> None:
+    down = make_search(Paraboloid(), tmp_path / "min", mode="min", n_trials=6)
+    up = make_search(Paraboloid(sign=-1), tmp_path / "max", mode="max", n_trials=6)
+    down.run()
+    up.run()
+    for ours, theirs in zip(down.anchors + down.trials, up.anchors + up.trials, strict=True):
+        assert theirs.candidate == ours.candidate
+        assert theirs.search.value == pytest.approx(-ours.search.value)
+        assert theirs.search.num_batches == ours.search.num_batches
+    assert names([up.winner, up.best_anchor]) == names([down.winner, down.best_anchor])
+
+
+def test_the_latest_weights_win_a_draw(journal: Path) -> None:
+    search = make_search(Paraboloid(change=lambda c_K, loss: 1.0), journal, n_trials=2)
+    search.run()
+    search.confirm()
+    assert search.winner is search.best_anchor is search.latest
+    assert search.latest.candidate.name == "latest"
+    assert search.latest.confirm is not None
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_staged_evaluation_finds_the_same_for_less(tmp_path: Path, seed: int) -> None:
+    """The noise over batches is as large as the gains; the paired differences are not."""
+    staged, full = (Paraboloid(noise=0.3, jitter=0.02, batches=32 + seed) for _ in range(2))
+    quick = make_search(staged, tmp_path / "staged")
+    slow = make_search(full, tmp_path / "full", staged=False)
+    quick.run()
+    slow.run()
+    assert quick.winner.search.complete
+    assert staged.loss(quick.winner.candidate.coefficients_K) == pytest.approx(
+        full.loss(slow.winner.candidate.coefficients_K), abs=5e-3
+    )
+    assert staged.scored_batches < 0.6 * full.scored_batches
+    assert quick.num_batches == staged.scored_batches
+    assert quick.num_batches + quick.num_batches_saved == slow.num_batches
+    assert slow.num_batches_saved == 0
+
+
+def test_a_dropped_candidates_estimate_is_told(journal: Path) -> None:
+    """Its own batches alone would say more about the batches than about the candidate."""
+    evaluate = Paraboloid(noise=0.5, jitter=0.001)
+    search = make_search(evaluate, journal)
+    search.run()
+    dropped = [t for t in search.trials if not t.search.complete]
+    assert dropped
+    level = search.latest.search.value - evaluate.loss(search.latest.candidate.coefficients_K)
+    for trial in dropped:
+        told = stored(journal)[trial.candidate.name]
+        assert told.state == TrialState.COMPLETE
+        assert told.value == trial.search.value
+        assert told.value == pytest.approx(evaluate.loss(trial.candidate.coefficients_K) + level, abs=0.02)
+        assert trial is not search.winner
+
+
+def test_constraints_keep_a_candidate_from_winning_and_are_told(journal: Path) -> None:
+    """`other` falls with the oldest snapshot's coefficient. The optimum, an anchor here, has a negative one."""
+    other = Constraint(monitor="other", allowance=0.01, mode="max")
+    evaluate = Paraboloid(metrics=lambda c_K: {"other": min(0.0, c_K[0])})
+    search = make_search(evaluate, journal, constraints=(other,), previous={"tau": 150.0, "beta": 1.0}, n_trials=4)
+    search.run()
+    optimum = search.anchors[-1]
+    assert optimum.candidate.coefficients_K == OPTIMUM
+    assert not optimum.feasible
+    scored = search.anchors + search.trials
+    assert optimum.search.value == min(t.search.value for t in scored)
+    assert search.winner.search.value == min(t.search.value for t in scored if t.feasible)
+    for trial in [optimum, *search.trials]:
+        (violation,) = stored(journal)[trial.candidate.name].constraints.values()
+        assert violation == pytest.approx(-min(0.0, trial.candidate.coefficients_K[0]) - 0.01)
+        assert trial.feasible == (violation <= 0)
+        # Measured on the same batches as the latest weights'.
+        assert trial.search.complete
+
+
+def test_a_constraint_must_be_logged(journal: Path) -> None:
+    search = make_search(Paraboloid(), journal, constraints=(Constraint(monitor="other_loss"),))
+    with pytest.raises(MonitorError, match=r"got 'other_loss'\. Logged are: val_loss\."):
+        search.run()
+
+
+def beyond(c_K: Sequence[float], value: float) -> float:
+    """NaN for extrapolating candidates, as when a merge overflows."""
+    return math.nan if min(c_K) < 0 else value
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_a_candidate_without_a_value_loses_and_fails(journal: Path, staged: bool) -> None:
+    search = make_search(Paraboloid(change=beyond), journal, staged=staged, n_trials=6)
+    search.run()
+    lost = [t for t in search.trials if math.isnan(t.search.value)]
+    assert lost
+    assert {stored(journal)[n].state for n in names(lost)} == {TrialState.FAIL}
+    assert math.isfinite(search.winner.search.value)
+    assert min(search.winner.candidate.coefficients_K) >= 0
+
+
+def test_a_candidate_whose_constraint_has_no_value_loses_and_fails(journal: Path) -> None:
+    evaluate = Paraboloid(metrics=lambda c_K: {"other": beyond(c_K, 0.0)})
+    search = make_search(evaluate, journal, constraints=(Constraint(monitor="other"),), n_trials=6)
+    search.run()
+    lost = [t for t in search.trials if math.isnan(t.search.metrics["other"])]
+    assert lost
+    assert {stored(journal)[n].state for n in names(lost)} == {TrialState.FAIL}
+    assert not any(t.feasible for t in lost)
+    assert min(search.winner.candidate.coefficients_K) >= 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_latest_weights_without_a_value_end_the_search(journal: Path, value: float) -> None:
+    search = make_search(Paraboloid(change=lambda c_K, loss: value), journal)
+    with pytest.raises(SearchError, match=rf"must be finite.* got {value}\. Look at the training run"):
+        search.run()
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize(("allowed_s", "num_scored"), [(0.5, 1), (9.5, 8), (10.5, 9)])
+def test_it_stops_before_it_exceeds_its_budget(
+    journal: Path, allowed_s: float, num_scored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each evaluation takes a second, and one more is kept for the verdict."""
+    evaluate = Paraboloid()
+    clock = SimpleNamespace(monotonic=lambda: float(len(evaluate.calls)))
+    monkeypatch.setattr(engine, "time", clock)
+    budget = Budget(allowed_s, reason="`search.timeout_s`", reserved_batches=20, clock=clock.monotonic)
+    search = make_search(evaluate, journal, budget=budget, staged=False)
+    search.run()
+    assert len(evaluate.calls) == num_scored
+    assert search.stopped_early == (
+        f"after {min(8, num_scored)} anchors and {max(0, num_scored - 8)} trials: {num_scored + 2} s would exceed the "
+        f"{allowed_s:.3g} s that `search.timeout_s` allows, {num_scored} s are spent"
+    )
+
+
+def test_everyone_is_told_of_each_candidate(journal: Path) -> None:
+    seen: list[tuple[str, int]] = []
+    search = make_search(Paraboloid(), journal, n_trials=3)
+    search.on_scored = lambda trial, total: seen.append((trial.candidate.name, total))
+    search.run()
+    expected = [*names(search.anchors), "trial-0", "trial-1", "trial-2"]
+    assert seen == [(name, len(expected)) for name in expected]
+
+
+def test_only_what_the_verdict_needs_is_confirmed(journal: Path) -> None:
+    search = make_search(Paraboloid(), journal, n_trials=8)
+    search.run()
+    search.confirm()
+    confirmed = [t for t in search.anchors + search.trials if t.confirm is not None]
+    assert confirmed == [search.latest, search.best_anchor, search.winner]
+    assert len({t.confirm.values_B for t in confirmed if t.confirm}) == 3
+    assert search.seconds.keys() == {"anchors", "trials", "confirm"}
