@@ -150,9 +150,9 @@ def test_an_outranked_search_is_never_written_with_weights(publish: Publish) -> 
 
 
 def test_of_equals_the_older_stays(publish: Publish, merges: Path) -> None:
-    for step in range(1, 4):
-        publish(step=step, value=1.0, save_top_k=1)
+    artifacts = [publish(step=step, value=1.0, save_top_k=1) for step in range(1, 4)]
     assert with_weights(merges) == ["step=000000001"]
+    assert all(artifact.path.is_dir() for artifact in artifacts)
 
 
 def test_an_unconfirmed_merge_does_not_displace_an_accepted_one(publish: Publish, merges: Path) -> None:
