@@ -21,7 +21,9 @@ from torch import nn
 
 from lightning_ckmerge.config import EvaluationConfig
 from lightning_ckmerge.core.outcome import Score
+from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.errors import ConfigError, MonitorError
+from lightning_ckmerge.plugin.batches import BatchRecorder
 from lightning_ckmerge.plugin.loaders import Half, Split, blocks, has_length, stoppable
 
 # Private name -> what it is for. Tested on Lightning 2.6.6.
@@ -47,7 +49,6 @@ VALIDATION_HOOKS = (
     "on_validation_end",
 )
 NUM_BLOCKS = 10
-RecordBatch = Callable[[Any], None]
 
 
 def lightning_package(trainer: Trainer) -> str:
@@ -65,6 +66,7 @@ class Validation:
         callback: Ours; it is told of batches in place of the muted others.
         config: On what to evaluate.
         monitor: The metric to score.
+        comm: The ranks, which score their shares of the batches together.
         own_loaders: What ``evaluation.dataloader`` returned; ``None``: the run's own validation loaders.
     """
 
@@ -74,12 +76,14 @@ class Validation:
         callback: Callback,
         config: EvaluationConfig,
         monitor: str,
+        comm: Comm,
         own_loaders: Any = None,
     ) -> None:
         self._trainer = trainer
         self._callback = callback
         self._config = config
         self._monitor = monitor
+        self._comm = comm
         self._module: LightningModule = trainer.lightning_module
         loaders, limits = self._find_loaders(own_loaders)
         limits = [limited(n, config.limit_batches) for n in limits]
@@ -114,9 +118,10 @@ class Validation:
         """
         parts = [s.part(half) for s in self._splits]
         if half == "confirm" and self._batch_means is False:
-            return self._run_in_blocks(parts)
-        recorder = _Recorder(self._monitor, keep_going)
-        metrics = self._run_loop(parts, recorder.record, lambda: recorder.stopped)
+            return self._run_in_blocks([p.batches for p in parts])
+        recorder = BatchRecorder(self._monitor, [p.padding for p in parts], keep_going, self._comm)
+        logged = self._run_loop([p.batches for p in parts], recorder)
+        metrics = recorder.finish(logged)
         self._batch_means = recorder.is_batch_mean
         return Score(
             value=self._monitored(metrics),
@@ -143,9 +148,9 @@ class Validation:
                 norm.train()
 
         loaders = self._trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
-        parts = [Split(d, limited(length_of(d), batches), 0.0).part("search") for d in loaders]
+        parts = [Split(d, limited(length_of(d), batches), 0.0).part("search").batches for d in loaders]
         try:
-            self._run_loop(parts, lambda _: None, lambda: False, on_start=estimate)
+            self._run_loop(parts, on_start=estimate)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -156,7 +161,9 @@ class Validation:
         rows = []
         for i in range(max(len(b) for b in blocks_of_parts)):
             row = [b[i] if i < len(b) else () for b in blocks_of_parts]
-            rows.append((sum(map(len, row)), self._run_loop([_Batches(b) for b in row], lambda _: None, lambda: False)))
+            recorder = BatchRecorder(self._monitor, [frozenset()] * len(row), None, self._comm)
+            logged = self._run_loop([_Batches(b) for b in row], recorder)
+            rows.append((sum(map(len, row)), recorder.finish(logged)))
         total = sum(n for n, _ in rows)
         metrics = {k: math.fsum(n * m[k] for n, m in rows) / total for k in rows[0][1] if all(k in m for _, m in rows)}
         values = [self._monitored(m) for _, m in rows]
@@ -171,12 +178,13 @@ class Validation:
     def _run_loop(
         self,
         parts: Sequence[Iterable[Any]],
-        record: RecordBatch,
-        stopped: Callable[[], bool],
+        recorder: BatchRecorder | None = None,
         on_start: Callable[..., None] | None = None,
     ) -> dict[str, float]:
-        loop = self._make_loop([stoppable(p, stopped) for p in parts])
-        hooks = {"on_validation_batch_end": lambda *_: record(loop)}
+        loop = self._make_loop([stoppable(p, lambda: recorder is not None and recorder.stopped) for p in parts])
+        hooks: dict[str, Callable[..., None]] = {}
+        if recorder is not None:
+            hooks["on_validation_batch_end"] = functools.partial(_record, recorder, loop)
         if on_start is not None:
             hooks["on_validation_start"] = on_start
         try:
@@ -269,41 +277,19 @@ class _Batches:
         return len(self._batches)
 
 
-class _Recorder:
-    """Reads the monitored metric after each batch, where it is a mean over batches.
-
-    Lightning sums ``value * batch_size`` in the metric's own precision. The sum is widened to float64 at the first
-    batch, so that the difference between two sums is the batch's value, and not what rounding left of it.
-    """
-
-    def __init__(self, monitor: str, keep_going: Callable[[Sequence[float], Sequence[float]], bool] | None) -> None:
-        self._monitor = monitor
-        self._keep_going = keep_going
-        self._sums = (0.0, 0.0)
-        self.values_B: list[float] = []
-        self.sizes_B: list[float] = []
-        self.num_batches = 0
-        self.stopped = False
-        self.is_batch_mean = False
-
-    def record(self, loop: Any) -> None:
-        """Take one batch's value."""
-        self.num_batches += 1
-        entry = next((e for e in loop._results.values() if _logged_name(e.meta) == self._monitor), None)
-        if entry is None or not (entry.is_tensor and entry.meta.is_mean_reduction and entry.meta.on_epoch):
-            return
-        if not entry.meta.fx.startswith("validation_step"):
-            return
-        self.is_batch_mean = True
-        entry.value = entry.value.double()
-        total, size = float(entry.value), float(entry.cumulated_batch_size)
-        if size == self._sums[1]:  # another loader's batch
-            return
-        self.values_B.append((total - self._sums[0]) / (size - self._sums[1]))
-        self.sizes_B.append(size - self._sums[1])
-        self._sums = (total, size)
-        if self._keep_going is not None and not self._keep_going(self.values_B, self.sizes_B):
-            self.stopped = True
+def _record(recorder: BatchRecorder, loop: Any, *hook_args: Any) -> None:
+    """Hand a batch's sums to the recorder, for each metric that is a mean over batches."""
+    sums = {}
+    for entry in loop._results.values():
+        is_mean = entry.is_tensor and entry.meta.is_mean_reduction and entry.meta.on_epoch
+        if is_mean and entry.meta.fx.startswith("validation_step"):
+            # Lightning sums `value * batch_size` in the value's own precision. Widened at the first batch, so that the
+            # difference between two sums is a batch's value, and not what rounding left of it.
+            entry.value = entry.value.double()
+            sums[_logged_name(entry.meta)] = (float(entry.value), float(entry.cumulated_batch_size))
+    # The hook's arguments: trainer, module, outputs, batch, batch_idx and, with several loaders, dataloader_idx.
+    batch_idx, dataloader_idx = (*hook_args[4:6], 0)[:2]
+    recorder.take(sums, dataloader_idx=dataloader_idx, batch_idx=batch_idx)
 
 
 def _logged_name(meta: Any) -> str:

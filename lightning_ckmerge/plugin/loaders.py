@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 Half = Literal["search", "confirm"]
 
@@ -39,21 +39,57 @@ class Split:
             return None
         return sum(confirms(b, self.fraction) == (half == "confirm") for b in range(int(self.limit)))
 
-    def part(self, half: Half) -> Iterable[Any]:
-        """Return an iterable over one half's batches.
+    def part(self, half: Half) -> Part:
+        """Return one half's batches.
 
         Only these are loaded, where the loader draws batches of indices from a sampler; else the others are skipped.
         """
         own: Any = private_copy(self.loader)
         if not can_select(own):
-            return _Selected(own, half, self.limit, self.fraction)
+            return Part(_Selected(own, half, self.limit, self.fraction))
         attribute = "sampler" if own.batch_sampler is None else "batch_sampler"
-        indices = itertools.islice(getattr(own, attribute), None if math.isinf(self.limit) else int(self.limit))
-        chosen = [i for b, i in enumerate(indices) if confirms(b, self.fraction) == (half == "confirm")]
+        drawn = itertools.islice(getattr(own, attribute), None if math.isinf(self.limit) else int(self.limit))
+        batches = without_padding(list(drawn), own.sampler)
+        chosen = [b for i, b in enumerate(batches) if confirms(i, self.fraction) == (half == "confirm")]
         # DataLoader refuses to have its sampler set after it was built; this copy has not been used yet.
-        own.__dict__[attribute] = chosen
-        selected: Iterable[Any] = own
-        return selected
+        own.__dict__[attribute] = [indices for indices, _ in chosen]
+        return Part(own, frozenset(i for i, (_, counts) in enumerate(chosen) if not counts))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Batches of one loader.
+
+    Args:
+        batches: The batches.
+        padding: Places of batches that repeat other ranks' samples. They are run, since a sharded model's forward pass
+            needs all ranks, and do not count.
+    """
+
+    batches: Iterable[Any]
+    padding: frozenset[int] = frozenset()
+
+
+def without_padding(batches: Sequence[Any], sampler: Any) -> list[tuple[Any, bool]]:
+    """Return batches of indices without the samples that only fill up a rank's share, and whether any is left.
+
+    A batch of nothing else keeps one of them.
+
+    Args:
+        batches: Lists of indices, or single indices, in the sampler's order.
+        sampler: Where they were drawn from. Only a ``DistributedSampler`` adds samples, at the end of its order.
+    """
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return [(indices, True) for indices in batches]
+    own = range(sampler.rank, len(sampler.dataset), sampler.num_replicas)  # type: ignore[arg-type]
+    left, result = len(own), list[tuple[Any, bool]]()
+    for indices in batches:
+        size = len(indices) if isinstance(indices, (list, tuple)) else 1
+        counts = left > 0
+        whole = left >= size or size == 1
+        result.append((indices if whole else indices[: max(1, left)], counts))
+        left -= size
+    return result
 
 
 class Stoppable:

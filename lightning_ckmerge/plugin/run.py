@@ -235,7 +235,7 @@ class MergeRun:
                 )
             self._own_loaders = getattr(owners[0], name)()
         callback = self.callback
-        return Validation(self._trainer, callback, callback.evaluation, callback.monitor, self._own_loaders)
+        return Validation(self._trainer, callback, callback.evaluation, callback.monitor, self._comm, self._own_loaders)
 
     def _make_job(
         self, merger: Merger, validation: Validation, standstill: Standstill, on_scored: OnScored

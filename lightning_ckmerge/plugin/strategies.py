@@ -1,22 +1,47 @@
-"""Which Trainers can be served; everything else is refused before training, with the reason."""
+"""Which strategies can be served; everything else is refused before training, with the reason."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from lightning.pytorch import Trainer
 
 from lightning_ckmerge.errors import UnsupportedError
 
-SINGLE_DEVICE = ("SingleDeviceStrategy", "SingleDeviceXLAStrategy")
+# Where a rank holds the model whole, or shards of it whose places are known. By name: `pytorch_lightning` has classes
+# of its own, and DeepSpeed's may not be importable.
+SERVED = (
+    "SingleDeviceStrategy",
+    "SingleDeviceXLAStrategy",
+    "DDPStrategy",
+    "ModelParallelStrategy",
+    "FSDPStrategy",
+    "DeepSpeedStrategy",
+)
+WHAT_WORKS = (
+    "What works: a single device, `ddp` with any launcher, ModelParallelStrategy (FSDP2, tensor parallelism, both), "
+    "FSDPStrategy with `use_orig_params=True`, DeepSpeed stages 1 and 2."
+)
 
 
 def check_supported(trainer: Trainer) -> None:
-    """Raise ``UnsupportedError`` unless the whole model lives on one device."""
-    # By name: `pytorch_lightning` has classes of its own.
-    names = [cls.__name__ for cls in type(trainer.strategy).__mro__]
-    alone = "DDPStrategy" in names and trainer.world_size == 1
-    if alone or any(name in SINGLE_DEVICE for name in names):
-        return
-    raise UnsupportedError(
-        f"the whole model must live on one device, got strategy {names[0]} with {trainer.world_size} processes. "
-        "Use `Trainer(devices=1)`."
-    )
+    """Raise ``UnsupportedError`` unless the strategy can be served."""
+    strategy: Any = trainer.strategy
+    names = [cls.__name__ for cls in type(strategy).__mro__]
+    if not any(name in SERVED for name in names):
+        raise UnsupportedError(
+            f"the strategy must be one whose tensors can be told apart, got {names[0]}. {WHAT_WORKS}"
+        )
+    reason = _refusal(strategy, names)
+    if reason is not None:
+        raise UnsupportedError(f"{reason} {WHAT_WORKS}")
+
+
+def _refusal(strategy: Any, names: list[str]) -> str | None:
+    if "FSDPStrategy" in names and not strategy.kwargs.get("use_orig_params", False):
+        return "FSDPStrategy must keep the original parameters, got `use_orig_params=False`."
+    if "DeepSpeedStrategy" in names:
+        stage = (strategy.config or {}).get("zero_optimization", {}).get("stage", 0)
+        if stage >= 3:
+            return f"DeepSpeed must leave the parameters whole on every rank, got stage {stage}."
+    return None

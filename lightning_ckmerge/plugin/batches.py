@@ -1,0 +1,110 @@
+"""One evaluation's values, batch by batch, over all ranks.
+
+Letters: B batches; with several ranks, batch b is what all of them evaluate b-th.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from lightning_ckmerge.distributed.comm import Comm
+
+# Ranks tell each other their batches' values so often where a losing candidate may be dropped.
+CHUNK = 4
+
+
+class BatchRecorder:
+    """Takes each batch's sums, and finds mean values by batch and in all.
+
+    Sums and counts are float64, and padding does not count: the result does not depend on how samples are dealt out.
+
+    Args:
+        monitor: The metric whose batches are kept.
+        padding: For each loader the places of batches that do not count.
+        keep_going: Asked with values and sizes of the batches so far; ``False`` stops the evaluation.
+        comm: The ranks.
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        padding: Sequence[Collection[int]],
+        keep_going: Callable[[Sequence[float], Sequence[float]], bool] | None,
+        comm: Comm,
+    ) -> None:
+        self._monitor = monitor
+        self._padding = padding
+        self._keep_going = keep_going
+        self._comm = comm
+        self._before: dict[str, tuple[float, float]] = {}
+        self._totals: dict[str, tuple[float, float]] = {}
+        self._pending: list[tuple[float, float]] = []
+        self.values_B: list[float] = []
+        self.sizes_B: list[float] = []
+        self.num_batches = 0
+        self.stopped = False
+
+    @property
+    def is_batch_mean(self) -> bool:
+        """Whether the monitored metric is a mean over batches."""
+        return bool(self.values_B)
+
+    def take(self, sums: Mapping[str, tuple[float, float]], *, dataloader_idx: int, batch_idx: int) -> None:
+        """Take in a batch.
+
+        Args:
+            sums: Metric -> ``sum(value * size)`` and ``sum(size)`` over this batch and all before it.
+            dataloader_idx: Its loader.
+            batch_idx: Its place in the loader.
+        """
+        self.num_batches += 1
+        counts = batch_idx not in self._padding[dataloader_idx]
+        for name, (total, size) in sums.items():
+            total_before, size_before = self._before.get(name, (0.0, 0.0))
+            if size == size_before:  # another loader's metric
+                continue
+            batch = (total - total_before, size - size_before) if counts else (0.0, 0.0)
+            self._before[name] = (total, size)
+            so_far = self._totals.get(name, (0.0, 0.0))
+            self._totals[name] = (so_far[0] + batch[0], so_far[1] + batch[1])
+            if name == self._monitor:
+                self._pending.append(batch)
+        if self._keep_going is not None and len(self._pending) >= (1 if self._comm.world_size == 1 else CHUNK):
+            self._pool(done=False)
+
+    def finish(self, logged: Mapping[str, float]) -> dict[str, float]:
+        """Return all metrics over all ranks.
+
+        Args:
+            logged: What this rank's validation logged.
+        """
+        # A rank with fewer batches goes on answering until the last one is done.
+        while not self._pool(done=True):
+            pass
+        everywhere = self._comm.exchange((dict(logged), self._totals))
+        return {name: _overall(name, everywhere) for name in logged}
+
+    def _pool(self, *, done: bool) -> bool:
+        """Put the ranks' batches together; whether all ranks have seen their last."""
+        answers = self._comm.exchange((self._pending, done))
+        self._pending = []
+        for parts in itertools.zip_longest(*(pending for pending, _ in answers), fillvalue=(0.0, 0.0)):
+            size = math.fsum(n for _, n in parts)
+            if size:
+                self.values_B.append(math.fsum(total for total, _ in parts) / size)
+                self.sizes_B.append(size)
+        if self._keep_going is not None and self.values_B and not self._keep_going(self.values_B, self.sizes_B):
+            self.stopped = True
+        return all(rank_done for _, rank_done in answers)
+
+
+def _overall(name: str, everywhere: Sequence[tuple[dict[str, float], dict[str, tuple[float, float]]]]) -> float:
+    """A mean over samples where that is known, else the mean of what the ranks logged."""
+    totals = [totals[name] for _, totals in everywhere if name in totals]
+    size = math.fsum(n for _, n in totals)
+    if size:
+        return math.fsum(total for total, _ in totals) / size
+    values = [logged[name] for logged, _ in everywhere if name in logged]
+    return math.fsum(values) / len(values)
