@@ -1,17 +1,26 @@
 """Remember everything that an evaluation can change, and put it back, bit for bit and object for object.
 
 Weights are not among it: the search keeps them as its latest snapshot. Random state is; buffers, modes, attributes of
-the user's own objects, metric states and loaders' generators are.
+the user's own objects, metric states, and what loaders, datasets and collate functions hold in this process are.
+
+Out of reach, because nobody can take it back or nobody can find it:
+
+- what the user's code writes itself: files, sockets, a tracker's own client;
+- globals, class attributes, memory of C extensions, iterators and open files, and objects nested ``MAX_DEPTH`` deep;
+- the state of other callbacks, where the module's own hooks change it (the callbacks' hooks are muted);
+- wall time: ``Trainer(max_time=...)`` and other limits by the clock count a search, since an allocation does so too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import random
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +32,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 # A clone of more than this would cost more than it protects: larger tensors outside the weights are data, not state.
 MAX_CLONED_BYTES = 64 << 20
+# In a dataset nearly all tensors are data.
+MAX_CLONED_DATA_BYTES = 4 << 10
 MAX_CONTAINER_LENGTH = 10_000
-MAX_DEPTH = 6
+MAX_DEPTH = 12
 # Objects of these packages are not looked into: they hold threads, files, or the run itself.
 OPAQUE_PACKAGES = {"torch", "lightning", "pytorch_lightning", "lightning_ckmerge", "optuna", "numpy"}
+OPAQUE_PACKAGES |= {"aim", "clearml", "comet_ml", "mlflow", "neptune", "tensorboard", "tensorboardX", "wandb"}
 # What torch and Lightning keep in a module's ``__dict__``; weights, buffers and submodules are treated by name.
 MODULE_INTERNALS = set(vars(nn.Module())) - {"training"}
 
@@ -35,11 +47,11 @@ class Memory:
     """Objects as they are now. ``restore`` may be called any number of times.
 
     Args:
-        tensors: Whether tensors and arrays are state. In a dataset they are data, which nobody changes.
+        max_bytes: Larger tensors and arrays are data, which nobody changes in place.
     """
 
-    def __init__(self, *, tensors: bool = True) -> None:
-        self._tensors = tensors
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._undo: list[Callable[[], object]] = []
         self._seen: dict[int, object] = {}
 
@@ -53,31 +65,28 @@ class Memory:
         if id(value) in self._seen or depth > MAX_DEPTH:
             return
         self._seen[id(value)] = value
+        if isinstance(value, nn.Parameter):
+            return
         if isinstance(value, Tensor):
             self._take_tensor(value)
         elif isinstance(value, np.ndarray):
             self._take_array(value)
-        elif isinstance(value, torch.Generator):
-            self._undo.append(partial(value.set_state, value.get_state()))
-        elif isinstance(value, random.Random):
-            self._undo.append(partial(value.setstate, value.getstate()))
-        elif isinstance(value, np.random.RandomState):
-            self._undo.append(partial(value.set_state, value.get_state()))
-        elif isinstance(value, np.random.Generator):
-            self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif isinstance(value, (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)):
+            self._take_generator(value)
         elif isinstance(value, (list, deque, dict, set)):
             self._take_container(value, depth)
-        elif isinstance(value, tuple):
-            for item in value:
-                self.take(item, depth + 1)
         elif isinstance(value, nn.Module):
             for submodule in value.modules():
-                self._take_module(submodule)
-        elif isinstance(value, DataLoader):
-            for part in (value.dataset, value.sampler, value.batch_sampler, value.generator):
-                self.take(part, depth)
+                if submodule is value or id(submodule) not in self._seen:
+                    self._seen[id(submodule)] = submodule
+                    self._take_module(submodule)
         elif _is_plain_object(value):
-            self.take(vars(value), depth)
+            if hasattr(value, "__dict__"):
+                self.take(vars(value), depth)
+            self._take_slots(value, depth)
+        else:
+            for part in _parts(value):
+                self.take(part, depth + 1)
 
     def _take_module(self, module: nn.Module) -> None:
         """Mode, buffers and own attributes. Parameters and gradients are left out: no evaluation changes them."""
@@ -94,8 +103,7 @@ class Memory:
                 self.take(value, 1)
 
     def _take_tensor(self, tensor: Tensor, *, always: bool = False) -> None:
-        small = tensor.numel() * tensor.element_size() <= MAX_CLONED_BYTES
-        if always or (self._tensors and small):
+        if always or tensor.numel() * tensor.element_size() <= self._max_bytes:
             saved = tensor.detach().clone()
 
             def undo() -> None:
@@ -106,8 +114,17 @@ class Memory:
             self._undo.append(undo)
 
     def _take_array(self, array: np.ndarray[Any, Any]) -> None:
-        if self._tensors and array.nbytes <= MAX_CLONED_BYTES and array.flags.writeable:
+        if array.nbytes <= self._max_bytes and array.flags.writeable:
             self._undo.append(partial(np.copyto, array, array.copy()))
+
+    def _take_generator(self, value: Any) -> None:
+        if isinstance(value, np.random.Generator):
+            self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
+        elif isinstance(value, random.Random):
+            if not isinstance(value, random.SystemRandom):  # which has no state
+                self._undo.append(partial(value.setstate, value.getstate()))
+        else:
+            self._undo.append(partial(value.set_state, value.get_state()))
 
     def _take_container(self, value: Any, depth: int) -> None:
         if isinstance(value, dict):
@@ -118,6 +135,14 @@ class Memory:
         if len(value) <= MAX_CONTAINER_LENGTH:
             for item in items:
                 self.take(item, depth + 1)
+
+    def _take_slots(self, value: Any, depth: int) -> None:
+        names = [n for cls in type(value).__mro__ for n in _slots(cls) if hasattr(value, n)]
+        for name in names:
+            item = getattr(value, name)
+            # Past a frozen class's own `__setattr__`.
+            self._undo.append(partial(object.__setattr__, value, name, item))
+            self.take(item, depth + 1)
 
 
 class Guard:
@@ -132,9 +157,9 @@ class Guard:
     def __init__(self, module: nn.Module, wrapper: nn.Module, others: Iterable[Any] = ()) -> None:
         self._metrics = [m for m in module.modules() if isinstance(m, torchmetrics.Metric)]
         self._random = _random_state()
-        self._memory = Memory()
+        self._memory = Memory(MAX_CLONED_BYTES)
         self._memory.take(module)
-        self._data = Memory(tensors=False)
+        self._data = Memory(MAX_CLONED_DATA_BYTES)
         self.watch(others)
         self._requires_grad = [(p, p.requires_grad) for p in module.parameters()]
         # A forward pass without gradients tells DDP to skip the next broadcast of buffers.
@@ -165,19 +190,55 @@ class Guard:
         _set_random_state(self._random)
 
 
+def _parts(value: Any) -> Iterable[Any]:
+    """What state an object of torch or Python hands out in this process; nothing for most."""
+    if isinstance(value, DataLoader):
+        return [vars(value)]
+    if isinstance(value, (tuple, frozenset)):
+        return value
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, MethodType):
+        return [value.__self__]
+    if isinstance(value, FunctionType):
+        return list(_closed_over(value))
+    return ()
+
+
+def _closed_over(function: FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            yield cell.cell_contents
+
+
 def _is_plain_object(value: Any) -> bool:
     """An instance of somebody's own class, or a dataset or sampler: no code, and of no package that is opaque to us."""
-    if isinstance(value, (Dataset, Sampler)):
+    if isinstance(value, (Dataset, Sampler, SimpleNamespace)):
         return True
-    if not hasattr(value, "__dict__") or isinstance(value, type) or inspect.isroutine(value):
+    cls = type(value)
+    if isinstance(value, type) or inspect.isroutine(value) or _package(cls) in sys.stdlib_module_names - {"__main__"}:
         return False
-    package = type(value).__module__.partition(".")[0]
-    return package not in OPAQUE_PACKAGES and (package == "__main__" or package not in sys.stdlib_module_names)
+    if not hasattr(value, "__dict__") and not any(map(_slots, cls.__mro__)):
+        return False
+    # A Trainer or callback of the user's own is the run itself; a datamodule, which hands out loaders, is not.
+    return hasattr(value, "val_dataloader") or not any(_package(base) in OPAQUE_PACKAGES for base in cls.__mro__)
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    names = vars(cls).get("__slots__", ())
+    names = (names,) if isinstance(names, str) else tuple(names)
+    return tuple(n for n in names if n not in ("__dict__", "__weakref__"))
 
 
 def _reset_dict(target: dict[Any, Any], saved: dict[Any, Any], keep: Iterable[Any] = ()) -> None:
-    for key in target.keys() - saved.keys() - set(keep):
-        del target[key]
+    keep = {*keep}
+    if [k for k in target if k not in keep] != list(saved):  # the order counts as well
+        for key in target.keys() - keep:
+            del target[key]
     target.update(saved)
 
 

@@ -1,0 +1,257 @@
+"""Training with the callback equals training without it, bit for bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_ckmerge import BufferConfig, EvaluationConfig
+from tests.plugin.models import (
+    BATCH,
+    Classifier,
+    Points,
+    TinyGPT,
+    TwoOptimizers,
+    points_loader,
+    tokens_loader,
+)
+from tests.plugin.runs import Case, SearchAtValidationEnd, assert_same_run, manifests, merges_dir
+
+MODELS = {
+    "mlp": Case(),
+    "gpt": Case(model=TinyGPT, train=partial(tokens_loader, train=True), val=partial(tokens_loader, train=False)),
+}
+NEVER = {"every_n_epochs": 100, "search_on_train_end": False}
+MOMENTS: dict[str, dict[str, Any]] = {
+    "batch end": {"merge": {"every_n_train_steps": 5}},
+    "epoch end": {"merge": {"every_n_epochs": 1}},
+    "validation end": {"merge": NEVER, "callbacks": lambda: [SearchAtValidationEnd()]},
+    "train end": {"merge": {"every_n_epochs": 100}},
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("model", MODELS)
+def test_searches_at_any_moment_leave_no_trace(model: str, moment: str, tmp_path: Path) -> None:
+    case = Case(**{**vars(MODELS[model]), **MOMENTS[moment]})
+    run = assert_same_run(case, tmp_path, min_searches=1 if moment == "train end" else 3)
+    if model == "gpt":
+        assert run.module.model.lm_head.weight is run.module.model.transformer.wte.weight
+
+
+def val(**options: Any) -> Callable[[], DataLoader[Any]]:
+    return lambda: points_loader(train=False, **options)
+
+
+def train(**options: Any) -> Callable[[], DataLoader[Any]]:
+    return lambda: points_loader(train=True, **options)
+
+
+def own_generator() -> torch.Generator:
+    return torch.Generator().manual_seed(11)
+
+
+class Jitter:
+    """A collate function with random numbers of its own."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(7)
+
+    def __call__(self, samples: list[Any]) -> Any:
+        x, y = torch.utils.data.default_collate(samples)
+        return x + 0.1 * self.rng.random(), y
+
+
+def jittering_closure() -> Callable[[list[Any]], Any]:
+    rng = random.Random(7)
+
+    def collate(samples: list[Any]) -> Any:
+        x, y = torch.utils.data.default_collate(samples)
+        return x + 0.1 * rng.random(), y
+
+    return collate
+
+
+def shared_dataset(noise: str) -> Callable[[], tuple[Callable[[], Any], Callable[[], Any]]]:
+    raise NotImplementedError
+
+
+LOADERS: dict[str, dict[str, Any]] = {
+    "workers": {"val": val(num_workers=2)},
+    "workers, random": {"val": val(num_workers=2, noise="global")},
+    "persistent workers, random": {"val": val(num_workers=2, noise="global", persistent_workers=True)},
+    "persistent workers, own random": {"val": val(num_workers=1, noise="own", persistent_workers=True)},
+    "random": {"val": val(noise="global"), "train": train(noise="global")},
+    "own random": {"val": val(noise="own"), "train": train(noise="own")},
+    "shuffled, own generator": {"val": val(shuffle=True, generator=own_generator())},
+    "shuffled, global generator": {"val": val(shuffle=True, noise="global")},
+    "random collate object": {"val": lambda: points_loader(train=False, collate_fn=Jitter())},
+    "random collate closure": {"val": lambda: points_loader(train=False, collate_fn=jittering_closure())},
+    "random collate partial": {
+        "val": lambda: points_loader(train=False, collate_fn=partial(Jitter.__call__, Jitter()))
+    },
+    "iterable": {"val": val(iterable=True, noise="own")},
+    "iterable, limited": {"val": val(iterable=True), "trainer": {"limit_val_batches": 8}},
+    "iterable, workers": {"val": val(iterable=True, num_workers=1)},
+    "several": {
+        "val": lambda: [points_loader(train=False), points_loader(train=False, noise="own", shuffle=True)],
+        "merge": {"monitor": "val_loss/dataloader_idx_1"},
+    },
+    "without batches of indices": {"val": lambda: DataLoader(Points(42, 2), batch_size=None, collate_fn=lone_sample)},
+}
+# A generator must be made anew for each run.
+LOADERS["shuffled, own generator"]["val"] = lambda: points_loader(train=False, shuffle=True, generator=own_generator())
+
+
+def lone_sample(sample: Any) -> Any:
+    x, y = sample
+    return x[None], y[None]
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_validation_data_stay_in_step(name: str, tmp_path: Path) -> None:
+    """Goes red if a search takes random numbers from a generator, a dataset or a worker that the run goes on using."""
+    assert_same_run(Case(**LOADERS[name]), tmp_path, min_searches=3)
+
+
+class Loaders(pl.LightningDataModule):
+    """A datamodule with state of its own, which changes whenever a batch passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_batches = 0
+        self.shift = torch.zeros(())
+
+    def train_dataloader(self) -> Any:
+        return points_loader(train=True)
+
+    def val_dataloader(self) -> Any:
+        return points_loader(train=False)
+
+    def more_data(self) -> Any:
+        return points_loader(train=False, noise="own", shuffle=True)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.num_batches += 1
+        self.shift += 0.001
+        x, y = batch
+        return x + self.shift + 0.001 * self.num_batches, y
+
+
+class Averaged(EMAWeightAveraging):
+    """Averages from the first step on."""
+
+    def __init__(self) -> None:
+        super().__init__(decay=0.5)
+
+
+class Compiled(Classifier):
+    """One block is compiled; dynamo guards on modes and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(torch.compile(self.net[0], backend="eager"), *self.net[1:])
+
+
+def spectral(*shape: int) -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(*shape))
+
+
+def weight_norm(*shape: int) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(*shape))
+
+
+def hooked_weight_norm(*shape: int) -> nn.Module:
+    return nn.utils.weight_norm(nn.Linear(*shape))
+
+
+class Plain(Classifier):
+    """A monitor that the scheduler and the stopping follow."""
+
+    def __init__(self) -> None:
+        super().__init__(scheduler="plateau")
+
+
+def checkpoints_by_score(root: Path | None = None) -> ModelCheckpoint:
+    return ModelCheckpoint(monitor="val_loss", save_top_k=2, save_last=True, filename="{step}-{val_loss:.6f}")
+
+
+TRAINERS: dict[str, dict[str, Any]] = {
+    "accumulation": {"trainer": {"accumulate_grad_batches": 3, "max_epochs": 5}, "merge": {"every_n_train_steps": 3}},
+    "search while gradients accumulate": {
+        "trainer": {"accumulate_grad_batches": 4, "max_epochs": 6, "val_check_interval": 3},
+        "merge": NEVER,
+        "callbacks": lambda: [SearchAtValidationEnd()],
+    },
+    "clipping": {"trainer": {"gradient_clip_val": 0.1}},
+    "plateau": {"model": Plain},
+    "early stopping": {
+        "model": Plain,
+        "trainer": {"max_epochs": 8},
+        "callbacks": lambda: [EarlyStopping("val_loss", patience=1, min_delta=0.01)],
+    },
+    "checkpoints by score": {"callbacks": lambda: [checkpoints_by_score()]},
+    "ema": {"callbacks": lambda: [Averaged()]},
+    "ema, at validation end": {"callbacks": lambda: [Averaged(), SearchAtValidationEnd()], "merge": NEVER},
+    "swa": {
+        "callbacks": lambda: [StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1)],
+        "model": partial(Classifier, scheduler=None),
+        "trainer": {"max_epochs": 4},
+    },
+    "bf16-mixed": {"trainer": {"precision": "bf16-mixed"}},
+    "bf16-true": {
+        "trainer": {"precision": "bf16-true"},
+        "model": TinyGPT,
+        "train": partial(tokens_loader, train=True),
+        "val": partial(tokens_loader, train=False),
+    },
+    "two optimizers by hand": {"model": TwoOptimizers},
+    "compiled block": {"model": Compiled},
+    "val_check_interval": {"trainer": {"val_check_interval": 0.5}},
+    "check_val_every_n_epoch": {"trainer": {"check_val_every_n_epoch": 2}},
+    "validation by batches": {"trainer": {"check_val_every_n_epoch": None, "val_check_interval": 7}},
+    "reloaded": {"trainer": {"reload_dataloaders_every_n_epochs": 1}, "datamodule": Loaders},
+    "no validation before": {"trainer": {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 3}},
+    "own data only": {
+        "trainer": {"limit_val_batches": 0},
+        "datamodule": Loaders,
+        "merge": {"evaluation": EvaluationConfig(dataloader="more_data")},
+    },
+    "own data beside": {"datamodule": Loaders, "merge": {"evaluation": EvaluationConfig(dataloader="more_data")}},
+    "overfit": {"trainer": {"overfit_batches": 2, "max_epochs": 9}},
+    "datamodule": {"datamodule": Loaders},
+    "spectral norm": {"model": partial(Classifier, block=spectral)},
+    "weight norm": {"model": partial(Classifier, block=weight_norm)},
+    "hooked weight norm": {"model": partial(Classifier, block=hooked_weight_norm)},
+    "recalibration": {
+        "train": train(noise="own", generator=None),
+        "merge": {"evaluation": EvaluationConfig(recalibrate_batches=3)},
+    },
+    "points in memory": {"merge": {"buffer": BufferConfig(every_n_train_steps=2, snapshot="point", storage="cpu")}},
+    "ckpt as well": {"merge": {"save_top_k": -1}},
+    "tqdm": {"trainer": {"enable_progress_bar": True}},
+    "rich": {"trainer": {"enable_progress_bar": True}, "callbacks": lambda: [pl.callbacks.RichProgressBar()]},
+    "fit's own interval": {"merge": {"every_n_train_steps": None}, "trainer": {"max_epochs": 4}},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TRAINERS)
+def test_features_of_the_trainer_work_as_before(name: str, tmp_path: Path) -> None:
+    assert_same_run(Case(**TRAINERS[name]), tmp_path, min_searches=2)
