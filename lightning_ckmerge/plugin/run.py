@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -287,16 +287,18 @@ class MergeRun:
     def _publish(self, outcome: SearchOutcome, job: SearchJob) -> Artifact:
         """Write the winner, which is merged into the module for that, or the record alone of a rejected search."""
         manifest = build_manifest(outcome)
-        extras: list[Callable[[Path, dict[str, Any]], None]] = [self._write_report]
         if not on_rank_zero(self._comm, lambda: self._store.keeps_weights(manifest)):
-            return self._store.publish(manifest, None, extras=extras, comm=self._comm)
+            return self._store.publish(manifest, None, extras=[self._write_report], comm=self._comm)
         job.begin()
         job.load(outcome.winner.candidate.coefficients_K)
-        if "ckpt" in self.callback.artifact.formats:
-            # With weights_only=False an EMA callback would write its own average instead.
-            extras.append(lambda path, _: self._trainer.save_checkpoint(path / "model.ckpt", weights_only=True))
+        # The report comes last: it lists the files.
+        extras = [self._write_checkpoint] if "ckpt" in self.callback.artifact.formats else []
         weights = GatheredWeights(self._module, self._comm)
-        return self._store.publish(manifest, weights, extras=extras, comm=self._comm)
+        return self._store.publish(manifest, weights, extras=[*extras, self._write_report], comm=self._comm)
+
+    def _write_checkpoint(self, path: Path, _: dict[str, Any]) -> None:
+        # With weights_only=False an EMA callback would write its own average instead.
+        self._trainer.save_checkpoint(path / "model.ckpt", weights_only=True)
 
     def _write_report(self, path: Path, manifest: dict[str, Any]) -> None:
         if self._comm.rank == 0:
