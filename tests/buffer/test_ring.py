@@ -92,11 +92,20 @@ def test_the_oldest_goes_only_if_the_rest_is_60_percent_of_the_run() -> None:
     assert decide(too_little, capacity=2, layout="geometric", finest=FINEST) == Pool(0)
 
 
-def test_three_of_a_size_are_pooled_before_two_of_a_smaller_one() -> None:
-    sizes = [200, 50, 50, 50, 25, 25]
-    ends = [sum(sizes[: i + 1]) for i in range(6)]
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([400, 50, 50, 50, 25, 25, 25], Pool(4)),
+        ([200, 50, 50, 50, 25, 25], Pool(1)),
+        ([400, 50, 50, 25, 25], Pool(3)),
+        ([400, 100, 50, 25], Pool(0)),
+    ],
+    ids=["smallest size with three", "three before two", "smallest size with two", "no two of a size"],
+)
+def test_which_two_are_pooled(sizes: list[int], expected: Pool) -> None:
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     ring = [mean(end - size + 1, end) for end, size in zip(ends, sizes, strict=True)]
-    assert decide(ring, capacity=5, layout="geometric", finest=FINEST) == Pool(1)
+    assert decide(ring, capacity=len(sizes) - 1, layout="geometric", finest=FINEST) == expected
 
 
 def test_a_gap_keeps_members_of_a_size_apart() -> None:
