@@ -1,0 +1,149 @@
+"""Arguments: each wrong value gives one line of rule, value and remedy."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_ckmerge.config import (
+    ArtifactConfig,
+    BufferConfig,
+    Constraint,
+    EvaluationConfig,
+    SearchConfig,
+    parse_size,
+)
+from lightning_ckmerge.core.spaces import Decay
+from lightning_ckmerge.errors import CkmergeError, ConfigError
+
+WRONG = [
+    (BufferConfig, "capacity", 1, "`buffer.capacity >= 2`"),
+    (BufferConfig, "layout", "linear", "`buffer.layout` must be one of geometric, uniform"),
+    (BufferConfig, "every_n_train_steps", 0, "`buffer.every_n_train_steps >= 1`"),
+    (BufferConfig, "snapshot", "ema", "`buffer.snapshot` must be one of mean, point"),
+    (BufferConfig, "update_every_n_steps", 0, "`buffer.update_every_n_steps >= 1`"),
+    (BufferConfig, "storage", "gpu", "`buffer.storage` must be one of disk, cpu, device"),
+    (BufferConfig, "dtype", "int8", "`buffer.dtype` must be one of float32, bfloat16, float16"),
+    (SearchConfig, "space", "simplx", "`search.space` must be one of decay, pairwise, window"),
+    (SearchConfig, "n_trials", 0, "`search.n_trials >= 1`"),
+    (SearchConfig, "timeout_s", 0.0, "`search.timeout_s > 0`"),
+    (SearchConfig, "timeout_s", math.nan, "`search.timeout_s > 0`"),
+    (SearchConfig, "max_fraction_of_training", 0.0, "`0 < search.max_fraction_of_training <= 1`"),
+    (SearchConfig, "max_fraction_of_training", 1.5, "`0 < search.max_fraction_of_training <= 1`"),
+    (EvaluationConfig, "limit_batches", 1, "`evaluation.limit_batches >= 2`"),
+    (EvaluationConfig, "limit_batches", 0.0, "`0 < evaluation.limit_batches <= 1`"),
+    (EvaluationConfig, "limit_batches", 2.0, "`0 < evaluation.limit_batches <= 1`"),
+    (EvaluationConfig, "confirm_fraction", 0.0, "`0 < evaluation.confirm_fraction < 1`"),
+    (EvaluationConfig, "confirm_fraction", 1.0, "`0 < evaluation.confirm_fraction < 1`"),
+    (EvaluationConfig, "confirm_fraction", math.nan, "`0 < evaluation.confirm_fraction < 1`"),
+    (EvaluationConfig, "recalibrate_batches", -1, "`evaluation.recalibrate_batches >= 0`"),
+    (ArtifactConfig, "formats", ("onnx",), "`artifact.formats` must be one of safetensors, ckpt"),
+    (ArtifactConfig, "max_shard_size", "5", "`artifact.max_shard_size` must be a positive number with a unit"),
+]
+CONFIGS = [BufferConfig, SearchConfig, EvaluationConfig, ArtifactConfig]
+
+
+@pytest.mark.parametrize(("config", "name", "value", "rule"), WRONG, ids=lambda p: str(p)[:40])
+def test_a_wrong_value_gives_rule_value_and_remedy(
+    config: Callable[..., Any], name: str, value: object, rule: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config(**{name: value})
+    message = str(caught.value)
+    shown = value[0] if isinstance(value, tuple) else value
+    got = f", got {shown!r}. "
+    assert message.startswith(rule)
+    assert got in message
+    assert message.split(got)[1].endswith(".")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("wrong", "rule"),
+    [
+        ({"allowance": -0.1}, "`search.constraints.allowance >= 0`"),
+        ({"mode": "less"}, "`search.constraints.mode` must"),
+    ],
+)
+def test_a_wrong_constraint_is_refused(wrong: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Constraint(monitor="other", **wrong)
+    assert str(caught.value).startswith(rule)
+
+
+def test_every_argument_with_a_range_is_tested() -> None:
+    """Goes red when one is added without a wrong value for it here."""
+    free = {(SearchConfig, n) for n in ("sampler", "seed", "constraints", "storage")}
+    free |= {(EvaluationConfig, n) for n in ("dataloader", "staged")}
+    arguments = {(c, f.name) for c in CONFIGS for f in dataclasses.fields(c)}
+    assert arguments - {(c, n) for c, n, _, _ in WRONG} == free
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_defaults_hold_and_stay(config: Callable[..., Any]) -> None:
+    default = config()
+    assert config(**vars(default)) == default
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        default.anything = 1
+    with pytest.raises(TypeError):
+        config(10)
+
+
+def test_the_limits_of_ranges_are_allowed() -> None:
+    assert EvaluationConfig(limit_batches=1.0).limit_batches == 1.0
+    assert EvaluationConfig(limit_batches=2).limit_batches == 2
+    assert SearchConfig(max_fraction_of_training=1.0, timeout_s=0.1).max_fraction_of_training == 1.0
+    assert SearchConfig(max_fraction_of_training=None).max_fraction_of_training is None
+    assert BufferConfig(capacity=2, every_n_train_steps=1, update_every_n_steps=1, dtype="bfloat16").capacity == 2
+    assert isinstance(SearchConfig(space=Decay(ratio=2.0)).space, Decay)
+
+
+def test_formats_from_yaml_are_a_tuple() -> None:
+    assert ArtifactConfig(formats=["safetensors", "ckpt"]).formats == ("safetensors", "ckpt")
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes"),
+    [
+        ("1B", 1),
+        ("10KB", 10_000),
+        ("10kb", 10_000),
+        ("500MB", 500_000_000),
+        ("5GB", 5_000_000_000),
+        ("2TB", 2_000_000_000_000),
+        ("1KiB", 1024),
+        ("1.5 MiB", 1_572_864),
+        (" 2GiB ", 2_147_483_648),
+        ("1TiB", 2**40),
+        ("0.5GB", 500_000_000),
+    ],
+)
+def test_sizes(size: str, num_bytes: int) -> None:
+    assert parse_size(size) == num_bytes
+
+
+@pytest.mark.parametrize("size", ["", "5", "GB", "-1GB", "0GB", "0.1B", "1e3MB", "5 GB or so", "5PB", "5,5GB", "5iB"])
+def test_what_is_no_size_is_refused(size: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_size(size, "artifact.max_shard_size")
+    assert str(caught.value) == (
+        f"`artifact.max_shard_size` must be a positive number with a unit, got {size!r}. Write it as '5GB' or '500MB'."
+    )
+
+
+@given(text=st.text(max_size=8))
+def test_any_text_is_a_size_or_refused(text: str) -> None:
+    with contextlib.suppress(ConfigError):
+        assert parse_size(text) >= 1
+
+
+def test_a_config_error_is_ours_and_a_value_error() -> None:
+    assert issubclass(ConfigError, CkmergeError)
+    assert issubclass(ConfigError, ValueError)

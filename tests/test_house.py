@@ -1,0 +1,163 @@
+"""The house: arrows point down, each heavy dependency has one home, and what needs no Lightning starts without it."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "lightning_ckmerge"
+ROOT = Path(__file__).parents[1] / PACKAGE
+MODULES = sorted(ROOT.rglob("*.py"))
+ROWS = {
+    "errors": 0,
+    "config": 1,
+    "core": 2,
+    "search": 3,
+    "buffer": 3,
+    "distributed": 3,
+    "pipeline": 4,
+    "artifact": 4,
+    "report": 4,
+    "plugin": 5,
+    "cli": 6,
+    "__init__": 6,
+}
+LIGHT = {"errors", "config"}
+HOMES = {
+    "jinja2": {"report"},
+    "jsonargparse": {"cli"},
+    "jsonschema": {"artifact"},
+    "lightning": {"plugin"},
+    "numpy": {"buffer", "plugin"},
+    "optuna": {"search"},
+    "plotly": {"report"},
+    "rich": {"cli"},
+    "safetensors": {"artifact", "buffer"},
+    "scipy": {"search"},
+    "torch": ROWS.keys() - LIGHT,
+    "torchmetrics": {"plugin"},
+}
+MAX_HOOK_LINES = 15
+
+modules = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Yield the dotted names that run-time imports below ``node`` name, in functions too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"line {child.lineno}: imports must be absolute, so that arrows can be seen"
+            assert child.module is not None
+            # `from package import module` is an arrow to the module.
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        else:
+            yield from imported(child)
+
+
+def test_every_room_has_a_row() -> None:
+    assert {room_of(path) for path in MODULES} <= ROWS.keys()
+
+
+@modules
+def test_arrows_point_down(path: Path) -> None:
+    room = room_of(path)
+    for name in imported(parse(path)):
+        package, _, rest = name.partition(".")
+        if package == PACKAGE:
+            other = rest.partition(".")[0]
+            other = other if other in ROWS else "__init__"
+            assert other == room or ROWS[other] < ROWS[room], f"{room} must not import {name}"
+
+
+@modules
+def test_each_heavy_dependency_has_one_home(path: Path) -> None:
+    for name in imported(parse(path)):
+        package = name.partition(".")[0]
+        if package != PACKAGE and package not in sys.stdlib_module_names:
+            assert room_of(path) in HOMES.get(package, set()), f"{package} has no home in {room_of(path)}"
+
+
+@pytest.mark.parametrize("dynamic", ["import_module", "__import__"])
+def test_nothing_is_imported_behind_this_tests_back(dynamic: str) -> None:
+    """Lightning's loops come from the Trainer's own package, and public names are loaded lazily."""
+    users = {p.relative_to(ROOT).as_posix() for p in MODULES if dynamic in p.read_text(encoding="utf-8")}
+    assert {room_of(ROOT / user) for user in users} <= {"__init__", "plugin"}
+
+
+def test_what_needs_no_trainer_starts_without_lightning() -> None:
+    names = [".".join((PACKAGE, "core", p.stem)) for p in (ROOT / "core").glob("*.py")]
+    names = [PACKAGE, f"{PACKAGE}.config", *(n for n in names if not n.endswith("__init__"))]
+    heavy = sorted(HOMES.keys() - {"torch", "numpy"})
+    program = (
+        f"import importlib, sys\n[importlib.import_module(n) for n in {names}]\n"
+        f"print([n for n in {[*heavy, 'pytorch_lightning']} if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_package_itself_starts_without_torch() -> None:
+    program = f"import sys, {PACKAGE}, {PACKAGE}.config\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_hooks_fit_on_a_few_lines() -> None:
+    (callback,) = [n for n in parse(ROOT / "plugin" / "callback.py").body if isinstance(n, ast.ClassDef)]
+    functions = [n for n in callback.body if isinstance(n, ast.FunctionDef)]
+    named = ("setup", "teardown", "state_dict", "load_state_dict")
+    hooks = [f for f in functions if f.name.startswith("on_") or f.name in named]
+    assert {"setup", "on_train_batch_end", "on_train_end", "state_dict"} <= {h.name for h in hooks}
+    for hook in hooks:
+        assert hook.end_lineno is not None
+        assert hook.end_lineno - hook.lineno < MAX_HOOK_LINES, f"{hook.name} is too long: hooks say when, not what"
+
+
+def public_things(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from public_things(node.body)
+
+
+@modules
+def test_what_is_public_is_documented(path: Path) -> None:
+    tree = parse(path)
+    assert ast.get_docstring(tree)
+    undocumented = [n.name for n in public_things(tree.body) if not ast.get_docstring(n)]
+    assert undocumented == []
+
+
+@modules
+def test_nothing_is_printed(path: Path) -> None:
+    """A library logs; only commands write to the terminal."""
+    if room_of(path) != "cli":
+        calls = [n for n in ast.walk(parse(path)) if isinstance(n, ast.Call)]
+        assert "print" not in {c.func.id for c in calls if isinstance(c.func, ast.Name)}
+
+
+@modules
+def test_nothing_is_unpickled(path: Path) -> None:
+    """Buffers and artifacts are safetensors and JSON."""
+    names = set(imported(parse(path)))
+    assert not {n.partition(".")[0] for n in names} & {"pickle", "dill", "cloudpickle", "joblib", "shelve"}
+    loads = [ast.unparse(n.func) for n in ast.walk(parse(path)) if isinstance(n, ast.Call)]
+    assert "torch.load" not in loads
