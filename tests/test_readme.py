@@ -1,0 +1,49 @@
+"""The README keeps its promises."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+from lightning_ckmerge import CheckpointMergeCallback
+from lightning_ckmerge.artifact.timeline import read_timeline
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_it_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_the_code_trains_searches_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget is lifted: this run takes seconds, and 5 % of that is nothing."""
+    monkeypatch.chdir(tmp_path)
+    code = block("python").replace('dirpath="merges"', 'dirpath="merges", search=SearchConfig(max_fraction_of_training=None)')
+    exec("from lightning_ckmerge import SearchConfig\n" + code, {"__name__": "readme"})
+    records = read_timeline(tmp_path / "merges")
+    assert [r["step"] for r in records] == [75, 150, 225, 300]
+    assert any(r["status"] == "accepted" for r in records)
+
+
+def test_the_yaml_is_one_of_the_callback() -> None:
+    entry = yaml.safe_load(block("yaml"))["trainer"]["callbacks"][0]
+    assert entry["class_path"] == "lightning_ckmerge.CheckpointMergeCallback"
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(CheckpointMergeCallback, "callback")
+    config = parser.parse_object({"callback": entry["init_args"]})
+    assert parser.instantiate_classes(config).callback.search.n_trials == 16
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8"))
+    assert [link for link in links if not (README.parent / link).exists()] == []
