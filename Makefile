@@ -15,11 +15,11 @@ demo: $(READY)  ## Pretrain a small GPT, merge, and compare. ARGS=--decay-branch
 test: $(READY)  ## Run the test suite. ARGS="-k buffer" picks a part of it.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
-check: $(READY)  ## Format, lint, types, and the examples in docstrings.
+check: $(READY)  ## Format, lint, types, layers, public names, and the examples in docstrings.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet lightning_ckmerge
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet lightning_ckmerge tests/test_house.py tests/test_public_names.py
 
 clean:  ## Remove the virtual environment and the caches.
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
