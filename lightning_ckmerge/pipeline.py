@@ -184,9 +184,6 @@ class _Evaluation:
         self.job.load(c_K)
         return self.job.validation.run(half, keep_going)
 
-    def num_batches(self, half: Half) -> int:
-        return sum(self.job.validation.num_batches(half))
-
 
 def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
     sampler = make_sampler(job.config.sampler, job.config.seed)

@@ -23,7 +23,7 @@ from lightning_ckmerge.config import (
 )
 from lightning_ckmerge.core.spaces import make_space
 from lightning_ckmerge.errors import ConfigError, MonitorError
-from lightning_ckmerge.plugin.evaluation import unknown_monitor
+from lightning_ckmerge.plugin.evaluation import logged_names, unknown_monitor
 from lightning_ckmerge.plugin.run import MergeRun
 from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.strategies import check_supported
@@ -153,8 +153,9 @@ class CheckpointMergeCallback(Callback):
         if self._monitor_seen or self.evaluation.dataloader is not None:
             return
         self._monitor_seen = True
-        if self.monitor not in trainer.callback_metrics:
-            message = unknown_monitor(self.monitor, trainer.callback_metrics)
+        logged = logged_names(trainer)
+        if self.monitor not in logged:
+            message = unknown_monitor(self.monitor, logged)
             if trainer.sanity_checking:  # nothing is lost yet
                 raise MonitorError(message)
             rank_zero_warn(message)

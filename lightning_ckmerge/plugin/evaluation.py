@@ -30,6 +30,7 @@ from lightning_ckmerge.plugin.loaders import Half, Split, blocks, has_length, st
 PRIVATE_NAMES = {
     "loops._EvaluationLoop": "the loop that evaluates a trial",
     "loops._EvaluationLoop._combined_loader": "the loaders of a loop",
+    "CombinedLoader._mode": "how several loaders make one batch",
     "loops._EvaluationLoop._max_batches": "the limits of a loop",
     "loops._EvaluationLoop._last_val_dl_reload_epoch": "keeps a loop from asking for its loaders again",
     "loops._EvaluationLoop._data_source": "asks the user for validation loaders before the run has done so",
@@ -85,12 +86,17 @@ class Validation:
         self._monitor = monitor
         self._comm = comm
         self._module: LightningModule = trainer.lightning_module
-        loaders, limits = self._find_loaders(own_loaders)
+        self._combined, loaders, limits = self._find_loaders(own_loaders)
         limits = [limited(n, config.limit_batches) for n in limits]
         if not any(limits):
             raise ConfigError(
                 "a search needs validation batches, got none. Give the Trainer validation data (limit_val_batches > 0) "
                 "or name a method that returns loaders in `evaluation.dataloader`."
+            )
+        if any(isinstance(loader, Iterator) for loader in loaders):
+            raise ConfigError(
+                "validation loaders must start anew each time they are iterated, got a generator, whose batches a "
+                "search would take from the run. Give the Trainer an object with `__iter__`, such as a DataLoader."
             )
         # One batch cannot be in both halves: the search gets it, and nothing can be confirmed.
         fraction = config.confirm_fraction if max(limits) > 1 else 0.0
@@ -99,8 +105,8 @@ class Validation:
 
     @property
     def loaders(self) -> list[Any]:
-        """The loaders that are evaluated."""
-        return [s.loader for s in self._splits]
+        """The loaders that are read."""
+        return [s.loader for s in self._splits] + (self._training_loaders if self._config.recalibrate_batches else [])
 
     def num_batches(self, half: Half) -> tuple[int, ...]:
         """Return the batches of each loader in a half; 0 for loaders of unknown length."""
@@ -147,13 +153,21 @@ class Validation:
             for norm in norms:
                 norm.train()
 
-        loaders = self._trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
-        parts = [Split(d, limited(length_of(d), batches), 0.0).part("search").batches for d in loaders]
+        limits = [limited(length_of(d), batches) for d in self._training_loaders]
+        splits = [Split(d, n, 0.0) for d, n in zip(self._training_loaders, limits, strict=True)]
         try:
-            self._run_loop(parts, on_start=estimate)
+            self._run_loop([s.part("search").batches for s in splits], on_start=estimate, like=self._training_data)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+    @property
+    def _training_data(self) -> Any:
+        return self._trainer.fit_loop._combined_loader
+
+    @property
+    def _training_loaders(self) -> list[Any]:
+        return list(self._training_data.flattened)
 
     def _run_in_blocks(self, parts: Sequence[Iterable[Any]]) -> Score:
         """A metric over all batches at once has no paired values: score it on blocks of batches instead."""
@@ -180,8 +194,10 @@ class Validation:
         parts: Sequence[Iterable[Any]],
         recorder: BatchRecorder | None = None,
         on_start: Callable[..., None] | None = None,
+        like: Any = None,
     ) -> dict[str, float]:
-        loop = self._make_loop([stoppable(p, lambda: recorder is not None and recorder.stopped) for p in parts])
+        stopped = functools.partial(_has_stopped, recorder)
+        loop = self._make_loop([stoppable(p, stopped) for p in parts], like or self._combined)
         hooks: dict[str, Callable[..., None]] = {}
         if recorder is not None:
             hooks["on_validation_batch_end"] = functools.partial(_record, recorder, loop)
@@ -194,10 +210,10 @@ class Validation:
             loop.teardown()
         return {name: float(value) for row in logged for name, value in row.items()}
 
-    def _make_loop(self, parts: Sequence[Iterable[Any]]) -> Any:
+    def _make_loop(self, parts: Sequence[Iterable[Any]], like: Any = None) -> Any:
+        """Return a loop over ``parts``, which stand in for the loaders of a ``CombinedLoader`` like this one."""
         loops = importlib.import_module(f"{lightning_package(self._trainer)}.loops")
         states = importlib.import_module(f"{lightning_package(self._trainer)}.trainer.states")
-        combined = importlib.import_module(f"{lightning_package(self._trainer)}.utilities.combined_loader")
         # inference_mode=False as in fit: inference tensors would get into the user's metric states.
         loop = loops._EvaluationLoop(
             self._trainer,
@@ -206,33 +222,38 @@ class Validation:
             verbose=False,
             inference_mode=False,
         )
-        loop._combined_loader = combined.CombinedLoader(list(parts), "sequential")
+        if like is not None:
+            loop._combined_loader = type(like)(like.iterables, like._mode)
+            loop._combined_loader.flattened = list(parts)
         loop._max_batches = [length_of(p) for p in parts]
         loop._last_val_dl_reload_epoch = math.inf
         return loop
 
-    def _find_loaders(self, own_loaders: Any) -> tuple[list[Any], list[float]]:
+    def _find_loaders(self, own_loaders: Any) -> tuple[Any, list[Any], list[float]]:
+        """Return the loaders together, one by one, and the limit of each."""
         trainer = self._trainer
         source = trainer.fit_loop.epoch_loop.val_loop
         if own_loaders is not None:
-            combined = importlib.import_module(f"{lightning_package(trainer)}.utilities.combined_loader")
+            utilities = importlib.import_module(f"{lightning_package(trainer)}.utilities.combined_loader")
+            given = isinstance(own_loaders, utilities.CombinedLoader)
+            combined = own_loaders if given else utilities.CombinedLoader(own_loaders, "sequential")
             prepare = functools.partial(
                 trainer._data_connector._prepare_dataloader, shuffle=False, mode=self._stage("VALIDATING")
             )
-            loaders = [prepare(d) for d in combined.CombinedLoader(own_loaders, "sequential").flattened]
-            return loaders, [length_of(d) for d in loaders]
+            loaders = [prepare(d) for d in combined.flattened]
+            return combined, loaders, [length_of(d) for d in loaders]
         if source._combined_loader is None:
             # No validation has run yet. The run will ask for its loaders when it is due to, and draw the same random
             # numbers then as without us.
             loop = self._make_loop([])
-            loop._combined_loader, loop._data_source = None, source._data_source
+            loop._data_source = source._data_source
             loop._last_val_dl_reload_epoch = source._last_val_dl_reload_epoch
             with _isolated(trainer, loop):
                 loop.setup_data()
             source = loop
         if source._combined_loader is None:
-            return [], []
-        return list(source._combined_loader.flattened), list(source._max_batches)
+            return None, [], []
+        return source._combined_loader, list(source._combined_loader.flattened), list(source._max_batches)
 
     def _stage(self, name: str) -> Any:
         states = importlib.import_module(f"{lightning_package(self._trainer)}.trainer.states")
@@ -242,6 +263,15 @@ class Validation:
         if self._monitor not in metrics:
             raise MonitorError(unknown_monitor(self._monitor, metrics))
         return metrics[self._monitor]
+
+
+def logged_names(trainer: Trainer) -> set[str]:
+    """Return the names that the run has logged, those of the validation that is just ending included.
+
+    The sanity check does not enter what it logged from several loaders into ``callback_metrics``.
+    """
+    results = trainer.fit_loop.epoch_loop.val_loop._results
+    return {*trainer.callback_metrics, *(n for e in results.values() if e.meta.on_epoch for n in _logged_names(e.meta))}
 
 
 def unknown_monitor(monitor: str, logged: Iterable[str]) -> str:
@@ -286,18 +316,23 @@ def _record(recorder: BatchRecorder, loop: Any, *hook_args: Any) -> None:
             # Lightning sums `value * batch_size` in the value's own precision. Widened at the first batch, so that the
             # difference between two sums is a batch's value, and not what rounding left of it.
             entry.value = entry.value.double()
-            sums[_logged_name(entry.meta)] = (float(entry.value), float(entry.cumulated_batch_size))
+            sums.update(
+                dict.fromkeys(_logged_names(entry.meta), (float(entry.value), float(entry.cumulated_batch_size)))
+            )
     # The hook's arguments: trainer, module, outputs, batch, batch_idx and, with several loaders, dataloader_idx.
     batch_idx, dataloader_idx = (*hook_args[4:6], 0)[:2]
     recorder.take(sums, dataloader_idx=dataloader_idx, batch_idx=batch_idx)
 
 
-def _logged_name(meta: Any) -> str:
-    """The name under which Lightning's epoch metrics appear."""
-    suffix = (
-        f"/dataloader_idx_{meta.dataloader_idx}" if meta.add_dataloader_idx and meta.dataloader_idx is not None else ""
-    )
-    return f"{meta.name}{suffix}"
+def _has_stopped(recorder: BatchRecorder | None) -> bool:
+    return recorder is not None and recorder.stopped
+
+
+def _logged_names(meta: Any) -> set[str]:
+    """The names under which Lightning's epoch metrics appear: two, where steps are logged as well."""
+    is_one_of_several = meta.add_dataloader_idx and meta.dataloader_idx is not None
+    suffix = f"/dataloader_idx_{meta.dataloader_idx}" if is_one_of_several else ""
+    return {f"{meta.name}{suffix}", f"{meta.forked_name(on_step=False)}{suffix}"}
 
 
 @contextlib.contextmanager

@@ -243,10 +243,12 @@ def _reset_dict(target: dict[Any, Any], saved: dict[Any, Any], keep: Iterable[An
 
 
 def _refill(target: list[Any] | deque[Any] | set[Any], saved: list[Any]) -> None:
-    target.clear()
     if isinstance(target, set):
-        target.update(saved)
+        if target != set(saved):
+            target.clear()
+            target.update(saved)
     else:
+        target.clear()
         target.extend(saved)
 
 

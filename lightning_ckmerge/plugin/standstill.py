@@ -46,10 +46,12 @@ class Standstill:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._guard.restore()
-        self._ownership.settle()
-        for copy, live in zip(self._copies, self._live(), strict=True):
-            live.copy_(copy)
+        try:
+            self._guard.restore()
+        finally:  # above all, the weights
+            self._ownership.settle()
+            for copy, live in zip(self._copies, self._live(), strict=True):
+                live.copy_(copy)
 
     def watch(self, others: Iterable[Any]) -> None:
         """Keep more objects as they are now."""

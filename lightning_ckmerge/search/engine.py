@@ -39,9 +39,6 @@ class Evaluate(Protocol):
                 ``False`` ends the evaluation.
         """
 
-    def num_batches(self, half: Half) -> int:
-        """Return how many batches one evaluation takes."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -147,7 +144,7 @@ class Search:
     @property
     def num_batches_saved(self) -> int:
         """Batch evaluations that dropping losers early avoided."""
-        full = self.evaluate.num_batches("search")
+        full = self.latest.search.num_batches
         dropped = [t.search for t in (*self.anchors, *self.trials) if not t.search.complete]
         return sum(full - s.num_batches for s in dropped)
 
@@ -157,7 +154,8 @@ class Search:
         return min(eligible, key=lambda t: self.problem.sign * t.search.value)
 
     def _must_stop(self) -> bool:
-        reason = self.agree(lambda: self.budget.stop_reason(self.evaluate.num_batches("search")))
+        # Not all loaders know their length; the latest weights have been through it.
+        reason = self.agree(lambda: self.budget.stop_reason(self.latest.search.num_batches))
         if reason is not None:
             self.stopped_early = f"after {len(self.anchors)} anchors and {len(self.trials)} trials: {reason}"
         return reason is not None
