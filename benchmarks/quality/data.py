@@ -39,7 +39,7 @@ def read_headers() -> dict[str, bytes]:
 
 
 def eval_batches(corpus: Corpus) -> dict[str, list[Tensor]]:
-    """Return the batches ``(N, T + 1)`` of the ``search`` and ``confirm`` halves, of ``test`` and the ``other`` corpus."""
+    """Return the batches ``(N, T + 1)`` of the two halves, ``search`` and ``confirm``, of ``test`` and ``other``."""
     own, other = read_corpus(corpus), read_corpus("cpp" if corpus == "python" else "python")
     val = _batches(own["val"], NUM_EVAL_BATCHES["val"])
     return {
