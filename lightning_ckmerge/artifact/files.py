@@ -13,6 +13,7 @@ from typing import Any
 from lightning_ckmerge.errors import ArtifactError
 
 CHUNK_BYTES = 1 << 20
+WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 TEMPORARY_NAME = re.compile(r"\.tmp-(step=\d{9,}(-v\d+)?|best|best\.json)-[0-9a-f]{8}")
 
 FileRecord = dict[str, Any]

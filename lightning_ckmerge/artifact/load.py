@@ -8,14 +8,17 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from lightning_ckmerge.artifact.files import file_record, inside
+from lightning_ckmerge.artifact.files import WEIGHTS_NAME, file_record, inside
 from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
 from lightning_ckmerge.artifact.timeline import read_timeline
-from lightning_ckmerge.artifact.weights import WEIGHTS_NAME, StoredWeights
 from lightning_ckmerge.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lightning_ckmerge.artifact.weights import StoredWeights
 
 BEST_NAME = "best"
 POINTER_NAME = "best.json"
@@ -72,6 +75,9 @@ class Artifact:
                 f"an artifact must hold weights to be loaded, got the record {self.path}: {why} "
                 f"({verdict['sentence']}). Load another artifact, or go on with the latest weights."
             )
+        # Reviewing artifacts needs no torch, which takes seconds to import.
+        from lightning_ckmerge.artifact.weights import StoredWeights
+
         names = sorted(name for name in self.manifest["files"] if WEIGHTS_NAME.fullmatch(name))
         return StoredWeights([inside(self.path, name) for name in names])
 

@@ -15,6 +15,7 @@ from jsonschema.exceptions import best_match
 
 from lightning_ckmerge.core.outcome import Score, SearchOutcome, Trial, Verdict
 from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.search.verdict import score_gain
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -35,6 +36,10 @@ def build_manifest(outcome: SearchOutcome) -> Manifest:
     JSON has no infinities and no NaN: a score or gain that is not finite becomes ``null``.
     """
     winner = outcome.winner
+
+    def trial(t: Trial) -> dict[str, Any]:
+        return _trial(t, outcome.anchors[0], 1 if outcome.mode == "min" else -1)
+
     return {
         "schema_version": SCHEMA_VERSION,
         "step": outcome.step,
@@ -45,11 +50,11 @@ def build_manifest(outcome: SearchOutcome) -> Manifest:
         "coordinates": winner.candidate.coordinates,
         "snapshots": [dict(vars(s)) for s in outcome.snapshots_K],
         "coefficients": list(winner.candidate.coefficients_K),
-        "anchors": [_trial(t) for t in outcome.anchors],
-        "trials": [_trial(t) for t in outcome.trials],
+        "anchors": [trial(t) for t in outcome.anchors],
+        "trials": [trial(t) for t in outcome.trials],
         "evaluation": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(outcome.evaluation).items()},
         "cost": dict(vars(outcome.cost), seconds=dict(outcome.cost.seconds)),
-        "software": _software(),
+        "software": software(),
     }
 
 
@@ -125,12 +130,15 @@ def _verdict(verdict: Verdict, winner: Trial) -> dict[str, Any]:
     }
 
 
-def _trial(trial: Trial) -> dict[str, Any]:
+def _trial(trial: Trial, latest: Trial, sign: int) -> dict[str, Any]:
+    gain, interval = (None, None) if trial is latest else score_gain(trial.search, latest.search, sign)
     return {
         "name": trial.candidate.name,
         "coefficients": list(trial.candidate.coefficients_K),
         "coordinates": trial.candidate.coordinates,
         "search": _score(trial.search),
+        "search_gain": _finite(gain) if gain is not None else None,
+        "search_interval": _interval(interval),
         "confirm": _score(trial.confirm) if trial.confirm else None,
         "feasible": trial.feasible,
     }
@@ -153,7 +161,8 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _software() -> dict[str, str | None]:
+def software() -> dict[str, str | None]:
+    """Return the versions of what an artifact depends on; ``None`` for what is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name, distribution in DISTRIBUTIONS.items():
         try:

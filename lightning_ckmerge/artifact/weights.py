@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +28,6 @@ from lightning_ckmerge.errors import ArtifactError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 # The names of the safetensors format.
 DTYPE_NAMES = {
@@ -47,6 +45,7 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class Weights(Protocol):
@@ -91,7 +90,11 @@ class LocalWeights:
 
 
 def write_weights(
-    directory: Path, weights: Weights, max_shard_size: int, comm: Comm | None = None
+    directory: Path,
+    weights: Weights,
+    max_shard_size: int,
+    comm: Comm | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, FileRecord]:
     """Write ``weights`` into ``directory``, and return each written file's bytes and SHA-256, on every rank.
 
@@ -103,6 +106,7 @@ def write_weights(
         weights: What to write.
         max_shard_size: Bytes above which the model is split; a larger tensor has a shard of its own.
         comm: The ranks; ``None``: a process alone.
+        metadata: Texts for the header of each file.
 
     Raises:
         ArtifactError: safetensors cannot hold one of the tensors.
@@ -121,7 +125,7 @@ def write_weights(
     records: dict[str, FileRecord] = {}
     for start in range(0, count, len(writers)):
         wave = slice(start, start + len(writers))
-        own = _write_wave(directory, weights, names[wave], shards[wave], writers, comm.rank)
+        own = _write_wave(directory, weights, names[wave], shards[wave], writers, comm.rank, metadata or {})
         for written in comm.exchange(own):
             records.update(written)
     if count == 1:
@@ -200,6 +204,25 @@ class StoredWeights(Mapping[str, Tensor]):
         kept = self._aliases.get(name, name)
         return tuple(self._files[kept].get_slice(kept).get_shape())
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype, likewise.
+
+        Raises:
+            ArtifactError: It is a dtype that is not written here.
+        """
+        kept = self._aliases.get(name, name)
+        found = self._files[kept].get_slice(kept).get_dtype()
+        if found not in DTYPES:
+            raise ArtifactError(
+                f"a tensor must be of a dtype among {', '.join(DTYPES)}, got {found} for {name!r}. Convert it first."
+            )
+        return DTYPES[found]
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """The left-out names, each with the one kept."""
+        return self._aliases
+
 
 def _split(weights: Weights, max_shard_size: int) -> list[list[str]]:
     """Return the names of each shard, in the order in which the shard holds them."""
@@ -224,11 +247,12 @@ def _write_wave(
     shards: Sequence[Sequence[str]],
     writers: Sequence[int],
     rank: int,
+    metadata: Mapping[str, str],
 ) -> dict[str, FileRecord]:
     """Write one shard a writer, side by side; every rank takes part in gathering every tensor."""
     own = writers.index(rank) if rank in writers and writers.index(rank) < len(shards) else None
     with contextlib.ExitStack() as stack:
-        output = _ShardWriter(directory / files[own], weights, shards[own]) if own is not None else None
+        output = _ShardWriter(directory / files[own], weights, shards[own], metadata) if own is not None else None
         if output is not None:
             stack.enter_context(output)
         for row in itertools.zip_longest(*shards):
@@ -245,11 +269,11 @@ def _write_wave(
 class _ShardWriter:
     """One safetensors file, written and hashed a tensor at a time, in the order of ``names``."""
 
-    def __init__(self, path: Path, weights: Weights, names: Sequence[str]) -> None:
+    def __init__(self, path: Path, weights: Weights, names: Sequence[str], metadata: Mapping[str, str]) -> None:
         self._path = path
         held = set(names)
         left_out = {alias: kept for alias, kept in weights.aliases.items() if kept in held}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **left_out}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, **left_out}}
         offset = 0
         for name in names:
             spec = weights.specs[name]

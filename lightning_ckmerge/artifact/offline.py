@@ -1,0 +1,230 @@
+"""Merges checkpoints on disk into a new directory, a tensor at a time, and records how.
+
+Letters: K checkpoints, oldest first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ckmerge.artifact.files import FileRecord, file_record, fsync, fsync_tree, list_files
+from lightning_ckmerge.artifact.manifest import software
+from lightning_ckmerge.artifact.sources import Source
+from lightning_ckmerge.artifact.weights import write_weights
+from lightning_ckmerge.core.layout import TensorSpec
+from lightning_ckmerge.core.mixing import mix_tensors, slerp_tensors
+from lightning_ckmerge.errors import ArtifactError, ConfigError
+
+RECIPE_NAME = "recipe.json"
+RECIPE_KEY = "ckmerge_recipe"
+NUM_LISTED = 5
+
+Recipe = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How to merge.
+
+    Args:
+        name: ``linear``, or ``slerp``, which takes two checkpoints and the weights ``1 - t`` and ``t``.
+        weights_K: One number a checkpoint, not 0 in sum.
+        schedule: The published schedule that they come from, as the user wrote it.
+    """
+
+    name: str
+    weights_K: tuple[float, ...]
+    schedule: str | None = None
+
+    def merge(self, tensors_K: Sequence[Tensor]) -> Tensor:
+        """Return the merge of K floating tensors."""
+        if self.name == "slerp":
+            return slerp_tensors(tensors_K[0], tensors_K[1], self.weights_K[1])
+        return mix_tensors(tensors_K, self.weights_K)
+
+
+class MergedWeights:
+    """The merge of K checkpoints; a tensor is computed when it is asked for.
+
+    Integer and boolean tensors are the newest checkpoint's. Names that share a tensor in every checkpoint go on to.
+
+    Args:
+        sources_K: K checkpoints of one model, oldest first.
+        method: How to merge.
+        on_tensor: Told of the bytes of each tensor that was merged.
+
+    Raises:
+        ArtifactError: Names or shapes differ.
+        ConfigError: The weights do not fit the checkpoints.
+    """
+
+    def __init__(
+        self, sources_K: Sequence[Source], method: Method, on_tensor: Callable[[int], None] = lambda num_bytes: None
+    ) -> None:
+        self._sources_K = sources_K
+        self._method = method
+        self._on_tensor = on_tensor
+        _check_weights(method, len(sources_K))
+        _check_order(sources_K)
+        newest = sources_K[-1]
+        for source in sources_K[:-1]:
+            _check_alike(source, newest)
+        self.specs = {name: self._spec(name) for name in newest.specs}
+        shared = [set(s.aliases.items()) for s in sources_K]
+        self.aliases = dict(sorted(set.intersection(*shared)))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors that will be written."""
+        return sum(spec.nbytes for name, spec in self.specs.items() if name not in self.aliases)
+
+    def gather(self, name: str) -> Tensor:
+        """Return a merged tensor."""
+        spec = self.specs[name]
+        if spec.dtype.is_floating_point:
+            merged = self._method.merge([s.weights[name] for s in self._sources_K])
+        elif spec.dtype.is_complex:
+            parts_K = [torch.view_as_real(s.weights[name].to(spec.dtype).resolve_conj()) for s in self._sources_K]
+            merged = torch.view_as_complex(self._method.merge(parts_K))
+        else:
+            merged = self._sources_K[-1].weights[name]
+        self._on_tensor(spec.nbytes)
+        return merged
+
+    def _spec(self, name: str) -> TensorSpec:
+        specs = [s.specs[name] for s in self._sources_K]
+        dtype = specs[-1].dtype
+        if dtype.is_floating_point or dtype.is_complex:
+            for spec in specs:
+                dtype = torch.promote_types(dtype, spec.dtype)
+        return TensorSpec(specs[-1].shape, dtype)
+
+
+def write_merge(
+    out: Path, merged: MergedWeights, recipe: Recipe, *, max_shard_size: int, copies: Sequence[Path] = ()
+) -> Recipe:
+    """Write a merge as a new directory, whole or not at all, and return its recipe with the ``files``.
+
+    Args:
+        out: The directory; must not exist.
+        merged: What to write.
+        recipe: What ``build_recipe`` returned. It goes into each file's header too.
+        max_shard_size: Bytes above which the weights are split over several files.
+        copies: Files to copy beside them, such as a model's config and tokenizer.
+
+    Raises:
+        ArtifactError: ``out`` exists, or a tensor cannot be stored.
+    """
+    with new_directory(out) as staging:
+        header = {RECIPE_KEY: json.dumps(recipe, separators=(",", ":"))}
+        files = write_weights(staging, merged, max_shard_size, metadata=header)
+        for path in copies:
+            shutil.copyfile(path, staging / path.name)
+        complete = {**recipe, "files": records(staging, files)}
+        text = json.dumps(complete, indent=1, ensure_ascii=False) + "\n"
+        (staging / RECIPE_NAME).write_text(text, encoding="utf-8")
+    return complete
+
+
+def build_recipe(sources_K: Sequence[Source], method: Method, inputs_K: Sequence[Mapping[str, FileRecord]]) -> Recipe:
+    """Return how a merge is made: inputs with their hashes, and what they are weighted with.
+
+    Args:
+        sources_K: K checkpoints, oldest first.
+        method: How they are merged.
+        inputs_K: Bytes and SHA-256 of each one's files.
+    """
+    total = sum(method.weights_K)
+    return {
+        "schema_version": 1,
+        "method": method.name,
+        "schedule": method.schedule,
+        "weights": list(method.weights_K),
+        "coefficients": [w / total for w in method.weights_K],
+        "inputs": [
+            {"path": str(source.path), "kind": source.kind, "step": source.step, "files": dict(files)}
+            for source, files in zip(sources_K, inputs_K, strict=True)
+        ],
+        "software": software(),
+    }
+
+
+def records(directory: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Return bytes and SHA-256 of all files in ``directory``; those that are ``known`` are not read again."""
+    return {name: known.get(name) or file_record(directory / name) for name in list_files(directory)}
+
+
+@contextlib.contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Yield a temporary directory that becomes ``out`` by one rename; whatever goes wrong, it is removed instead.
+
+    Raises:
+        ArtifactError: ``out`` exists.
+    """
+    if os.path.lexists(out):
+        raise ArtifactError(f"the output must not exist yet, got {out}. Name another directory, or remove this one.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.parent / f".tmp-{out.name}-{uuid.uuid4().hex[:8]}"
+    staging.mkdir()
+    try:
+        yield staging
+        fsync_tree(staging)
+        os.rename(staging, out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    fsync(out.parent)
+
+
+def _check_weights(method: Method, num_checkpoints: int) -> None:
+    if len(method.weights_K) != num_checkpoints:
+        raise ConfigError(
+            f"there must be one weight a checkpoint, got {len(method.weights_K)} weights for {num_checkpoints} "
+            "checkpoints. Give as many, or name a schedule."
+        )
+    if sum(method.weights_K) == 0:
+        raise ConfigError(f"the weights must not sum to 0, got {', '.join(map(str, method.weights_K))}. Change one.")
+
+
+def _check_order(sources_K: Sequence[Source]) -> None:
+    steps = [s.step for s in sources_K if s.step is not None]
+    if steps != sorted(steps):
+        raise ConfigError(
+            f"checkpoints must be given oldest first, got steps {', '.join(map(str, steps))}. Sort them: the last one "
+            "gives what cannot be averaged."
+        )
+
+
+def _check_alike(source: Source, newest: Source) -> None:
+    faults = {
+        f"only in {newest.path.name}": newest.specs.keys() - source.specs.keys(),
+        f"only in {source.path.name}": source.specs.keys() - newest.specs.keys(),
+        "of another shape or kind": {
+            name
+            for name in source.specs.keys() & newest.specs.keys()
+            if source.specs[name].shape != newest.specs[name].shape
+            or source.specs[name].dtype.is_floating_point != newest.specs[name].dtype.is_floating_point
+        },
+    }
+    found = [f"{listed(names)} {fault}" for fault, names in faults.items() if names]
+    if found:
+        raise ArtifactError(
+            f"checkpoints must hold the same tensors, got {'; '.join(found)}. Merge checkpoints of one model."
+        )
+
+
+def listed(names: set[str]) -> str:
+    """Return the first few names."""
+    rest = f" and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else ""
+    return ", ".join(sorted(names)[:NUM_LISTED]) + rest

@@ -1,0 +1,207 @@
+"""Checkpoints of several formats, opened for merging: names and shapes at once, a tensor when it is asked for.
+
+Lightning's and torch's files are mapped by ``torch.load(weights_only=True)``, which builds tensors and plain data only.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ckmerge.artifact.distcp import METADATA_NAME, DistributedWeights
+from lightning_ckmerge.artifact.files import WEIGHTS_NAME, FileRecord, file_record, inside
+from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
+from lightning_ckmerge.artifact.weights import INDEX_NAME, SINGLE_NAME, StoredWeights, find_aliases
+from lightning_ckmerge.core.layout import TensorSpec
+from lightning_ckmerge.errors import ArtifactError
+
+TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+STEP = re.compile(r"(?:step|iter|checkpoint)[=_-]?(\d+)", flags=re.IGNORECASE)
+# Where Lightning's two kinds of checkpoints keep the weights; its directories say `model` under FSDP.
+LIGHTNING_KEYS = ("state_dict", "model")
+FORMATS = (
+    "a Lightning .ckpt, a torch file, a .safetensors file, a Hugging Face directory, a distributed checkpoint "
+    "directory, or an artifact"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One checkpoint.
+
+    Args:
+        path: The file or directory.
+        kind: ``torch``, ``safetensors``, ``huggingface``, ``distributed`` or ``artifact``.
+        weights: Its tensors by name, read when asked for.
+        specs: Shapes and dtypes by name.
+        aliases: Names that share another name's tensor.
+        files: The files that hold the weights.
+        step: Optimizer steps, as the file or its name says; ``None``: neither does.
+    """
+
+    path: Path
+    kind: str
+    weights: Mapping[str, Tensor]
+    specs: Mapping[str, TensorSpec]
+    aliases: Mapping[str, str]
+    files: tuple[Path, ...]
+    step: int | None
+
+    def records(self) -> dict[str, FileRecord]:
+        """Return bytes and SHA-256 of each file."""
+        root = self.path if self.path.is_dir() else self.path.parent
+        return {path.relative_to(root).as_posix(): file_record(path) for path in self.files}
+
+
+def open_source(path: Path, key: str | None = None) -> Source:
+    """Open one checkpoint.
+
+    Args:
+        path: A file or directory of any supported format.
+        key: The entry that holds the weights in a torch file or distributed checkpoint, where it is not Lightning's.
+
+    Raises:
+        ArtifactError: The format is none of these, or the checkpoint is damaged or needs code to be loaded.
+    """
+    if path.is_file() and path.suffix in TORCH_SUFFIXES:
+        return _open_torch(path, key)
+    if path.is_file() and path.suffix == ".safetensors":
+        return _open_safetensors(path, "safetensors", [path])
+    if (path / METADATA_NAME).is_file():
+        return _open_distributed(path, key)
+    if (path / MANIFEST_NAME).is_file():
+        artifact = Artifact.open(path)
+        artifact.tensors()  # refuses a record without weights
+        names = sorted(name for name in artifact.manifest["files"] if WEIGHTS_NAME.fullmatch(name))
+        return _open_safetensors(path, "artifact", [artifact.path / n for n in names], artifact.manifest["step"])
+    if (path / INDEX_NAME).is_file():
+        return _open_safetensors(path, "huggingface", _shards(path))
+    if (path / SINGLE_NAME).is_file():
+        return _open_safetensors(path, "huggingface", [path / SINGLE_NAME])
+    found = "nothing" if not path.exists() else "another directory" if path.is_dir() else "another file"
+    raise ArtifactError(f"a checkpoint must be {FORMATS}, got {found} at {path}. Check the path, or convert it.")
+
+
+def find_sources(directory: Path) -> list[Path]:
+    """Return the checkpoints that lie directly in ``directory``, by their names' steps, then by name.
+
+    Raises:
+        ArtifactError: There is none.
+    """
+    entries = sorted(directory.iterdir()) if directory.is_dir() else []
+    found = [p for p in entries if not p.name.startswith(".") and not p.is_symlink() and _looks_like_one(p)]
+    if not found:
+        raise ArtifactError(
+            f"a directory of checkpoints must hold at least one, got none in {directory}. A checkpoint is {FORMATS}."
+        )
+    return sorted(found, key=lambda p: (_named_step(p) is None, _named_step(p) or 0, p.name))
+
+
+def _looks_like_one(path: Path) -> bool:
+    if path.is_file():
+        return path.suffix in (*TORCH_SUFFIXES, ".safetensors")
+    return any((path / name).is_file() for name in (METADATA_NAME, INDEX_NAME, SINGLE_NAME))
+
+
+def _open_torch(path: Path, key: str | None) -> Source:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ArtifactError(
+            f"a checkpoint must hold tensors and plain data alone, got {_refused(error)} in {path}. Save it again with "
+            "`save_weights_only=True` and plain hyperparameters, or write its `state_dict` to safetensors where you "
+            "trust the file."
+        ) from error
+    except (OSError, RuntimeError, EOFError) as error:
+        raise ArtifactError(
+            f"a checkpoint must be a file that `torch.save` wrote (torch 1.6 or newer), got {path}: "
+            f"{str(error).splitlines()[0]}. Restore it from a copy."
+        ) from error
+    state = _entry(content, key, path)
+    weights = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+    step = content.get("global_step") if isinstance(content, Mapping) else None
+    return Source(
+        path=path,
+        kind="torch",
+        weights=weights,
+        specs={name: TensorSpec(tuple(t.shape), t.dtype) for name, t in weights.items()},
+        aliases=find_aliases(weights),
+        files=(path,),
+        step=step if isinstance(step, int) else _named_step(path),
+    )
+
+
+def _entry(content: Any, key: str | None, path: Path) -> Mapping[str, Any]:
+    """Return the part of a torch file that holds the weights."""
+    if isinstance(content, Mapping):
+        keys = [key] if key else [LIGHTNING_KEYS[0]]
+        for name in keys:
+            if isinstance(content.get(name), Mapping):
+                return {str(n): t for n, t in content[name].items()}
+        if key is None and any(isinstance(t, Tensor) for t in content.values()):
+            return {str(n): t for n, t in content.items()}
+    entries = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+    raise ArtifactError(
+        f"a checkpoint must hold its weights under {key or LIGHTNING_KEYS[0]!r}, got {entries} in {path}. "
+        "Name the entry with `--key`."
+    )
+
+
+def _open_safetensors(path: Path, kind: str, files: Sequence[Path], step: int | None = None) -> Source:
+    weights = StoredWeights(files)
+    return Source(
+        path=path,
+        kind=kind,
+        weights=weights,
+        specs={name: TensorSpec(weights.shape(name), weights.dtype(name)) for name in weights},
+        aliases=weights.aliases,
+        files=tuple(files),
+        step=_named_step(path) if step is None else step,
+    )
+
+
+def _open_distributed(path: Path, key: str | None) -> Source:
+    # Lightning writes what is no tensor beside the shards.
+    is_lightning = (path / "meta.pt").is_file()
+    weights = DistributedWeights(path, (key,) if key else LIGHTNING_KEYS if is_lightning else ("",))
+    return Source(
+        path=path,
+        kind="distributed",
+        weights=weights,
+        specs=weights.specs,
+        aliases={},
+        files=tuple(sorted(p for p in path.iterdir() if p.suffix == ".distcp" or p.name == METADATA_NAME)),
+        step=_named_step(path),
+    )
+
+
+def _shards(directory: Path) -> list[Path]:
+    index = directory / INDEX_NAME
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [inside(directory, name) for name in names]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(
+            f"an index must map tensors to files under `weight_map`, got {index}. Restore it from a copy."
+        ) from error
+
+
+def _named_step(path: Path) -> int | None:
+    """The last number in a name that follows ``step``, ``iter`` or ``checkpoint``: ``epoch=0-step=200.ckpt``."""
+    steps = STEP.findall(path.name)
+    return int(steps[-1]) if steps else None
+
+
+def _refused(error: Exception) -> str:
+    """What the restricted unpickler stumbled over, as far as its message tells."""
+    match = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
+    return f"`{match[1]}`" if match else "something else"
