@@ -36,6 +36,7 @@ PRIVATE_NAMES = {
     "loops._EvaluationLoop._data_source": "asks the user for validation loaders before the run has done so",
     "loops._EvaluationLoop._results": "what validation_step logged, batch by batch",
     "Trainer._data_connector._prepare_dataloader": "gives own loaders the strategy's sampler",
+    "Trainer.fit_loop._combined_loader": "the training loaders, for BatchNorm statistics",
     "Trainer._logger_connector": "metrics that the run has logged so far",
     "Trainer._last_val_time": "when the run validated last",
     "LightningModule._current_fx_name": "the hook that is running",

@@ -239,7 +239,8 @@ def _reset_dict(target: dict[Any, Any], saved: dict[Any, Any], keep: Iterable[An
     if [k for k in target if k not in keep] != list(saved):  # the order counts as well
         for key in target.keys() - keep:
             del target[key]
-    target.update(saved)
+    for key, value in saved.items():  # `Counter.update` would add
+        target[key] = value
 
 
 def _refill(target: list[Any] | deque[Any] | set[Any], saved: list[Any]) -> None:

@@ -1,0 +1,109 @@
+"""One training process: ``python -m tests.plugin.resuming ROOT JSON``. Its data and noise depend on the step alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, SearchConfig
+from tests.plugin.models import NUM_FEATURES, Classifier, points_loader
+from tests.plugin.runs import digest
+
+
+class BySteps(Classifier):
+    """Its batches and its dropout follow from a counter that the checkpoint holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
+        self.register_buffer("drift", torch.zeros(3))  # a resumed run does not have it unless it is saved
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(int(self.num_batches))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = torch.randn(8, NUM_FEATURES)
+        self.num_batches += 1
+        return torch.nn.functional.cross_entropy(self(x), x[:, :3].argmax(1))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, _ = batch
+        self.log("val_loss", torch.nn.functional.cross_entropy(self(x), x[:, :3].argmax(1)), batch_size=len(x))
+
+    def on_train_epoch_end(self) -> None:
+        pass
+
+    def on_validation_epoch_end(self) -> None:
+        pass
+
+
+class Notes(pl.Callback):
+    """Prints the weights' digest after each optimizer step, saves when told to, and dies when told to."""
+
+    def __init__(self, root: Path, save_at: int | None) -> None:
+        self.root, self.save_at = root, save_at
+        self.steps: dict[str, str] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        self.steps[str(step)] = digest([dict(pl_module.state_dict()), [o.state_dict() for o in trainer.optimizers]])
+        if step == self.save_at and not (self.root / "saved.ckpt").exists():
+            trainer.save_checkpoint(self.root / "saved.ckpt")
+
+
+class DiesInTrial(BySteps):
+    """Dies without a word at the n-th validation batch after training began."""
+
+    left = 0
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            type(self).left -= 1
+            if self.left == 0:
+                os._exit(9)
+        super().validation_step(batch, batch_idx)
+
+
+def main(root: Path, options: dict[str, Any]) -> None:
+    """Train to ``max_steps`` and write what happened to ``root/notes.json``."""
+    pl.seed_everything(3, verbose=False)
+    dies_after = options.pop("dies_after", None)
+    DiesInTrial.left = dies_after or 0
+    ckpt_path = options.pop("ckpt_path", None)
+    notes = Notes(root, options.pop("save_at", None))
+    every = options.pop("every_n_train_steps", 10)
+    merge = CheckpointMergeCallback(
+        dirpath=root / "merges",
+        every_n_train_steps=every,
+        search_on_train_end=False,
+        save_top_k=-1,
+        on_error="raise",
+        search=SearchConfig(n_trials=3, max_fraction_of_training=None),
+        buffer=BufferConfig(every_n_train_steps=4),
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        logger=False,
+        default_root_dir=root,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[merge, notes, ModelCheckpoint(root / "checkpoints", every_n_train_steps=7, save_top_k=-1)],
+        **options,
+    )
+    module = DiesInTrial() if dies_after else BySteps()
+    trainer.fit(module, points_loader(train=True, shuffle=False), points_loader(train=False), ckpt_path=ckpt_path)
+    (root / "notes.json").write_text(json.dumps(notes.steps))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,61 @@
+"""The comparison itself: with any one part of the guard taken out, it sees the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_ckmerge.plugin import evaluation, guard, standstill
+from tests.plugin.models import points_loader
+from tests.plugin.runs import Case, assert_same_run
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def without(name: str, owner: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setattr(owner, name, nothing)
+
+
+def without_connector(patch: pytest.MonkeyPatch) -> None:
+    """Let go of the metrics that Lightning had logged before a search."""
+    original = evaluation.vars if hasattr(evaluation, "vars") else vars
+    patch.setattr(
+        evaluation,
+        "vars",
+        lambda *args: {} if type(args[0]).__name__ == "_LoggerConnector" else original(*args),
+        raising=False,
+    )
+
+
+PARTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "random state": without("_set_random_state", guard),
+    "modules": without("_take_module", guard.Memory),
+    "tensors and buffers": without("_take_tensor", guard.Memory),
+    "containers": without("_take_container", guard.Memory),
+    "generators": without("_take_generator", guard.Memory),
+    "arrays": without("_take_array", guard.Memory),
+    "slots": without("_take_slots", guard.Memory),
+    "loaders": without("watch", guard.Guard),
+    "weights": lambda patch: patch.setattr(standstill.Standstill, "__exit__", lambda s, *_: s._guard.restore()),
+    "muted callbacks": lambda patch: patch.setattr(evaluation, "VALIDATION_HOOKS", ()),
+    "logged metrics": without_connector,
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_missing_part_of_the_guard_is_noticed(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PARTS[part](monkeypatch)
+    case = Case(
+        val=partial(points_loader, train=False, noise="own", shuffle=True, generator=torch.Generator().manual_seed(1)),
+        merge={"every_n_train_steps": 4},
+        trainer={"max_epochs": 1},
+    )
+    with pytest.raises(AssertionError):
+        assert_same_run(case, tmp_path)

@@ -1,0 +1,188 @@
+"""What ``Memory`` finds, and puts back."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
+
+from lightning_ckmerge.plugin.guard import Guard, Memory
+
+
+@dataclass(slots=True)
+class Slotted:
+    value: Any
+
+
+@dataclass(frozen=True)
+class Frozen:
+    items: list[int] = field(default_factory=list)
+
+
+class Counting:
+    """A bound method of it reaches its state."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.rng = random.Random(1)
+
+    def collate(self, samples: Any) -> Any:
+        self.calls += 1
+        return self.rng.random()
+
+
+class Noisy(Dataset[int]):
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(1)
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, i: int) -> int:
+        return int(self.rng.integers(1000))
+
+
+def counter() -> Callable[[], int]:
+    state = {"calls": 0}
+
+    def count() -> int:
+        state["calls"] += 1
+        return state["calls"]
+
+    return count
+
+
+def draw(generator: torch.Generator) -> Any:
+    return torch.rand(3, generator=generator).tolist()
+
+
+def state_of_loader(make: Callable[[], Any]) -> tuple[Any, Callable[[], Any]]:
+    loader = make()
+    return loader, lambda: [str(batch) for batch in loader]
+
+
+def cases() -> dict[str, tuple[Any, Callable[[], Any]]]:
+    """Something that holds state, and a function that returns other values each time unless the state is put back."""
+    generator, python = torch.Generator().manual_seed(1), random.Random(1)
+    numpy, legacy = np.random.default_rng(1), np.random.RandomState(1)
+    slotted, counting, count = Slotted(0), Counting(), counter()
+    namespace, deep = SimpleNamespace(n=0), {"a": [({"b": deque([Slotted([0])])},)]}
+    frozen, tensor, array = Frozen(), torch.zeros(2), np.zeros(2)
+    order, tally = OrderedDict(a=1, b=2), Counter("a")
+
+    def reorder() -> list[str]:
+        before = list(order)
+        order.move_to_end(before[0])
+        return before
+
+    def grow(items: Any, add: str = "append") -> int:
+        getattr(items, add)(len(items))
+        return len(items)
+
+    def count_up(holder: Any, name: str) -> int:
+        setattr(holder, name, getattr(holder, name) + 1)
+        return int(getattr(holder, name))
+
+    numbers: set[int] = set()
+    wrapped = ConcatDataset([Subset(Noisy(), [0, 1])])
+    return {
+        "torch.Generator": (generator, lambda: draw(generator)),
+        "random.Random": ([python], python.random),
+        "numpy Generator": ({"rng": numpy}, numpy.random),
+        "numpy RandomState": ((legacy,), legacy.random_sample),
+        "slots": (slotted, lambda: count_up(slotted, "value")),
+        "namespace": (namespace, lambda: count_up(namespace, "n")),
+        "frozen": (frozen, lambda: grow(frozen.items)),
+        "deep": (deep, lambda: grow(deep["a"][0][0]["b"][0].value)),
+        "set": (numbers, lambda: grow(numbers, "add")),
+        "key order": (order, reorder),
+        "Counter": (tally, lambda: tally.update("a") or tally["a"]),
+        "tensor": (tensor, lambda: tensor.add_(1).tolist()),
+        "array": (array, lambda: np.add(array, 1, out=array).tolist()),
+        "bound method": (counting.collate, lambda: counting.collate(())),
+        "partial": (partial(draw, generator), lambda: draw(generator)),
+        "closure": (count, count),
+        "wrapped dataset": state_of_loader(lambda: DataLoader(wrapped)),
+        "collate": state_of_loader(lambda: DataLoader(range(3), collate_fn=Counting().collate)),
+        "sampler": state_of_loader(
+            lambda: DataLoader(range(9), shuffle=True, generator=torch.Generator().manual_seed(1))
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_state_is_found_and_put_back(name: str) -> None:
+    holder, advance = cases()[name]
+    memory = Memory(1 << 20)
+    memory.take(holder)
+    first = advance()
+    assert advance() != first
+    for _ in range(2):
+        memory.restore()
+        assert advance() == first
+
+
+def test_a_generator_of_the_operating_system_is_left_alone() -> None:
+    memory = Memory(1 << 20)
+    memory.take([random.SystemRandom()])
+    memory.restore()
+
+
+def test_the_run_itself_is_not_looked_into() -> None:
+    """Goes red if a Trainer or callback of the user's own class is put back: it has moved on for good reason."""
+
+    class OwnTrainer(pl.Trainer):
+        pass
+
+    class OwnCallback(pl.Callback):
+        pass
+
+    module = pl.LightningModule()
+    trainer, callback = OwnTrainer(logger=False, enable_checkpointing=False, accelerator="cpu"), OwnCallback()
+    module._trainer, module.friend = trainer, callback
+    guard = Guard(module, module)
+    trainer.note = callback.note = "new"
+    guard.restore()
+    assert trainer.note == callback.note == "new"
+
+
+def test_a_datamodule_is_looked_into() -> None:
+    datamodule = pl.LightningDataModule()
+    guard = Guard(nn.Linear(1, 1), nn.Linear(1, 1), [datamodule])
+    datamodule.note = "new"
+    guard.restore()
+    assert not hasattr(datamodule, "note")
+
+
+def test_parameters_are_left_to_the_search() -> None:
+    """Goes red if a list of parameters makes ``begin`` undo the merge that it is about to score."""
+    module = nn.Module()
+    module.layer = nn.Linear(2, 2)
+    module.aliases = [list(module.layer.parameters())]
+    guard = Guard(module, module)
+    with torch.no_grad():
+        module.layer.weight.fill_(7)
+    guard.begin()
+    assert (module.layer.weight == 7).all()
+
+
+def test_large_tensors_of_a_dataset_are_not_copied() -> None:
+    big, small = torch.zeros(10_000), torch.zeros(2)
+    memory = Memory(4096)
+    memory.take({"big": big, "small": small})
+    big.fill_(1)
+    small.fill_(1)
+    memory.restore()
+    assert big.sum() == 10_000
+    assert small.sum() == 0

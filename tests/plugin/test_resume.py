@@ -1,0 +1,96 @@
+"""A run that stops and goes on in a new process equals one that never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from lightning_ckmerge.artifact.timeline import read_timeline
+from tests.plugin.runs import manifests
+
+REPOSITORY = Path(__file__).parents[2]
+NUM_STEPS = 22
+
+
+def start(root: Path, **options: Any) -> subprocess.Popen[str]:
+    root.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "tests.plugin.resuming", str(root), json.dumps(options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, stderr=subprocess.PIPE)
+
+
+def wait(process: subprocess.Popen[str], code: int = 0) -> None:
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == code, errors[-2000:]
+
+
+def train(root: Path, **options: Any) -> dict[str, str]:
+    wait(start(root, **options))
+    notes: dict[str, str] = json.loads((root / "notes.json").read_text())
+    return notes
+
+
+def snapshots(manifest: dict[str, Any]) -> Sequence[tuple[Any, ...]]:
+    return [(s["kind"], s["first_step"], s["last_step"], s["sha256"]) for s in manifest["snapshots"]]
+
+
+def scores(manifest: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [(t["name"], t["coefficients"], t["search"]["value"]) for t in [*manifest["anchors"], *manifest["trials"]]]
+
+
+def studies(root: Path) -> dict[str, optuna.Study]:
+    journal = JournalStorage(JournalFileBackend(str(root / "merges" / "study.journal")))
+    names = optuna.get_all_study_names(journal)
+    return {name: optuna.load_study(study_name=name, storage=journal) for name in names}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_resumed_run_equals_an_uninterrupted_one(accumulate: int, tmp_path: Path) -> None:
+    """Saved at step 13, one step into a segment of four; snapshots, schedule and searches go on as well."""
+    shared = {"accumulate_grad_batches": accumulate}
+    whole = start(tmp_path / "whole", max_steps=NUM_STEPS, **shared)
+    train(tmp_path / "halves", max_steps=15, save_at=13, **shared)
+    first = manifests(tmp_path / "halves" / "merges")
+    saved = str(tmp_path / "halves" / "saved.ckpt")
+    resumed = train(tmp_path / "halves", max_steps=NUM_STEPS, ckpt_path=saved, **shared)
+    wait(whole)
+    uninterrupted = json.loads((tmp_path / "whole" / "notes.json").read_text())
+    assert [int(s) for s in resumed] == list(range(14, NUM_STEPS + 1))
+    assert resumed == {step: uninterrupted[step] for step in resumed}
+    one, two = (manifests(tmp_path / name / "merges") for name in ("whole", "halves"))
+    assert [m["step"] for m in one] == [m["step"] for m in two] == [10, 20]
+    assert [m["step"] for m in first] == [10]
+    for before, after in zip(one, two, strict=True):
+        assert snapshots(before) == snapshots(after)
+        assert scores(before) == scores(after)
+    assert len(read_timeline(tmp_path / "halves" / "merges")) == 2
+    assert len({name.split("-")[0] for name in studies(tmp_path / "halves")}) == 1  # one run
+
+
+def test_a_search_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Killed while it scores trials; the search at the same step asks for none of those again."""
+    root = tmp_path / "killed"
+    wait(start(root, max_steps=NUM_STEPS, dies_after=60), code=9)
+    assert not manifests(root / "merges")
+    (study,) = studies(root).values()
+    told = {t.user_attrs["name"]: t.value for t in study.trials if t.state.is_finished()}
+    assert told
+    last = max((root / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
+    train(root, max_steps=11, ckpt_path=str(last))
+    (manifest,) = manifests(root / "merges")
+    (study,) = studies(root).values()
+    again = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]
+    names = [t.user_attrs["name"] for t in again]
+    assert len(names) == len(set(names))
+    assert told.items() <= {t.user_attrs["name"]: t.value for t in again}.items()
+    assert len(manifest["trials"]) == 3
