@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Mode = Literal["min", "max"]
 Apply = Literal["emit", "on_train_end"]
 OnError = Literal["warn", "raise"]
-SpaceName = Literal["decay", "pairwise", "window"]
+SpaceName = Literal["decay", "pairwise", "window", "simplex", "affine"]
 Layout = Literal["geometric", "uniform"]
 SnapshotKind = Literal["mean", "point"]
 StorageKind = Literal["disk", "cpu", "device"]
@@ -85,7 +85,8 @@ class SearchConfig:
     """Where a search looks, and what it may spend.
 
     Args:
-        space: ``decay``, ``pairwise`` (the paper's, needs ``point`` snapshots) or ``window``; or a ``Space`` object.
+        space: ``decay``, ``pairwise`` (the paper's, needs ``point`` snapshots), ``window``, ``simplex`` or ``affine``;
+            or a ``Space`` object.
         n_trials: Candidates proposed by the sampler, anchors not counted; at least 1.
         sampler: Any Optuna sampler; ``None``: ``GPSampler(deterministic_objective=True)``.
         seed: Seed of the default sampler.

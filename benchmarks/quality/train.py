@@ -3,7 +3,7 @@
 python -m benchmarks.quality.train --seeds 0 1 2 --corpora python cpp
 
 Each run trains at a constant learning rate after a warm-up. From its checkpoint at 80 % a branch goes on over the same
-batches with a learning rate that falls linearly to 0; the run itself goes on for another third, to see how many further
+batches with a learning rate that falls linearly to 0; the run itself goes on for another quarter, to see how many further
 steps a merge is worth. Of each, the mean over every segment of 1 % of the run and the weights at its end are kept.
 
 Letters: P parameters of the model, as one vector; M segments.
@@ -33,7 +33,7 @@ LEARNING_RATE = 2e-3
 WARMUP_STEPS = 50
 NUM_SEGMENTS = 100
 BRANCH_SHARE = 0.2
-FURTHER_SHARE = 1 / 3
+FURTHER_SHARE = 0.25
 
 
 class Training:
@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--corpora", nargs="+", default=list(CORPORA), choices=CORPORA)
-    parser.add_argument("--num-steps", type=int, default=1500, help=f"a multiple of {NUM_SEGMENTS}")
+    parser.add_argument("--num-steps", type=int, default=1000, help=f"a multiple of {NUM_SEGMENTS}")
     args = parser.parse_args()
     for seed in args.seeds:
         for corpus in args.corpora:

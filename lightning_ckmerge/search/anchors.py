@@ -6,6 +6,7 @@ Letters: K snapshots, oldest first; the last is the latest weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from lightning_ckmerge.core.outcome import Candidate
 from lightning_ckmerge.core.segments import Segment
@@ -26,6 +27,7 @@ def make_anchors(
         previous: Coordinates of the previous search's optimum, moved into the space's ranges.
     """
     candidates = [_latest(segments_K), *_uniform(segments_K), *_ema(segments_K, space)]
+    candidates = [_placed(c, segments_K, space) for c in candidates]
     for i, z_D in enumerate(space.initial(segments_K)):
         candidates.append(_inside(f"initial-{i}", z_D, segments_K, space))
     if previous is not None and previous.keys() == space.coordinates(segments_K).keys():
@@ -65,12 +67,17 @@ def _ema(segments_K: Sequence[Segment], space: Space) -> list[Candidate]:
 
 def _ema_coordinates(tau: float, segments_K: Sequence[Segment], space: Space) -> dict[str, float] | None:
     """An EMA is `decay` without extrapolation: the sampler learns from it, if its ``tau`` is in range."""
-    if not isinstance(space, Decay):
+    if not isinstance(space, Decay) or space.kernel != "exponential":
         return None
     ranges = space.coordinates(segments_K)
     if not ranges["tau"].low <= tau <= ranges["tau"].high:
         return None
     return {name: tau if name == "tau" else r.low for name, r in ranges.items()}
+
+
+def _placed(anchor: Candidate, segments_K: Sequence[Segment], space: Space) -> Candidate:
+    """The sampler learns from an anchor whose place in the space is known."""
+    return replace(anchor, coordinates=anchor.coordinates or space.inverse(anchor.coefficients_K, segments_K))
 
 
 def _inside(name: str, z_D: Mapping[str, float], segments_K: Sequence[Segment], space: Space) -> Candidate:
@@ -84,5 +91,5 @@ def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
         key = tuple(round(x, 12) for x in c.coefficients_K)
         first = kept.setdefault(key, c)
         if first.coordinates is None and c.coordinates is not None:
-            kept[key] = Candidate(name=first.name, coefficients_K=first.coefficients_K, coordinates=c.coordinates)
+            kept[key] = replace(first, coordinates=c.coordinates)
     return list(kept.values())

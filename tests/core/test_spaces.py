@@ -7,18 +7,46 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lightning_ckmerge.config import SpaceName
 from lightning_ckmerge.core.segments import Segment
-from lightning_ckmerge.core.spaces import Decay, Pairwise, Space, Window, exponential_kernel, make_space, near
+from lightning_ckmerge.core.spaces import (
+    Affine,
+    Decay,
+    KernelName,
+    Pairwise,
+    Simplex,
+    Space,
+    Window,
+    exponential_kernel,
+    kernel,
+    make_space,
+    near,
+    normalised,
+    power_kernel,
+)
 from lightning_ckmerge.errors import ConfigError
 from tests.core.runs import coordinates, means, runs, with_latest
 
-SPACES = [Decay(), Decay(ratio=None, max_extrapolation=4.0), Decay(max_extrapolation=0), Pairwise(), Window()]
+SPACES = [
+    Decay(),
+    Decay(ratio=None, max_extrapolation=4.0),
+    Decay(max_extrapolation=0),
+    Decay(kernel="power"),
+    Decay(kernel="minus_sqrt"),
+    Pairwise(),
+    Window(),
+    Simplex(),
+    Affine(),
+]
 spaces = pytest.mark.parametrize("space", SPACES, ids=lambda s: f"{type(s).__name__}-{vars(s)}")
+kernels = pytest.mark.parametrize("name", get_args(KernelName))
 taus = st.floats(1e-3, 1e12)
 
 
@@ -73,12 +101,74 @@ def test_a_short_decay_is_the_newest_counted_snapshot(segments_K: tuple[Segment,
     assert exponential_kernel(segments_K, 1e-3)[newest] == pytest.approx(1)
 
 
+@kernels
 @given(parts=st.lists(st.integers(1, 1000), min_size=2, max_size=8), older=st.integers(1, 1000), tau=taus)
-def test_a_pooled_segment_weighs_as_much_as_its_parts(parts: list[int], older: int, tau: float) -> None:
-    apart = exponential_kernel(with_latest(means([older, *parts, 3])), tau)
-    pooled = exponential_kernel(with_latest(means([older, sum(parts), 3])), tau)
-    assert pooled[1] == pytest.approx(sum(apart[1:-2]), rel=1e-9)
+def test_a_pooled_segment_weighs_as_much_as_its_parts(
+    name: KernelName, parts: list[int], older: int, tau: float
+) -> None:
+    apart = kernel(name, with_latest(means([older, *parts, 3])), tau)
+    pooled = kernel(name, with_latest(means([older, sum(parts), 3])), tau)
+    assert pooled[1] == pytest.approx(sum(apart[1:-2]), rel=1e-9, abs=1e-12)
     assert pooled[2] == pytest.approx(apart[-2], rel=1e-9)
+
+
+@kernels
+@given(segments_K=runs(), tau=taus)
+def test_a_kernel_never_leaves_the_simplex(name: KernelName, segments_K: tuple[Segment, ...], tau: float) -> None:
+    c_K = kernel(name, segments_K, tau)
+    assert min(c_K) >= 0
+    assert not any(c for c, s in zip(c_K, segments_K, strict=True) if not s.num_steps)
+
+
+@kernels
+def test_tau_is_the_mean_age_in_a_long_run(name: KernelName) -> None:
+    """So the coordinate means the same, whichever the kernel."""
+    segments_K = with_latest(means([1] * 20_000))
+    ages_K = [20_000 - s.last_step + 0.5 for s in segments_K]
+    mean_age = math.fsum(c * a for c, a in zip(kernel(name, segments_K, 300.0), ages_K, strict=True))
+    assert mean_age == pytest.approx(300, rel=0.05)
+
+
+@given(gamma=st.floats(0.1, 20), lengths=st.lists(st.integers(1, 100), min_size=2, max_size=6))
+def test_the_power_kernel_is_the_post_hoc_emas(gamma: float, lengths: list[int]) -> None:
+    """Their profile: proportional to ``step ** gamma`` from the run's first step on."""
+    num_steps = sum(lengths)
+    c_K = power_kernel(with_latest(means(lengths)), num_steps / gamma)
+    ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    profile = [(e / num_steps) ** (gamma + 1) - (b / num_steps) ** (gamma + 1) for b, e in pairwise(ends)]
+    assert c_K[:-1] == pytest.approx(profile, abs=1e-12)
+
+
+def test_minus_sqrt_weighs_what_the_falling_rate_loses() -> None:
+    """Over a window of 1.5 tau = 90 steps: the differences of sqrt at its thirds, and nothing before it."""
+    c_K = kernel("minus_sqrt", with_latest(means([100, 30, 30, 30])), 60.0)
+    assert c_K == pytest.approx((0, (1 / 3) ** 0.5, (2 / 3) ** 0.5 - (1 / 3) ** 0.5, 1 - (2 / 3) ** 0.5, 0))
+
+
+@pytest.mark.parametrize("space", [Simplex(), Affine()], ids=["simplex", "affine"])
+@given(data=st.data())
+def test_coefficients_are_those_of_their_own_inverse(space: Space, data: st.DataObject) -> None:
+    segments_K = data.draw(runs())
+    c_K = normalised(
+        data.draw(st.lists(st.floats(0, 1), min_size=len(segments_K), max_size=len(segments_K)).filter(any))
+    )
+    z_D = space.inverse(c_K, segments_K)
+    if isinstance(space, Simplex):
+        assert z_D is not None
+    if z_D is not None:
+        assert space.coefficients(z_D, segments_K) == pytest.approx(c_K, abs=1e-12)
+        ranges = space.coordinates(segments_K)
+        assert all(ranges[n].low <= z <= ranges[n].high for n, z in z_D.items())
+
+
+def test_the_simplex_reaches_its_corners_and_affine_combinations_leave_it() -> None:
+    segments_K = with_latest(means([100, 50, 25]))
+    corner = (0.0, 0.0, 1.0, 0.0)
+    assert Simplex().inverse(corner, segments_K) == {"w0": 0, "w1": 0, "w2": 1, "w3": 0}
+    outside = (-0.2, 0.2, 0.7, 0.3)
+    assert Simplex().inverse(outside, segments_K) is None
+    assert Affine(max_deviation=0.8).inverse(outside, segments_K) is not None
+    assert Affine(max_deviation=0.1).inverse(outside, segments_K) is None
 
 
 @given(segments_K=runs(), tau=taus, beta=st.floats(0, 4))
@@ -154,7 +244,13 @@ def test_nearness_is_measured_on_the_intervals_own_scale() -> None:
 
 
 def test_a_space_has_a_name_or_is_an_object() -> None:
-    assert [type(make_space(n)) for n in ("decay", "pairwise", "window")] == [Decay, Pairwise, Window]
+    assert {name: type(make_space(name)) for name in get_args(SpaceName)} == {
+        "decay": Decay,
+        "pairwise": Pairwise,
+        "window": Window,
+        "simplex": Simplex,
+        "affine": Affine,
+    }
     space = Decay(ratio=2.0)
     assert make_space(space) is space
 
@@ -167,6 +263,8 @@ def test_a_space_has_a_name_or_is_an_object() -> None:
         (lambda: Pairwise(alpha=1.0), "`0 <= alpha < 1`", "1.0"),
         (lambda: Pairwise(alpha=-0.1), "`0 <= alpha < 1`", "-0.1"),
         (lambda: Window(max_tilt=0.0), "`max_tilt > 0`", "0.0"),
+        (lambda: Decay(kernel="gauss"), "`kernel` must be one of", "'gauss'"),
+        (lambda: Affine(max_deviation=0.0), "`max_deviation > 0`", "0.0"),
     ],
 )
 def test_a_space_out_of_range_is_refused(make: type[Space], rule: str, value: str) -> None:

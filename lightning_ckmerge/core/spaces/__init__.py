@@ -1,0 +1,48 @@
+"""Spaces: families of coefficients, and the coordinates that describe them."""
+
+from lightning_ckmerge.config import SpaceName
+from lightning_ckmerge.core.spaces.base import Coordinates, Interval, Space, near
+from lightning_ckmerge.core.spaces.decay import Decay
+from lightning_ckmerge.core.spaces.kernels import (
+    KernelName,
+    exponential_kernel,
+    kernel,
+    minus_sqrt_kernel,
+    normalised,
+    power_kernel,
+)
+from lightning_ckmerge.core.spaces.mixtures import Affine, Simplex
+from lightning_ckmerge.core.spaces.windows import Pairwise, Window
+
+__all__ = [
+    "Affine",
+    "Coordinates",
+    "Decay",
+    "Interval",
+    "KernelName",
+    "Pairwise",
+    "Simplex",
+    "Space",
+    "Window",
+    "exponential_kernel",
+    "kernel",
+    "make_space",
+    "minus_sqrt_kernel",
+    "near",
+    "normalised",
+    "power_kernel",
+]
+
+
+def make_space(space: SpaceName | Space) -> Space:
+    """Return the space that a name stands for; a ``Space`` object passes through."""
+    return SPACES[space]() if isinstance(space, str) else space
+
+
+SPACES: dict[SpaceName, type[Space]] = {
+    "decay": Decay,
+    "pairwise": Pairwise,
+    "window": Window,
+    "simplex": Simplex,
+    "affine": Affine,
+}

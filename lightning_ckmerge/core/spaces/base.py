@@ -1,0 +1,62 @@
+"""What a space is.
+
+Letters: K snapshots, oldest first; D coordinates. ``c_K`` coefficients (they sum to 1), ``z_D`` coordinates.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from lightning_ckmerge.core.segments import Segment
+
+Coordinates = Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """The range of one coordinate, both ends included; searched in logarithms if ``log``."""
+
+    low: float
+    high: float
+    log: bool = False
+    integer: bool = False
+
+
+class Space(ABC):
+    """A family of coefficients. Subclass it for your own: two methods, no state.
+
+    ``segments_K`` are the snapshots' places in the run, oldest first; the last one is the latest weights.
+    """
+
+    # The kind of snapshots that the space is meant for; ``None``: either.
+    snapshot: ClassVar[Literal["mean", "point"] | None] = None
+
+    @abstractmethod
+    def coordinates(self, segments_K: Sequence[Segment]) -> dict[str, Interval]:
+        """Return the D coordinates by name, with their ranges."""
+
+    @abstractmethod
+    def coefficients(self, z_D: Coordinates, segments_K: Sequence[Segment]) -> tuple[float, ...]:
+        """Return K coefficients that sum to 1."""
+
+    def initial(self, segments_K: Sequence[Segment]) -> list[dict[str, float]]:
+        """Return coordinates to score before the sampler starts; none by default."""
+        return []
+
+    def inverse(self, c_K: Sequence[float], segments_K: Sequence[Segment]) -> dict[str, float] | None:
+        """Return coordinates whose coefficients are ``c_K``; ``None`` where there are none, or none are known."""
+        return None
+
+    def warnings(self, z_D: Coordinates, segments_K: Sequence[Segment]) -> list[str]:
+        """Return what a user should know about an optimum at ``z_D``; nothing by default."""
+        return []
+
+
+def near(value: float, bound: float, interval: Interval) -> bool:
+    """Whether ``value`` is within 1 % of the interval's length of ``bound``, on the interval's own scale."""
+    scale = math.log if interval.log else float
+    return abs(scale(value) - scale(bound)) <= 0.01 * (scale(interval.high) - scale(interval.low))
