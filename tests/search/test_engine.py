@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,11 +13,12 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_ckmerge.config import Constraint
-from lightning_ckmerge.core.outcome import Trial
+from lightning_ckmerge.core.outcome import Score, Trial
 from lightning_ckmerge.core.spaces import Pairwise, Window
 from lightning_ckmerge.errors import MonitorError, SearchError
 from lightning_ckmerge.search import engine
 from lightning_ckmerge.search.budget import Budget
+from lightning_ckmerge.search.engine import Half, KeepGoing
 from tests.core.runs import means, with_latest
 from tests.search.paraboloid import OPTIMUM, Paraboloid, make_search
 
@@ -168,6 +170,31 @@ def test_a_candidate_without_a_value_loses_and_fails(journal: Path, staged: bool
     assert {stored(journal)[n].state for n in names(lost)} == {TrialState.FAIL}
     assert math.isfinite(search.winner.search.value)
     assert min(search.winner.candidate.coefficients_K) >= 0
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_infinitely_good_is_not_good(journal: Path, staged: bool) -> None:
+    overflow = Paraboloid(change=lambda c_K, loss: -math.inf if min(c_K) < 0 else loss)
+    search = make_search(overflow, journal, staged=staged, previous={"tau": 150.0, "beta": 1.0}, n_trials=1)
+    search.run()
+    assert not any(t.search.complete and math.isfinite(t.search.value) for t in search.anchors[-1:])
+    assert math.isfinite(search.winner.search.value)
+
+
+def test_what_was_not_scored_to_its_end_does_not_win(journal: Path) -> None:
+    """However good it looks."""
+
+    class Cut(Paraboloid):
+        def __call__(self, c_K: Sequence[float], half: Half, keep_going: KeepGoing | None = None) -> Score:
+            score = super().__call__(c_K, half)
+            if len(self.calls) <= 3:
+                return score
+            return replace(score, values_B=(-9.0,) * 4, sizes_B=(1.0,) * 4, num_batches=4, complete=False)
+
+    search = make_search(Cut(), journal, n_trials=1)
+    search.run()
+    assert all(t.search.value < search.winner.search.value for t in search.anchors[3:])
+    assert search.winner in search.anchors[:3]
 
 
 def test_a_candidate_whose_constraint_has_no_value_loses_and_fails(journal: Path) -> None:
