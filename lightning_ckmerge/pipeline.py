@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.config import Mode, SearchConfig
 from lightning_ckmerge.core.layout import TensorLayout
-from lightning_ckmerge.core.merge import merge_tensor
+from lightning_ckmerge.core.merge_plan import MergePlan
 from lightning_ckmerge.core.outcome import Cost, EvaluationRecord, Score, SearchOutcome, SnapshotRecord, Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
@@ -67,8 +67,8 @@ class Merger:
         covered = bool(snapshots) and snapshots[-1].segment.last_step >= step
         own = Segment(kind="point", first_step=first, last_step=step, covered=covered)
         self.snapshots_K = [*snapshots, Snapshot(segment=own, sha256=None, tensors=list(latest))]
-        self._slots = layout.slots
-        self._targets = targets
+        sources_KN = [s.tensors for s in self.snapshots_K]
+        self._plan = MergePlan(targets, sources_KN, [slot.role for slot in layout.slots])
 
     @property
     def segments_K(self) -> tuple[Segment, ...]:
@@ -77,8 +77,7 @@ class Merger:
 
     def merge(self, c_K: Sequence[float]) -> None:
         """Overwrite the live tensors with ``sum_k c_k snapshot_k``."""
-        for n, (slot, target) in enumerate(zip(self._slots, self._targets, strict=True)):
-            merge_tensor(target, [s.tensors[n] for s in self.snapshots_K], c_K, slot.role)
+        self._plan.merge(c_K)
 
     def records(self) -> tuple[SnapshotRecord, ...]:
         """Return the snapshots as the manifest names them."""

@@ -41,15 +41,11 @@ def merge_tensor(target: Tensor, sources_K: Sequence[Tensor], c_K: Sequence[floa
     >>> target
     tensor([2., 4.])
     """
-    for k, source in enumerate(sources_K):
-        if source.shape != target.shape:
-            raise SnapshotError(
-                f"snapshots must have the model's shapes, got {tuple(source.shape)} in snapshot {k} for "
-                f"{tuple(target.shape)}. Clear the buffer after resizing a model."
-            )
+    check_shapes(target, sources_K)
     newest = sources_K[-1]
-    terms = [(source, float(c)) for source, c in zip(sources_K, c_K, strict=True) if c != 0]
-    base = terms.pop(max(range(len(terms)), key=lambda k: terms[k][1]))[0]
+    b = base_index(c_K)
+    base = sources_K[b]
+    terms = [(s, float(c)) for k, (s, c) in enumerate(zip(sources_K, c_K, strict=True)) if c != 0 and k != b]
     if not target.is_contiguous():
         dense = torch.empty(target.shape, dtype=target.dtype, device=target.device)
         merge_tensor(dense, sources_K, c_K, role)
@@ -66,6 +62,21 @@ def merge_tensor(target: Tensor, sources_K: Sequence[Tensor], c_K: Sequence[floa
         if role == "buffer":
             total = torch.where(total.isfinite(), total, _block(newest, block, out))
         out.copy_(total)
+
+
+def base_index(c_K: Sequence[float]) -> int:
+    """Return which snapshot the others' differences are taken from: the first with the largest coefficient."""
+    return max(range(len(c_K)), key=lambda k: c_K[k])
+
+
+def check_shapes(target: Tensor, sources_K: Sequence[Tensor]) -> None:
+    """Raise ``SnapshotError`` unless the K sources have the target's shape: broadcasting would be silent."""
+    for k, source in enumerate(sources_K):
+        if source.shape != target.shape:
+            raise SnapshotError(
+                f"snapshots must have the model's shapes, got {tuple(source.shape)} in snapshot {k} for "
+                f"{tuple(target.shape)}. Clear the buffer after resizing a model."
+            )
 
 
 def _block(source: Tensor, block: slice, like: Tensor) -> Tensor:

@@ -1,0 +1,84 @@
+"""All tensors of a model at once: what is prepared once for the many merges of a search.
+
+Letters: K snapshots, oldest first; N tensors of one snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from lightning_ckmerge.core.fused import DTYPES, Kernel, Pieces, load_kernel
+from lightning_ckmerge.core.layout import Role
+from lightning_ckmerge.core.merge import check_shapes, merge_tensor
+
+# Compiling takes a second; a smaller model's merges take less than that in a whole search.
+MIN_FUSED_NUMEL = 1 << 22
+
+
+class MergePlan:
+    """Merges N tensors of K snapshots into N others, any number of times, in no more memory than one block.
+
+    Args:
+        targets_N: The tensors to overwrite: floating, any shape, dtype, device and strides.
+        sources_KN: K times N tensors of the same shapes. Left unchanged.
+        roles_N: As ``merge_tensor`` treats them.
+
+    Raises:
+        SnapshotError: A source has another shape than its target.
+
+    >>> targets = [torch.empty(2), torch.empty(())]
+    >>> plan = MergePlan(targets, [[torch.tensor([1.0, 2.0]), torch.tensor(0.0)], [torch.zeros(2), torch.tensor(8.0)]],
+    ...                  ["parameter", "parameter"])
+    >>> plan.merge([0.75, 0.25])
+    >>> targets
+    [tensor([0.7500, 1.5000]), tensor(2.)]
+    """
+
+    def __init__(
+        self, targets_N: Sequence[Tensor], sources_KN: Sequence[Sequence[Tensor]], roles_N: Sequence[Role]
+    ) -> None:
+        self._targets_N = targets_N
+        self._sources_KN = sources_KN
+        self._roles_N = roles_N
+        groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+        self._single: list[int] = []
+        for n, (target, role) in enumerate(zip(targets_N, roles_N, strict=True)):
+            tensors = [target, *(sources_N[n] for sources_N in sources_KN)]
+            check_shapes(target, tensors[1:])
+            can_fuse = role == "parameter" and all(map(_is_readable_by_c, tensors))
+            (groups.setdefault(tuple(t.dtype for t in tensors), []) if can_fuse else self._single).append(n)
+        self._groups = list(groups.values())
+        self._numel = sum(targets_N[n].numel() for group in self._groups for n in group)
+        self._pieces: list[Pieces] | None = None
+
+    def merge(self, c_K: Sequence[float]) -> None:
+        """Overwrite the targets with ``sum_k c_k source_k``; the bits are ``merge_tensor``'s."""
+        kernel = load_kernel() if self._numel >= MIN_FUSED_NUMEL else None
+        for n in self._single if kernel else range(len(self._targets_N)):
+            merge_tensor(self._targets_N[n], [s[n] for s in self._sources_KN], c_K, self._roles_N[n])
+        if kernel:
+            self._merge_fused(kernel, c_K)
+
+    def _merge_fused(self, kernel: Kernel, c_K: Sequence[float]) -> None:
+        if self._pieces is None:
+            self._pieces = [
+                Pieces([self._targets_N[n] for n in group], [[s[n] for n in group] for s in self._sources_KN])
+                for group in self._groups
+            ]
+        num_threads = torch.get_num_threads()
+        if num_threads == 1:
+            for pieces in self._pieces:
+                kernel(pieces, c_K)
+            return
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="ckmerge-merge") as pool:
+            for pieces in self._pieces:
+                edges = [len(pieces) * i // (4 * num_threads) for i in range(4 * num_threads + 1)]
+                list(pool.map(lambda a, b, pieces=pieces: kernel(pieces, c_K, a, b), edges, edges[1:]))
+
+
+def _is_readable_by_c(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.is_contiguous()

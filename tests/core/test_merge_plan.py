@@ -1,0 +1,191 @@
+"""Merging all tensors at once: the same bits as one by one, with and without a compiler, and nothing on the side.
+
+Letters: K snapshots, oldest first; N tensors of one snapshot.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_ckmerge.core import fused, merge_plan
+from lightning_ckmerge.core.fused import Kernel, Pieces, gives_the_same_bits, load_kernel
+from lightning_ckmerge.core.layout import Role
+from lightning_ckmerge.core.merge import merge_tensor
+from lightning_ckmerge.core.merge_plan import MergePlan
+from lightning_ckmerge.errors import SnapshotError
+from tests.core.test_merge import coefficients, normal
+
+
+@pytest.fixture(autouse=True)
+def fuse_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_plan, "MIN_FUSED_NUMEL", 1)
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Kernel:
+    """The kernel, where there is a C compiler for a processor with FMA."""
+    return load_kernel() or pytest.skip("needs a C compiler for a processor with FMA")
+
+
+@pytest.fixture
+def not_loaded() -> Iterator[None]:
+    """Forget the kernel, before and after."""
+    load_kernel.cache_clear()
+    yield
+    load_kernel.cache_clear()
+
+
+def make_tensors(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return a model's tensors: of several precisions, shapes and strides, with a mask."""
+    mask = torch.full((5, 5), -math.inf).triu(1) + seed
+    return [
+        normal(33, 31, seed=seed, dtype=dtype),
+        normal(7, seed=seed, dtype=torch.float64),
+        normal(4, 6, seed=seed, dtype=dtype).T,
+        mask,
+        normal(seed=seed, dtype=dtype),
+        normal(0, 3, dtype=dtype),
+        normal(2100, seed=seed, dtype=torch.bfloat16),
+        normal(9, seed=seed, dtype=torch.float16),
+    ]
+
+
+ROLES: list[Role] = ["parameter"] * 3 + ["buffer"] + ["parameter"] * 4
+
+
+def one_by_one(targets_N: list[Tensor], sources_KN: list[list[Tensor]], c_K: list[float]) -> list[Tensor]:
+    expected = [torch.empty_like(t) for t in targets_N]
+    for n, target in enumerate(expected):
+        merge_tensor(target, [s[n] for s in sources_KN], c_K, ROLES[n])
+    return expected
+
+
+def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@given(c_K=coefficients(min_size=2))
+def test_all_at_once_gives_the_bits_of_one_by_one(num_threads: int, c_K: list[float]) -> None:
+    """Float32 means and bfloat16 latest weights are mixed, as in a run with bfloat16 weights."""
+    sources_KN = [make_tensors(k) for k in range(len(c_K) - 1)] + [make_tensors(99, torch.bfloat16)]
+    targets_N = make_tensors(0, torch.bfloat16)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        MergePlan(targets_N, sources_KN, ROLES).merge(c_K)
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(targets_N, one_by_one(targets_N, sources_KN, c_K))
+
+
+@pytest.mark.parametrize("num_terms", [1, 2, 3, 15, 16, 17, 32, 33, 40])
+@pytest.mark.parametrize("dtypes", [*itertools.product(fused.DTYPES, repeat=3)], ids=str)
+def test_the_kernel_gives_the_bits_of_the_reference(
+    kernel: Kernel, num_terms: int, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Goes red if it multiplies and adds with two roundings, or drops the terms that one pass has no room for."""
+    numel = 1030  # a block and a bit
+    sources_K = [normal(numel, seed=k, dtype=dtypes[k % 2]) for k in range(num_terms)]
+    c_K = [(-1) ** k / (k + 2) for k in range(num_terms - 1)]
+    c_K.append(1 - math.fsum(c_K))
+    actual, expected = torch.empty(numel, dtype=dtypes[2]), torch.empty(numel, dtype=dtypes[2])
+    kernel(Pieces([actual], [[s] for s in sources_K]), c_K)
+    merge_tensor(expected, sources_K, c_K)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_what_is_not_finite_is_treated_alike() -> None:
+    special = torch.tensor([math.inf, -math.inf, math.nan, 1.0, -0.0, 3.4e38, 1e-45])
+    sources_K = [s.contiguous() for s in torch.cartesian_prod(special, special, special).T]
+    for dtype in fused.DTYPES:
+        targets = [torch.empty(343, dtype=dtype) for _ in range(2)]
+        MergePlan(targets[:1], [[s] for s in sources_K], ["parameter"]).merge([0.5, 0.75, -0.25])
+        merge_tensor(targets[1], sources_K, [0.5, 0.75, -0.25])
+        assert_same_bits(targets[:1], targets[1:])
+
+
+@pytest.mark.usefixtures("kernel")
+def test_large_tensors_are_cut_and_nothing_beside_them_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "PIECE_NUMEL", 100)
+    around = torch.full((1003 + 64,), 7.0)
+    target, sources_K = around[32:-32], [normal(1003, seed=k, dtype=torch.float32) for k in range(3)]
+    MergePlan([target], [[s] for s in sources_K], ["parameter"]).merge([0.25, 0.25, 0.5])
+    expected = torch.empty(1003)
+    merge_tensor(expected, sources_K, [0.25, 0.25, 0.5])
+    assert torch.equal(target, expected)
+    assert (around[:32] == 7).all()
+    assert (around[-32:] == 7).all()
+
+
+@pytest.mark.usefixtures("not_loaded")
+def test_without_a_compiler_the_bits_are_the_same_and_the_log_says_it_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    sources_KN, c_K = [make_tensors(k) for k in range(3)], [0.5, -0.25, 0.75]
+    targets_N = make_tensors(0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            plan = MergePlan(targets_N, sources_KN, ROLES)
+            plan.merge(c_K)
+            plan.merge(c_K)
+    assert_same_bits(targets_N, one_by_one(targets_N, sources_KN, c_K))
+    (record,) = caplog.records
+    assert "no-such-compiler" in record.getMessage()
+    assert "environment variable CC" in record.getMessage()
+
+
+@pytest.mark.usefixtures("not_loaded")
+def test_a_compiler_that_refuses_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does for a processor without FMA, by `#error`."""
+    monkeypatch.setenv("CC", f"{sys.executable} -c 'raise SystemExit(1)'")
+    assert load_kernel() is None
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_kernel_that_rounds_otherwise_is_found_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One of them multiplies and adds in two steps."""
+    assert gives_the_same_bits(Kernel())
+    header, wrapper = tmp_path / "rounds_twice.h", tmp_path / "cc"
+    header.write_text("#include <math.h>\n#define fmaf(a, b, c) ((a) * (b) + (c))\n")
+    wrapper.write_text(f'#!/bin/sh\nexec cc -include {header} "$@" -ffp-contract=off\n')
+    wrapper.chmod(0o700)
+    monkeypatch.setenv("CC", str(wrapper))
+    assert not gives_the_same_bits(Kernel())
+
+
+@pytest.mark.usefixtures("not_loaded")
+def test_small_models_ask_for_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_plan, "MIN_FUSED_NUMEL", 10_000)
+    MergePlan(make_tensors(0), [make_tensors(k) for k in range(2)], ROLES).merge([0.5, 0.5])
+    assert load_kernel.cache_info().misses == 0
+
+
+@given(seed=st.integers(0, 99))
+def test_a_plan_may_be_used_again(seed: int) -> None:
+    sources_KN = [make_tensors(seed + k) for k in range(3)]
+    targets_N = make_tensors(0)
+    plan = MergePlan(targets_N, sources_KN, ROLES)
+    for c_K in ([0.25, 0.25, 0.5], [0.0, 0.0, 1.0], [0.5, -0.25, 0.75]):
+        plan.merge(c_K)
+        assert_same_bits(targets_N, one_by_one(targets_N, sources_KN, c_K))
+
+
+def test_another_shape_is_refused_before_anything_is_written() -> None:
+    target = torch.full((3,), 5.0)
+    with pytest.raises(SnapshotError, match=r"got \(1,\) in snapshot 1 for \(3,\)\. Clear the buffer"):
+        MergePlan([target], [[torch.empty(3)], [torch.empty(1)]], ["parameter"])
+    assert (target == 5).all()
