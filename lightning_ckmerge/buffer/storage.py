@@ -56,28 +56,30 @@ class DiskStorage:
 
     def __init__(self, dirpath: str | os.PathLike[str]) -> None:
         self.dirpath = Path(dirpath)
-        self._checked: set[str] = set()
+        # Files that this process has written or hashed, by what changes when something else writes to them.
+        self._known: dict[str, tuple[int, ...]] = {}
 
     def write(self, name: str, layout: TensorLayout, blocks: Iterable[Tensor]) -> Stored:
         """Write one file, and let it appear under its name when it is complete."""
         path = self._path(name)
-        self._checked.discard(name)
         num_bytes, sha256 = write_file(path, layout, blocks)
+        self._known[name] = _identity(path.stat())
         return Stored(name=name, num_bytes=num_bytes, sha256=sha256)
 
     def read(self, stored: Stored, layout: TensorLayout) -> Flats:
-        """Map the file. Size is checked always, content and header the first time."""
+        """Map the file. Size is checked always; content and header unless the file is known and has not changed."""
         path = self._path(stored.name)
         try:
-            num_bytes = path.stat().st_size
+            status = path.stat()
+            num_bytes = status.st_size
             if num_bytes != stored.num_bytes or stored.sha256 is None:
                 raise SnapshotError(
                     f"a snapshot's size must be the recorded {stored.num_bytes} bytes, got {num_bytes} for "
                     f"{path.name}. Something else wrote to the file; check the disk."
                 )
-            if stored.name not in self._checked:
+            if self._known.get(stored.name) != _identity(status):
                 check_file(path, layout, stored.sha256)
-                self._checked.add(stored.name)
+                self._known[stored.name] = _identity(status)
             return map_file(path, layout)
         except OSError as error:
             raise SnapshotError(
@@ -87,7 +89,7 @@ class DiskStorage:
     def delete(self, name: str) -> None:
         """Remove the file."""
         self._path(name).unlink(missing_ok=True)
-        self._checked.discard(name)
+        self._known.pop(name, None)
 
     def contents(self, run_id: str) -> dict[str, int]:
         """Return the run's own files; all others in the directory are none of its business."""
@@ -102,6 +104,10 @@ class DiskStorage:
                 "Resume from a checkpoint that this package wrote."
             )
         return self.dirpath / name
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 class MemoryStorage:

@@ -52,10 +52,11 @@ class Run:
         return self.live
 
     def buffer(self, storage: Storage, **overrides: Any) -> RollingBuffer:
-        """Return a buffer for this model, with short segments."""
+        """Return a buffer for this model, with short segments and every step in their means."""
         options = {"segment_steps": 5, "double_segments": False, "run_id": RUN_ID}
         names = options.keys() & overrides.keys()
         options |= {name: overrides.pop(name) for name in names}
+        overrides.setdefault("update_every_n_steps", 1)
         return RollingBuffer(BufferConfig(**overrides), self.layout, storage, device="cpu", **options)
 
     def train(self, buffer: RollingBuffer, steps: Iterable[int]) -> None:

@@ -23,7 +23,7 @@ def test_a_buffer_on_a_gpu_holds_what_one_on_the_cpu_holds(tmp_path: Path, stora
     places = {"disk": DiskStorage(tmp_path), "cpu": MemoryStorage("cpu"), "device": MemoryStorage(device)}
     on_cpu = run.buffer(MemoryStorage(), snapshot=snapshot)
     on_gpu = RollingBuffer(
-        BufferConfig(snapshot=snapshot),
+        BufferConfig(snapshot=snapshot, update_every_n_steps=1),
         run.layout,
         places[storage],
         device=device,

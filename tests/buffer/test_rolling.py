@@ -73,7 +73,7 @@ def test_the_mean_of_bfloat16_weights_is_as_good_as_float32(storage: Storage) ->
     weights = torch.ones(1000, dtype=torch.bfloat16)
     layout = TensorLayout([OwnedTensor(name="w", role="parameter", tensor=weights)])
     buffer = RollingBuffer(
-        BufferConfig(capacity=2),
+        BufferConfig(capacity=2, update_every_n_steps=1),
         layout,
         storage,
         device="cpu",
@@ -204,7 +204,7 @@ def test_the_plan_is_what_a_run_takes(tmp_path: Path) -> None:
 
 def test_a_model_of_which_a_rank_owns_nothing_is_served(tmp_path: Path) -> None:
     buffer = RollingBuffer(
-        BufferConfig(),
+        BufferConfig(update_every_n_steps=1),
         TensorLayout([]),
         DiskStorage(tmp_path),
         device="cpu",

@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_ckmerge.buffer import DiskStorage, MemoryStorage, Storage
+from lightning_ckmerge.buffer import storage as storage_module
 from lightning_ckmerge.buffer.blocks import cast_blocks, pool_blocks
+from lightning_ckmerge.buffer.snapshot_file import check_file
 from lightning_ckmerge.buffer.storage import Stored
 from lightning_ckmerge.core.layout import Flats, OwnedTensor, TensorLayout
 from lightning_ckmerge.errors import SnapshotError
@@ -150,6 +152,40 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[Path], None
     damage(tmp_path / NAME)
     with pytest.raises(SnapshotError, match=NAME):
         DiskStorage(tmp_path).read(stored, layout)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, flip_a_bit_of_the_header, Path.unlink])
+def test_damage_to_a_file_of_this_process_is_noticed(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    """Goes red if what was written or read once is trusted by its name."""
+    layout = TensorLayout(make_owned())
+    storage = DiskStorage(tmp_path)
+    for read_before in (False, True):
+        stored = write(storage, layout, filled(layout))
+        if read_before:
+            storage.read(stored, layout)
+        damage(tmp_path / NAME)
+        with pytest.raises(SnapshotError, match=NAME):
+            storage.read(stored, layout)
+
+
+def test_a_file_is_hashed_once_and_one_of_this_process_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = TensorLayout(make_owned())
+    hashed: list[str] = []
+
+    def noting(path: Path, layout: TensorLayout, sha256: str) -> None:
+        hashed.append(path.name)
+        check_file(path, layout, sha256)
+
+    monkeypatch.setattr(storage_module, "check_file", noting)
+    own = DiskStorage(tmp_path)
+    stored = write(own, layout, filled(layout))
+    for _ in range(3):
+        own.read(stored, layout)
+    assert hashed == []
+    resumed = DiskStorage(tmp_path)
+    for _ in range(3):
+        resumed.read(stored, layout)
+    assert hashed == [NAME]
 
 
 def test_a_file_that_shrinks_after_its_check_is_refused(tmp_path: Path) -> None:
