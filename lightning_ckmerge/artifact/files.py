@@ -14,7 +14,7 @@ from lightning_ckmerge.errors import ArtifactError
 
 CHUNK_BYTES = 1 << 20
 WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-TEMPORARY_NAME = re.compile(r"\.tmp-(step=\d{9,}(-v\d+)?|best|best\.json)-[0-9a-f]{8}")
+TEMPORARY_NAME = re.compile(r"\.tmp-(step=\d{9,}(-v\d+)?|best|best\.json|report\.(html|md))-[0-9a-f]{8}")
 
 FileRecord = dict[str, Any]
 
@@ -75,9 +75,14 @@ def temporary(directory: Path, name: str) -> Path:
 
 def replace_json(path: Path, value: object) -> None:
     """Write a small JSON file in one rename."""
+    replace_text(path, json.dumps(value) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file in one rename."""
     staged = temporary(path.parent, path.name)
     try:
-        staged.write_text(json.dumps(value) + "\n", encoding="utf-8")
+        staged.write_text(text, encoding="utf-8")
         fsync(staged)
         os.replace(staged, path)
     finally:

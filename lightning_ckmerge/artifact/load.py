@@ -48,7 +48,7 @@ class Artifact:
         Raises:
             ArtifactError: There is no artifact, or it is damaged.
         """
-        directory = _locate(Path(path)).resolve()
+        directory = locate(Path(path)).resolve()
         artifact = cls(directory, read_manifest(directory))
         artifact.check_files(verify=verify)
         return artifact
@@ -159,7 +159,12 @@ def best_target(dirpath: Path) -> Path | None:
         ) from error
 
 
-def _locate(path: Path) -> Path:
+def locate(path: Path) -> Path:
+    """Return the directory of the artifact that ``path`` stands for.
+
+    Raises:
+        ArtifactError: There is none.
+    """
     if (path / MANIFEST_NAME).is_file():
         return path
     # `best` itself does not exist where links are refused.

@@ -15,7 +15,6 @@ from jsonschema.exceptions import best_match
 
 from lightning_ckmerge.core.outcome import Score, SearchOutcome, Trial, Verdict
 from lightning_ckmerge.errors import ArtifactError
-from lightning_ckmerge.search.verdict import score_gain
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -131,6 +130,9 @@ def _verdict(verdict: Verdict, winner: Trial) -> dict[str, Any]:
 
 
 def _trial(trial: Trial, latest: Trial, sign: int) -> dict[str, Any]:
+    # Reading manifests needs no SciPy, which takes seconds to import.
+    from lightning_ckmerge.search.verdict import score_gain
+
     gain, interval = (None, None) if trial is latest else score_gain(trial.search, latest.search, sign)
     return {
         "name": trial.candidate.name,

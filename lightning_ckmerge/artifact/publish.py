@@ -22,7 +22,7 @@ from lightning_ckmerge.artifact.files import (
 )
 from lightning_ckmerge.artifact.load import BEST_NAME, POINTER_NAME, Artifact, best_target
 from lightning_ckmerge.artifact.manifest import Manifest, read_manifest, write_manifest
-from lightning_ckmerge.artifact.timeline import append_timeline, timeline_record
+from lightning_ckmerge.artifact.timeline import Validated, append_timeline, timeline_record
 from lightning_ckmerge.artifact.weights import Weights, write_weights
 from lightning_ckmerge.config import Mode
 from lightning_ckmerge.distributed.comm import Alone, Comm, on_rank_zero
@@ -66,6 +66,7 @@ class ArtifactStore:
         weights: Weights | None,
         *,
         extras: Sequence[Extra] = (),
+        validation: Sequence[Validated] = (),
         comm: Comm | None = None,
     ) -> Artifact:
         """Publish one search, and return its artifact, on every rank.
@@ -78,6 +79,7 @@ class ArtifactStore:
             weights: The merged model; ``None`` for a record. Not written where ``keeps_weights`` says no.
             extras: Called on every rank, in order, with the staging directory and the manifest, its ``files`` so far
                 included. They add files or directories.
+            validation: The run's own validations since the search before, for the timeline.
             comm: The ranks; ``None``: a process alone. Only rank 0 makes, moves and removes directories.
 
         Raises:
@@ -90,7 +92,7 @@ class ArtifactStore:
             try:
                 kept = weights if on_rank_zero(comm, lambda: weights and self.keeps_weights(manifest)) else None
                 complete = self._stage(staging, manifest, kept, extras, comm)
-                path = on_rank_zero(comm, lambda: self._move(staging, step, complete))
+                path = on_rank_zero(comm, lambda: self._move(staging, step, complete, validation))
             except BaseException:
                 if comm.rank == 0:
                     shutil.rmtree(staging, ignore_errors=True)
@@ -116,14 +118,14 @@ class ArtifactStore:
             files = on_rank_zero(comm, partial(_records, staging, files))
         return {**manifest, "files": files}
 
-    def _move(self, staging: Path, step: str, complete: Manifest) -> Path:
+    def _move(self, staging: Path, step: str, complete: Manifest, validation: Sequence[Validated]) -> Path:
         """The manifest last, one rename, and only then the rest."""
         write_manifest(staging, complete)
         fsync_tree(staging)
         path = self._free_path(step)
         os.rename(staging, path)
         fsync(self.dirpath)
-        append_timeline(self.dirpath, timeline_record(complete, path.name))
+        append_timeline(self.dirpath, timeline_record(complete, path.name, validation))
         ranked = self._ranked(complete["monitor"])
         self._move_best(ranked)
         self._retain(ranked)

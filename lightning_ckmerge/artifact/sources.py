@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_ckmerge.artifact.distcp import METADATA_NAME, DistributedWeights
-from lightning_ckmerge.artifact.files import WEIGHTS_NAME, FileRecord, file_record, inside
+from lightning_ckmerge.artifact.files import WEIGHTS_NAME, FileRecord, inside
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
 from lightning_ckmerge.artifact.weights import INDEX_NAME, SINGLE_NAME, StoredWeights, find_aliases
@@ -56,10 +56,9 @@ class Source:
     files: tuple[Path, ...]
     step: int | None
 
-    def records(self) -> dict[str, FileRecord]:
-        """Return bytes and SHA-256 of each file."""
-        root = self.path if self.path.is_dir() else self.path.parent
-        return {path.relative_to(root).as_posix(): file_record(path) for path in self.files}
+    def named(self, records: Mapping[Path, FileRecord]) -> dict[str, FileRecord]:
+        """Return what is known of its files, by their names in the checkpoint's directory."""
+        return {path.name: records[path] for path in self.files}
 
 
 def open_source(path: Path, key: str | None = None) -> Source:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,32 @@ from lightning_ckmerge.errors import ArtifactError
 
 TIMELINE_NAME = "timeline.jsonl"
 
+Validated = tuple[int, float]
 
-def timeline_record(manifest: Manifest, artifact: str) -> dict[str, Any]:
+
+def timeline_record(manifest: Manifest, artifact: str, validation: Sequence[Validated] = ()) -> dict[str, Any]:
     """Return a search's record: its verdict, and the confirmation half's value of each candidate measured there.
 
     Args:
         manifest: The search's manifest.
         artifact: Name of the directory that it published.
+        validation: Step and value of the run's own validations since the search before.
     """
     candidates = [*manifest["anchors"], *manifest["trials"]]
     verdict = manifest["verdict"]
     return {
         "step": manifest["step"],
         "monitor": manifest["monitor"],
+        "mode": manifest["mode"],
         "status": verdict["status"],
         "gain": verdict["gain"],
         "interval": verdict["interval"],
+        "winner": verdict["winner"],
+        "best_anchor": verdict["best_anchor"],
         "values": {c["name"]: c["confirm"]["value"] for c in candidates if c["confirm"]},
         "artifact": artifact,
         "cost": manifest["cost"],
+        "validation": [list(v) for v in validation],
     }
 
 

@@ -11,14 +11,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from lightning_ckmerge.distributed.comm import Comm
 
-# Ranks tell each other their batches' values so often where a losing candidate may be dropped.
-CHUNK = 4
-
 
 class BatchRecorder:
     """Takes each batch's sums, and finds mean values by batch and in all.
 
     Sums and counts are float64, and padding does not count: the result does not depend on how samples are dealt out.
+
+    Ranks talk before each batch and after the last one, so that none begins a batch, or reduces its metrics, with one
+    that has failed.
 
     Args:
         monitor: The metric whose batches are kept.
@@ -45,11 +45,17 @@ class BatchRecorder:
         self.sizes_B: list[float] = []
         self.num_batches = 0
         self.stopped = False
+        self._all_done = False
 
     @property
     def is_batch_mean(self) -> bool:
         """Whether the monitored metric is a mean over batches."""
         return bool(self.values_B)
+
+    def begin_batch(self, *_: object) -> None:
+        """Agree with the other ranks to go on."""
+        if self._comm.world_size > 1:
+            self._pool(done=False)
 
     def take(self, sums: Mapping[str, tuple[float, float]], *, dataloader_idx: int, batch_idx: int) -> None:
         """Take in a batch.
@@ -71,8 +77,13 @@ class BatchRecorder:
             self._totals[name] = (so_far[0] + batch[0], so_far[1] + batch[1])
             if name == self._monitor:
                 self._pending.append(batch)
-        if self._keep_going is not None and len(self._pending) >= (1 if self._comm.world_size == 1 else CHUNK):
+        if self._comm.world_size == 1:
             self._pool(done=False)
+
+    def end_batches(self, *_: object) -> None:
+        """Wait for the last batch of every rank: one that has fewer goes on answering until then."""
+        while not self._all_done:
+            self._pool(done=True)
 
     def finish(self, logged: Mapping[str, float]) -> dict[str, float]:
         """Return all metrics over all ranks.
@@ -80,14 +91,12 @@ class BatchRecorder:
         Args:
             logged: What this rank's validation logged.
         """
-        # A rank with fewer batches goes on answering until the last one is done.
-        while not self._pool(done=True):
-            pass
+        self.end_batches()
         everywhere = self._comm.exchange((dict(logged), self._totals))
         return {name: _overall(name, everywhere) for name in logged}
 
-    def _pool(self, *, done: bool) -> bool:
-        """Put the ranks' batches together; whether all ranks have seen their last."""
+    def _pool(self, *, done: bool) -> None:
+        """Put the ranks' batches together."""
         answers = self._comm.exchange((self._pending, done))
         self._pending = []
         for parts in itertools.zip_longest(*(pending for pending, _ in answers), fillvalue=(0.0, 0.0)):
@@ -97,7 +106,7 @@ class BatchRecorder:
                 self.sizes_B.append(size)
         if self._keep_going is not None and self.values_B and not self._keep_going(self.values_B, self.sizes_B):
             self.stopped = True
-        return all(rank_done for _, rank_done in answers)
+        self._all_done = all(rank_done for _, rank_done in answers)
 
 
 def _overall(name: str, everywhere: Sequence[tuple[dict[str, float], dict[str, tuple[float, float]]]]) -> float:

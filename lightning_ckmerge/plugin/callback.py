@@ -149,7 +149,9 @@ class CheckpointMergeCallback(Callback):
         self._state = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find a misspelt ``monitor`` at the first validation, not at the first search."""
+        """Find a misspelt ``monitor`` at the first validation, not at the first search; keep the value for reports."""
+        if self._run is not None:
+            self._run.after_validation()
         if self._monitor_seen or self.evaluation.dataloader is not None:
             return
         self._monitor_seen = True

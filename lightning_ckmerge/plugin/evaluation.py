@@ -14,6 +14,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -99,9 +100,11 @@ class Validation:
                 "validation loaders must start anew each time they are iterated, got a generator, whose batches a "
                 "search would take from the run. Give the Trainer an object with `__iter__`, such as a DataLoader."
             )
-        # One batch cannot be in both halves: the search gets it, and nothing can be confirmed.
-        fraction = config.confirm_fraction if max(limits) > 1 else 0.0
-        self._splits = [Split(d, n, fraction) for d, n in zip(loaders, limits, strict=True)]
+        fraction = config.confirm_fraction
+        halves = [Split(d, n, fraction) for d, n in zip(loaders, limits, strict=True)]
+        # One batch cannot be in both halves: on all ranks, the search gets it, and nothing can be confirmed.
+        self._can_confirm = all(comm.exchange(max(limits) > 1 and any(s.num_batches("confirm") != 0 for s in halves)))
+        self._splits = halves if self._can_confirm else [replace(s, fraction=0.0) for s in halves]
         self._batch_means: bool | None = None
 
     @property
@@ -115,7 +118,7 @@ class Validation:
 
     def can_confirm(self) -> bool:
         """Whether the confirmation half has any batches."""
-        return any(s.num_batches("confirm") != 0 for s in self._splits)
+        return self._can_confirm
 
     def run(self, half: Half, keep_going: Callable[[Sequence[float], Sequence[float]], bool] | None = None) -> Score:
         """Score the live weights.
@@ -156,8 +159,11 @@ class Validation:
 
         limits = [limited(length_of(d), batches) for d in self._training_loaders]
         splits = [Split(d, n, 0.0) for d, n in zip(self._training_loaders, limits, strict=True)]
+        # Records nothing, but lets ranks agree.
+        recorder = BatchRecorder("", [frozenset()] * len(splits), None, self._comm)
         try:
-            self._run_loop([s.part("search").batches for s in splits], on_start=estimate, like=self._training_data)
+            parts = [s.part("search").batches for s in splits]
+            recorder.finish(self._run_loop(parts, recorder, on_start=estimate, like=self._training_data))
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -172,13 +178,17 @@ class Validation:
 
     def _run_in_blocks(self, parts: Sequence[Iterable[Any]]) -> Score:
         """A metric over all batches at once has no paired values: score it on blocks of batches instead."""
-        blocks_of_parts = [blocks(p, NUM_BLOCKS) for p in parts]
+        fetched = [list(p) for p in parts]
+        # Every rank has as many blocks, none of them empty: a metric may need all ranks to be computed.
+        fewest = [min(lengths) for lengths in zip(*self._comm.exchange([len(f) for f in fetched]), strict=True)]
+        blocks_of_parts = [blocks(f, min(NUM_BLOCKS, n)) for f, n in zip(fetched, fewest, strict=True)]
         rows = []
         for i in range(max(len(b) for b in blocks_of_parts)):
             row = [b[i] if i < len(b) else () for b in blocks_of_parts]
             recorder = BatchRecorder(self._monitor, [frozenset()] * len(row), None, self._comm)
             logged = self._run_loop([_Batches(b) for b in row], recorder)
-            rows.append((sum(map(len, row)), recorder.finish(logged)))
+            num_batches = sum(self._comm.exchange(sum(map(len, row))))
+            rows.append((num_batches, recorder.finish(logged)))
         total = sum(n for n, _ in rows)
         metrics = {k: math.fsum(n * m[k] for n, m in rows) / total for k in rows[0][1] if all(k in m for _, m in rows)}
         values = [self._monitored(m) for _, m in rows]
@@ -193,15 +203,18 @@ class Validation:
     def _run_loop(
         self,
         parts: Sequence[Iterable[Any]],
-        recorder: BatchRecorder | None = None,
+        recorder: BatchRecorder,
         on_start: Callable[..., None] | None = None,
         like: Any = None,
     ) -> dict[str, float]:
         stopped = functools.partial(_has_stopped, recorder)
         loop = self._make_loop([stoppable(p, stopped) for p in parts], like or self._combined)
-        hooks: dict[str, Callable[..., None]] = {}
-        if recorder is not None:
-            hooks["on_validation_batch_end"] = functools.partial(_record, recorder, loop)
+        hooks: dict[str, Callable[..., None]] = {
+            "on_validation_batch_start": recorder.begin_batch,
+            "on_validation_batch_end": functools.partial(_record, recorder, loop),
+            # A callback's hook comes before the module's, and both before metrics are reduced over ranks.
+            "on_validation_epoch_end": recorder.end_batches,
+        }
         if on_start is not None:
             hooks["on_validation_start"] = on_start
         try:
@@ -325,8 +338,8 @@ def _record(recorder: BatchRecorder, loop: Any, *hook_args: Any) -> None:
     recorder.take(sums, dataloader_idx=dataloader_idx, batch_idx=batch_idx)
 
 
-def _has_stopped(recorder: BatchRecorder | None) -> bool:
-    return recorder is not None and recorder.stopped
+def _has_stopped(recorder: BatchRecorder) -> bool:
+    return recorder.stopped
 
 
 def _logged_names(meta: Any) -> set[str]:

@@ -171,5 +171,5 @@ def blocks(batches: Iterable[Any], num_blocks: int) -> list[Sequence[Any]]:
     """Return the batches in at most ``num_blocks`` consecutive runs of nearly equal length, none empty."""
     fetched = list(batches)
     num_blocks = min(num_blocks, len(fetched))
-    edges = [len(fetched) * i // num_blocks for i in range(num_blocks + 1)] if fetched else [0]
+    edges = [len(fetched) * i // num_blocks for i in range(num_blocks + 1)] if num_blocks else [0]
     return [fetched[a:b] for a, b in itertools.pairwise(edges)]

@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_ckmerge.artifact.files import replace_text
+from lightning_ckmerge.artifact.history import read_history
 from lightning_ckmerge.artifact.load import Artifact, load_merged
-from lightning_ckmerge.artifact.manifest import build_manifest
-from lightning_ckmerge.artifact.publish import ArtifactStore
+from lightning_ckmerge.artifact.manifest import Manifest, build_manifest
+from lightning_ckmerge.artifact.publish import ArtifactStore, Extra
+from lightning_ckmerge.artifact.timeline import Validated
+from lightning_ckmerge.artifact.weights import Weights
 from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.config import parse_size
@@ -34,6 +38,7 @@ from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.standstill import Standstill
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
+from lightning_ckmerge.report.run import render_run_html, render_run_markdown
 
 if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
@@ -69,6 +74,7 @@ class MergeRun:
         self._previous: dict[str, float] | None = None
         self._last_artifact: Artifact | None = None
         self._searching = False
+        self._validations: list[Validated] = []
         total_steps = length_of_run(trainer)
         self._schedule = Schedule(**callback.triggers, total_steps=total_steps, step=trainer.global_step)
         self._store = ArtifactStore(
@@ -88,6 +94,7 @@ class MergeRun:
             self._resume_buffer(state["buffers"])
             self._schedule.load_state_dict(state["schedule"])
             self._previous = state["previous"]
+            self._validations = [(step, value) for step, value in state["validations"]]
             self._report_buffer()
         rank_zero_info(render_plan(callback, trainer, self._buffer, self._layout, self._space, total_steps, dirpath))
 
@@ -106,6 +113,12 @@ class MergeRun:
         self._report_buffer()
         if due:
             self.search()
+
+    def after_validation(self) -> None:
+        """Keep the run's own value for the reports."""
+        value = self._trainer.callback_metrics.get(self.callback.monitor)
+        if value is not None and math.isfinite(value):
+            self._validations.append((self._trainer.global_step, float(value)))
 
     def after_epoch(self) -> None:
         """Search if one is due."""
@@ -158,6 +171,7 @@ class MergeRun:
             "training_s": self.training_s,
             "searched_s": self._searched_s,
             "previous": self._previous,
+            "validations": self._validations,
             "schedule": self._schedule.state_dict(),
             # A checkpoint holds rank 0's state alone, so that has to hold everybody's.
             "buffers": self._comm.exchange(self._buffer.state_dict()),
@@ -213,6 +227,7 @@ class MergeRun:
                 job = self._make_job(merger, validation, standstill, on_scored)
                 outcome = run_search(job)
                 artifact = self._publish(outcome, job)
+        self._validations = []
         self._announce(outcome, artifact)
         self._comm.exchange(None)  # all are done, or all hear of it
         return artifact
@@ -288,13 +303,18 @@ class MergeRun:
         """Write the winner, which is merged into the module for that, or the record alone of a rejected search."""
         manifest = build_manifest(outcome)
         if not on_rank_zero(self._comm, lambda: self._store.keeps_weights(manifest)):
-            return self._store.publish(manifest, None, extras=[self._write_report], comm=self._comm)
+            return self._publish_manifest(manifest, None, [self._write_report])
         job.begin()
         job.load(outcome.winner.candidate.coefficients_K)
         # The report comes last: it lists the files.
         extras = [self._write_checkpoint] if "ckpt" in self.callback.artifact.formats else []
         weights = GatheredWeights(self._module, self._comm)
-        return self._store.publish(manifest, weights, extras=[*extras, self._write_report], comm=self._comm)
+        return self._publish_manifest(manifest, weights, [*extras, self._write_report])
+
+    def _publish_manifest(self, manifest: Manifest, weights: Weights | None, extras: Sequence[Extra]) -> Artifact:
+        artifact = self._store.publish(manifest, weights, extras=extras, validation=self._validations, comm=self._comm)
+        on_rank_zero(self._comm, self._write_run_report)
+        return artifact
 
     def _write_checkpoint(self, path: Path, _: dict[str, Any]) -> None:
         # With weights_only=False an EMA callback would write its own average instead.
@@ -304,6 +324,12 @@ class MergeRun:
         if self._comm.rank == 0:
             (path / "report.md").write_text(render_markdown(manifest), encoding="utf-8")
             (path / "report.html").write_text(render_html(manifest), encoding="utf-8")
+
+    def _write_run_report(self) -> None:
+        history = read_history(self.dirpath)
+        found = (history.timeline, history.manifests, history.best)
+        replace_text(self.dirpath / "report.md", render_run_markdown(*found))
+        replace_text(self.dirpath / "report.html", render_run_html(*found))
 
     def _announce(self, outcome: SearchOutcome, artifact: Artifact) -> None:
         self._previous = outcome.winner.candidate.coordinates or self._previous

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_ckmerge.report.view import Manifest, count, number, steps
+from lightning_ckmerge.report.frame import LEFT, RIGHT, TOP, Axis, Tick, horizontal, nice_ticks, vertical
+from lightning_ckmerge.report.text import Manifest, count, number, steps
 
-# Small enough that the letters can be read when a phone shrinks the picture.
-WIDTH, HEIGHT = 480, 260
-LEFT, RIGHT, TOP, BOTTOM = 58, 464, 14, 224
 MIN_BAR = 4.0
 BAR_GAP = 1.0
 LABEL_HEIGHT = 14.0
 
-Scale = Callable[[float], float]
-Shape = Literal["dot", "ring", "cross", "up", "down"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tick:
-    """A labelled place on an axis."""
-
-    at: float
-    label: str
+Shape = Literal["dot", "ring", "cross", "diamond", "up", "down"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +40,9 @@ class CoefficientChart:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """One trial: a dot. A ring was dropped early, a cross breaks a constraint, an arrow (up, down) is off the scale."""
+    """One candidate. A dot is a trial, a diamond an anchor; a ring was dropped early, a cross breaks a constraint, an
+    arrow (up, down) is off the scale.
+    """
 
     x: float
     y: float
@@ -89,27 +79,27 @@ def coefficient_chart(manifest: Manifest) -> CoefficientChart:
     # Room on the right for the latest weights, whose steps the newest mean already covers.
     right = RIGHT - 2 * (MIN_BAR + BAR_GAP)
 
-    x = _scale(first, last, LEFT, right)
-    y = _scale(low, high, BOTTOM, TOP)
+    x = Axis(low=first, high=last, start=LEFT, end=right)
+    y = vertical(low, high)
     bars, end = [], float(LEFT)
     for snapshot, c in zip(snapshots, c_K, strict=True):
-        start = max(end, x(snapshot["first_step"] - 1))
-        end = max(x(snapshot["last_step"]), start + MIN_BAR + BAR_GAP)
+        start = max(end, x.at(snapshot["first_step"] - 1))
+        end = max(x.at(snapshot["last_step"]), start + MIN_BAR + BAR_GAP)
         bars.append(
             Bar(
                 x=start,
-                y=min(y(c), y(0)),
+                y=min(y.at(c), y.at(0)),
                 width=end - start - BAR_GAP,
-                height=abs(y(c) - y(0)),
+                height=abs(y.at(c) - y.at(0)),
                 negative=c < 0,
                 hint=f"steps {steps(snapshot)}, {snapshot['kind']}: {number(c, '+.4f')}",
             )
         )
     return CoefficientChart(
         bars=bars,
-        zero=y(0),
-        x_ticks=[Tick(at=x(t), label=count(t)) for t in nice_ticks(first, last, 4)],
-        y_ticks=[Tick(at=y(t), label=number(t, ".6g")) for t in nice_ticks(low, high, 5)],
+        zero=y.at(0),
+        x_ticks=x.ticks(4, count),
+        y_ticks=y.ticks(5, short),
     )
 
 
@@ -119,63 +109,69 @@ def history_chart(manifest: Manifest) -> HistoryChart | None:
     The scale holds all anchors and the best trial. Worse trials beyond it are drawn as arrows on its rim, so that one
     wild proposal does not flatten the rest.
     """
-    anchors, trials = manifest["anchors"], manifest["trials"]
+    y = value_axis(manifest)
+    if y is None:
+        return None
+    trials = manifest["trials"]
+    num_trials = max(len(trials), 1)
+    x = horizontal(0.5, num_trials + 0.5)
+    return HistoryChart(
+        marks=[mark(t, x.at(i), y, manifest) for i, t in enumerate(trials, start=1)],
+        levels=_levels(manifest, y),
+        x_ticks=[Tick(at=x.at(t), label=count(t)) for t in nice_ticks(1, num_trials, 5) if t == int(t)],
+        y_ticks=y.ticks(5, short),
+    )
+
+
+def value_axis(manifest: Manifest) -> Axis | None:
+    """Return the vertical axis on which candidates are compared on the search half; ``None`` if no value is finite."""
+    anchor_values, trial_values = _values(manifest["anchors"]), _values(manifest["trials"])
     better = min if manifest["mode"] == "min" else max
-    anchor_values, trial_values = _values(anchors), _values(trials)
     held = [*anchor_values, better(trial_values)] if trial_values else anchor_values
     if not held:
         return None
     if min(held) == max(held):
         held += trial_values
     margin = 0.08 * (max(held) - min(held)) or 0.5 * abs(held[0]) or 1.0
-    low, high = min(held) - margin, max(held) + margin
-    y = _scale(low, high, BOTTOM, TOP)
-    num_trials = max(len(trials), 1)
-
-    def x(index: int) -> float:
-        return LEFT + (RIGHT - LEFT) * (index - 0.5) / num_trials
-
-    return HistoryChart(
-        marks=[_mark(t, x(i), y, low, high, manifest) for i, t in enumerate(trials, start=1)],
-        levels=_levels(manifest, y),
-        x_ticks=[Tick(at=x(int(t)), label=count(t)) for t in nice_ticks(1, num_trials, 5) if t == int(t)],
-        y_ticks=[Tick(at=y(t), label=number(t, ".6g")) for t in nice_ticks(low, high, 5)],
-    )
+    return vertical(min(held) - margin, max(held) + margin)
 
 
-def nice_ticks(low: float, high: float, num: int) -> list[float]:
-    """Return about ``num`` round numbers in ``[low, high]``.
-
-    >>> nice_ticks(0.0, 1.0, 5)
-    [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    """
-    if not low < high:
-        return [low]
-    power = 10.0 ** math.floor(math.log10((high - low) / num))
-    # Two more digits than the step has: 0.1 * 3 shall read 0.3.
-    digits = 2 - math.floor(math.log10(power))
-    step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs((high - low) / s - num))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, digits) + 0.0 for i in range(first, last + 1)]
-
-
-def _mark(trial: dict[str, Any], x: float, y: Scale, low: float, high: float, manifest: Manifest) -> Mark:
-    shape: Shape = "dot"
-    value = trial["search"]["value"]
-    hint = f"{trial['name']}: {number(value)}"
-    if not trial["search"]["complete"]:
-        shape, hint = "ring", f"{hint}, dropped early"
-    if not trial["feasible"]:
-        shape, hint = "cross", f"{hint}, breaks a constraint"
-    worst = high if manifest["mode"] == "min" else low
-    shown = worst if value is None else min(max(value, low), high)
+def mark(candidate: dict[str, Any], x: float, y: Axis, manifest: Manifest, shape: Shape = "dot") -> Mark:
+    """Return the mark of a candidate at pixel ``x``; worse than the axis holds, it becomes an arrow on the rim."""
+    value = candidate["search"]["value"]
+    shape, hint = look(candidate, shape)
+    shown = worst(y, manifest["mode"]) if value is None else min(max(value, y.low), y.high)
     if shown != value:
-        shape = "up" if shown == high else "down"
-    winner = trial["name"] == manifest["verdict"]["winner"]
-    return Mark(x=x, y=y(shown), shape=shape, winner=winner, hint=hint)
+        shape = "up" if shown == y.high else "down"
+    return Mark(x=x, y=y.at(shown), shape=shape, winner=is_winner(candidate, manifest), hint=hint)
 
 
-def _levels(manifest: Manifest, y: Scale) -> list[Level]:
+def look(candidate: dict[str, Any], shape: Shape) -> tuple[Shape, str]:
+    """Return a candidate's shape, which is ``shape`` if nothing befell it, and the hint that tells its value."""
+    hint = f"{candidate['name']}: {number(candidate['search']['value'])}"
+    if not candidate["feasible"]:
+        return "cross", f"{hint}, breaks a constraint"
+    if not candidate["search"]["complete"]:
+        return "ring", f"{hint}, dropped early"
+    return shape, hint
+
+
+def is_winner(candidate: dict[str, Any], manifest: Manifest) -> bool:
+    """Whether the verdict is about this candidate."""
+    return bool(candidate["name"] == manifest["verdict"]["winner"])
+
+
+def worst(y: Axis, mode: str) -> float:
+    """Return the worst value that an axis holds."""
+    return y.high if mode == "min" else y.low
+
+
+def short(value: float) -> str:
+    """Return a tick's label."""
+    return number(value, ".6g")
+
+
+def _levels(manifest: Manifest, y: Axis) -> list[Level]:
     labelled = {"latest", manifest["verdict"]["best_anchor"]}
     levels: list[Level] = []
     taken: list[float] = []
@@ -185,18 +181,13 @@ def _levels(manifest: Manifest, y: Scale) -> list[Level]:
             continue
         label_y = None
         if name in labelled:
-            label_y = y(value) - 4
+            label_y = y.at(value) - 4
             if any(abs(label_y - other) < LABEL_HEIGHT for other in taken) or label_y < TOP + LABEL_HEIGHT:
-                label_y = y(value) + LABEL_HEIGHT
+                label_y = y.at(value) + LABEL_HEIGHT
             taken.append(label_y)
-        levels.append(Level(y=y(value), hint=f"{name}: {number(value)}", label=name, label_y=label_y))
+        levels.append(Level(y=y.at(value), hint=f"{name}: {number(value)}", label=name, label_y=label_y))
     return levels
 
 
 def _values(candidates: Sequence[dict[str, Any]]) -> list[float]:
     return [c["search"]["value"] for c in candidates if c["search"]["value"] is not None]
-
-
-def _scale(low: float, high: float, at_low: float, at_high: float) -> Scale:
-    span = (high - low) or 1.0
-    return lambda value: at_low + (at_high - at_low) * (value - low) / span

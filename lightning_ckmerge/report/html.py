@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib import resources
+from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from lightning_ckmerge.report import charts
-from lightning_ckmerge.report.view import Manifest, build_view
+from lightning_ckmerge.report import charts, frame
+from lightning_ckmerge.report.landscape import draw_landscape
+from lightning_ckmerge.report.text import Manifest
+from lightning_ckmerge.report.view import build_view
+
+DISC = "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0"
+SHAPES: dict[charts.Shape, str] = {
+    "dot": DISC,
+    "ring": DISC,
+    "cross": "M-4 -4L4 4M-4 4L4 -4",
+    "diamond": "M0 -4.5L4.5 0L0 4.5L-4.5 0Z",
+    "up": "M0 0L4 8H-4Z",
+    "down": "M0 0L4 -8H-4Z",
+}
 
 
 def render_html(manifest: Manifest) -> str:
@@ -17,19 +29,30 @@ def render_html(manifest: Manifest) -> str:
     Args:
         manifest: Its manifest; ``files`` may still be missing.
     """
-    return _template().render(
+    return render_page(
+        "search.html.j2",
         view=build_view(manifest),
         monitor=manifest["monitor"],
         num_trials=len(manifest["trials"]),
         num_anchors=len(manifest["anchors"]),
         coefficients=charts.coefficient_chart(manifest),
         history=charts.history_chart(manifest),
-        frame=charts,
+        landscape=draw_landscape(manifest),
     )
 
 
+def render_page(name: str, **values: Any) -> str:
+    """Return a template, filled in."""
+    return _template(name).render(frame=frame, shapes=SHAPES, **values)
+
+
 @cache
-def _template() -> Template:
-    source = resources.files("lightning_ckmerge.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source)
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=PackageLoader("lightning_ckmerge.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)

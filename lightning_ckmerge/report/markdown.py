@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from lightning_ckmerge.report.view import Manifest, build_view
+from lightning_ckmerge.report.text import Manifest
+from lightning_ckmerge.report.view import View, build_view
 
 # Whatever could start markup, end a table's cell, or open an HTML tag. A name may hold any of them.
 SPECIAL = re.compile(r"([\\`*_\[\]|~<>&$])")
@@ -25,10 +26,12 @@ def render_markdown(manifest: Manifest) -> str:
         table(("", ""), view.facts),
         "## Candidates",
         table(
-            ("candidate", "", "search half", "confirmation half", "gain over latest, 95 % interval"),
-            ((c.name, c.role, c.search, c.confirm, c.gain) for c in view.candidates),
+            ("candidate", "", "search half", "gain over latest there", "confirmation half", "gain over latest there"),
+            ((c.name, c.role, c.search, c.search_gain, c.confirm, c.gain) for c in view.candidates),
         ),
-        f"{len(manifest['trials'])} trials of the sampler beside {len(manifest['anchors'])} anchors.",
+        f"{len(manifest['trials'])} trials of the sampler beside {len(manifest['anchors'])} anchors. Intervals hold "
+        "95 %; the verdict rests on the confirmation half, which the search did not see.",
+        *metrics_section(view),
         "## Snapshots and coefficients",
         table(
             ("steps", "kind", "coefficient", "sha256"),
@@ -46,6 +49,13 @@ def render_markdown(manifest: Manifest) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def metrics_section(view: View) -> list[str]:
+    """Return the table of all logged metrics; nothing where there is but one."""
+    if not view.metrics:
+        return []
+    return [f"## All metrics, {view.metrics_half} half", table(view.metrics_header, view.metrics)]
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table, its cells escaped.
 
@@ -54,7 +64,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     | --- | --- |
     | a\\|b | 1 |
     """
-    lines = [header, ["---"] * len(header), *([escape(cell) for cell in row] for row in rows)]
+    lines = [
+        [escape(cell) for cell in header],
+        ["---"] * len(header),
+        *([escape(cell) for cell in row] for row in rows),
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

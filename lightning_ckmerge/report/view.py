@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
-Manifest = dict[str, Any]
+from lightning_ckmerge.report.text import MISSING, Manifest, count, gain_text, number, seconds, size, steps
 
-MISSING = "–"
 SHORT_HASH = 12
 WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
@@ -18,6 +16,11 @@ from lightning_ckmerge import load_merged
 
 # The directory that holds this report.
 load_merged("{path}", model)
+"""
+LOAD_CHECKPOINT = """\
+
+# Or, with the module's own hyperparameters, its class does all of it.
+model = YourModule.load_from_checkpoint("{path}/model.ckpt")
 """
 
 STATUS_TITLES = {
@@ -34,6 +37,7 @@ class CandidateRow:
     name: str
     role: str
     search: str
+    search_gain: str
     confirm: str
     gain: str
 
@@ -56,6 +60,8 @@ class View:
         status: ``accepted``, ``rejected`` or ``unconfirmed``.
         facts: Label and text of the run's main figures.
         candidates: The winner first, then the anchors from best to worst on the search half.
+        metrics: Name, and the value of each candidate in ``metrics_header``, on ``metrics_half``; no rows where
+            validation logs the monitored metric alone.
         cost: Label and text.
         files: Name, size and short hash.
         code: How to load it; ``None`` for a record without weights.
@@ -68,6 +74,9 @@ class View:
     warnings: list[str]
     facts: list[tuple[str, str]]
     candidates: list[CandidateRow]
+    metrics_header: list[str]
+    metrics: list[tuple[str, ...]]
+    metrics_half: str
     snapshots: list[SnapshotRow]
     cost: list[tuple[str, str]]
     files: list[tuple[str, str, str]]
@@ -87,6 +96,7 @@ def build_view(manifest: Manifest) -> View:
         warnings=list(verdict["warnings"]),
         facts=_facts(manifest),
         candidates=_candidates(manifest),
+        **_metrics(manifest),
         snapshots=[
             SnapshotRow(
                 kind=snapshot["kind"],
@@ -102,63 +112,8 @@ def build_view(manifest: Manifest) -> View:
             for name, record in manifest.get("files", {}).items()
         ],
         software=[(name, version or MISSING) for name, version in manifest["software"].items()],
-        code=LOAD_MERGED.format(path=f"step={manifest['step']:09d}") if has_weights else None,
+        code=_code(manifest) if has_weights else None,
     )
-
-
-def number(value: float | None, form: str = "#.5g") -> str:
-    """Return a value for people, to 5 significant digits or as ``form`` says; a dash for what is missing.
-
-    >>> number(2.3), number(-0.00012, ".5g"), number(None)
-    ('2.3000', '−0.00012', '–')
-    """
-    return MISSING if value is None else f"{value:{form}}".replace("-", "−")
-
-
-def gain_text(gain: float | None, interval: list[float] | None) -> str:
-    """Return a gain with its 95 % interval, all to one decimal place; the interval does not break over lines.
-
-    >>> gain_text(0.0123456, [0.004, 0.02]).replace("\\xa0", "_")
-    '+0.0123 [+0.0040,_+0.0200]'
-    """
-    largest = max(map(abs, (gain or 0.0, *(interval or ()))))
-    form = f"+.{max(0, 2 - math.floor(math.log10(largest)))}f" if largest else "+.0f"
-    ends = f" [{number(interval[0], form)},\xa0{number(interval[1], form)}]" if interval else ""
-    return number(gain, form) + ends
-
-
-def count(value: float) -> str:
-    """Return a whole number with thousands apart."""
-    return f"{value:,.0f}".replace(",", " ")
-
-
-def size(num_bytes: int) -> str:
-    """Return a file's size.
-
-    >>> size(999), size(5_000_000_000)
-    ('999 B', '5.0 GB')
-    """
-    value, unit = float(num_bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def seconds(value: float) -> str:
-    """Return a duration.
-
-    >>> seconds(4.26), seconds(3725)
-    ('4.3 s', '62 min 5 s')
-    """
-    return f"{value:.1f} s" if value < 120 else f"{value // 60:.0f} min {value % 60:.0f} s"
-
-
-def steps(snapshot: dict[str, Any]) -> str:
-    """Return the steps that a snapshot stands for."""
-    first, last = snapshot["first_step"], snapshot["last_step"]
-    return count(last) if first == last else f"{count(first)}–{count(last)}"
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
@@ -187,6 +142,10 @@ def _candidates(manifest: Manifest) -> list[CandidateRow]:
         value = candidate["search"]["value"]
         return candidate["name"] != verdict["winner"], value is None, sign * (value or 0.0)
 
+    def search_gain(candidate: dict[str, Any]) -> str:
+        gain = candidate.get("search_gain")
+        return MISSING if gain is None else gain_text(gain, candidate["search_interval"])
+
     def row(candidate: dict[str, Any]) -> CandidateRow:
         name, value = candidate["name"], _confirmed(candidate)
         roles = ["winner"] if name == verdict["winner"] else []
@@ -202,12 +161,34 @@ def _candidates(manifest: Manifest) -> list[CandidateRow]:
             name=name,
             role=", ".join(roles),
             search=estimate + number(candidate["search"]["value"]),
+            search_gain=search_gain(candidate),
             confirm=number(value),
             gain=gain,
         )
 
     shown = {verdict["winner"], *(a["name"] for a in manifest["anchors"])}
     return [row(c) for c in sorted((c for n, c in by_name.items() if n in shown), key=order)]
+
+
+def _metrics(manifest: Manifest) -> dict[str, Any]:
+    by_name = {c["name"]: c for c in [*manifest["anchors"], *manifest["trials"]]}
+    verdict = manifest["verdict"]
+    compared = [n for n in dict.fromkeys(("latest", verdict["best_anchor"], verdict["winner"])) if n in by_name]
+    half = "confirm" if all(by_name[n]["confirm"] for n in compared) else "search"
+    logged = [by_name[n][half]["metrics"] for n in compared]
+    names = sorted({name for metrics in logged for name in metrics})
+    rows = [(name, *(number(metrics.get(name)) for metrics in logged)) for name in names]
+    return {
+        "metrics_header": ["Metric", *compared],
+        "metrics": rows if names != [manifest["monitor"]] else [],
+        "metrics_half": {"confirm": "confirmation", "search": "search"}[half],
+    }
+
+
+def _code(manifest: Manifest) -> str:
+    path = f"step={manifest['step']:09d}"
+    more = LOAD_CHECKPOINT.format(path=path) if "model.ckpt" in manifest["files"] else ""
+    return LOAD_MERGED.format(path=path) + more
 
 
 def _confirmed(candidate: dict[str, Any]) -> float | None:

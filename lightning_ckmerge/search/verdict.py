@@ -61,7 +61,11 @@ def paired_gain(trial: Trial, other: Trial, sign: int) -> tuple[float, tuple[flo
         return 0.0, None
     if trial.confirm is None or other.confirm is None:
         return sign * (other.search.value - trial.search.value), None
-    ours, theirs = trial.confirm, other.confirm
+    return score_gain(trial.confirm, other.confirm, sign)
+
+
+def score_gain(ours: Score, theirs: Score, sign: int) -> tuple[float, tuple[float, float] | None]:
+    """Return how much better ``ours`` is than ``theirs`` on one half of the batches, and the 95 % interval, if any."""
     if not _comparable(ours, theirs):
         return sign * (theirs.value - ours.value), None
     assert ours.values_B is not None

@@ -11,16 +11,20 @@ from tests.artifact.outcomes import make_outcome
 
 
 def test_a_record_tells_the_search_in_a_line() -> None:
-    record = timeline_record(build_manifest(make_outcome(value=2.0)), "step=000001000")
+    record = timeline_record(build_manifest(make_outcome(value=2.0)), "step=000001000", [(500, 2.4), (1000, 2.1)])
     assert record.pop("cost")["num_batches"] == 93
     assert record == {
         "step": 1000,
         "monitor": "val_loss",
+        "mode": "min",
         "status": "accepted",
         "gain": 0.05,
         "interval": [0.041, 0.059],
+        "winner": "trial-6",
+        "best_anchor": "uniform-4",
         "values": {"latest": 2.05, "uniform-4": 2.012, "trial-6": 2.0},
         "artifact": "step=000001000",
+        "validation": [[500, 2.4], [1000, 2.1]],
     }
 
 

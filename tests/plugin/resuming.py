@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, SearchConfig
@@ -46,16 +45,16 @@ class BySteps(Classifier):
 
 
 class Notes(pl.Callback):
-    """Prints the weights' digest after each optimizer step, saves when told to, and dies when told to."""
+    """Keeps a digest of the training state after each batch, and saves a checkpoint when told to."""
 
     def __init__(self, root: Path, save_at: int | None) -> None:
         self.root, self.save_at = root, save_at
-        self.steps: dict[str, str] = {}
+        self.batches: dict[str, str] = {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        step = trainer.global_step
-        self.steps[str(step)] = digest([dict(pl_module.state_dict()), [o.state_dict() for o in trainer.optimizers]])
-        if step == self.save_at and not (self.root / "saved.ckpt").exists():
+        state = [dict(pl_module.state_dict()), [o.state_dict() for o in trainer.optimizers], trainer.global_step]
+        self.batches[str(int(pl_module.num_batches))] = digest(state)
+        if trainer.global_step == self.save_at and not (self.root / "saved.ckpt").exists():
             trainer.save_checkpoint(self.root / "saved.ckpt")
 
 
@@ -96,12 +95,13 @@ def main(root: Path, options: dict[str, Any]) -> None:
         default_root_dir=root,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[merge, notes, ModelCheckpoint(root / "checkpoints", every_n_train_steps=7, save_top_k=-1)],
+        callbacks=[merge, notes],
+        enable_checkpointing=False,
         **options,
     )
     module = DiesInTrial() if dies_after else BySteps()
     trainer.fit(module, points_loader(train=True, shuffle=False), points_loader(train=False), ckpt_path=ckpt_path)
-    (root / "notes.json").write_text(json.dumps(notes.steps))
+    (root / "notes.json").write_text(json.dumps(notes.batches))
 
 
 if __name__ == "__main__":

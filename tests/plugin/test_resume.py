@@ -16,6 +16,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from lightning_ckmerge.artifact.timeline import read_timeline
+from tests.plugin.resuming import main
 from tests.plugin.runs import manifests
 
 REPOSITORY = Path(__file__).parents[2]
@@ -23,6 +24,7 @@ NUM_STEPS = 22
 
 
 def start(root: Path, **options: Any) -> subprocess.Popen[str]:
+    """Begin to train in a new process."""
     root.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tests.plugin.resuming", str(root), json.dumps(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -35,9 +37,15 @@ def wait(process: subprocess.Popen[str], code: int = 0) -> None:
 
 
 def train(root: Path, **options: Any) -> dict[str, str]:
-    wait(start(root, **options))
-    notes: dict[str, str] = json.loads((root / "notes.json").read_text())
-    return notes
+    """Train in this process; return a digest of the state after each batch."""
+    root.mkdir(parents=True, exist_ok=True)
+    main(root, options)
+    return notes(root)
+
+
+def notes(root: Path) -> dict[str, str]:
+    found: dict[str, str] = json.loads((root / "notes.json").read_text())
+    return found
 
 
 def snapshots(manifest: dict[str, Any]) -> Sequence[tuple[Any, ...]]:
@@ -54,22 +62,21 @@ def studies(root: Path) -> dict[str, optuna.Study]:
     return {name: optuna.load_study(study_name=name, storage=journal) for name in names}
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_resumed_run_equals_an_uninterrupted_one(accumulate: int, tmp_path: Path) -> None:
-    """Saved at step 13, one step into a segment of four; snapshots, schedule and searches go on as well."""
+@pytest.mark.parametrize(("accumulate", "save_at"), [(1, 13), (3, 12)], ids=["amid a segment", "accumulation"])
+def test_a_resumed_run_equals_an_uninterrupted_one(accumulate: int, save_at: int, tmp_path: Path) -> None:
+    """Weights after every later batch, snapshots, schedule, searches: all are the same, segments of four steps too."""
     shared = {"accumulate_grad_batches": accumulate}
-    whole = start(tmp_path / "whole", max_steps=NUM_STEPS, **shared)
-    train(tmp_path / "halves", max_steps=15, save_at=13, **shared)
-    first = manifests(tmp_path / "halves" / "merges")
+    train(tmp_path / "halves", max_steps=15, save_at=save_at, **shared)
+    assert [m["step"] for m in manifests(tmp_path / "halves" / "merges")] == [10]
     saved = str(tmp_path / "halves" / "saved.ckpt")
-    resumed = train(tmp_path / "halves", max_steps=NUM_STEPS, ckpt_path=saved, **shared)
-    wait(whole)
-    uninterrupted = json.loads((tmp_path / "whole" / "notes.json").read_text())
-    assert [int(s) for s in resumed] == list(range(14, NUM_STEPS + 1))
-    assert resumed == {step: uninterrupted[step] for step in resumed}
+    rest = start(tmp_path / "halves", max_steps=NUM_STEPS, ckpt_path=saved, **shared)
+    uninterrupted = train(tmp_path / "whole", max_steps=NUM_STEPS, **shared)
+    wait(rest)
+    resumed = notes(tmp_path / "halves")
+    assert [int(n) for n in resumed] == list(range(accumulate * save_at + 1, accumulate * NUM_STEPS + 1))
+    assert resumed == {batch: uninterrupted[batch] for batch in resumed}
     one, two = (manifests(tmp_path / name / "merges") for name in ("whole", "halves"))
     assert [m["step"] for m in one] == [m["step"] for m in two] == [10, 20]
-    assert [m["step"] for m in first] == [10]
     for before, after in zip(one, two, strict=True):
         assert snapshots(before) == snapshots(after)
         assert scores(before) == scores(after)
@@ -80,13 +87,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(accumulate: int, tmp_path: Pa
 def test_a_search_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     """Killed while it scores trials; the search at the same step asks for none of those again."""
     root = tmp_path / "killed"
-    wait(start(root, max_steps=NUM_STEPS, dies_after=60), code=9)
+    wait(start(root, max_steps=NUM_STEPS, save_at=7, dies_after=60), code=9)
     assert not manifests(root / "merges")
     (study,) = studies(root).values()
     told = {t.user_attrs["name"]: t.value for t in study.trials if t.state.is_finished()}
     assert told
-    last = max((root / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
-    train(root, max_steps=11, ckpt_path=str(last))
+    train(root, max_steps=11, ckpt_path=str(root / "saved.ckpt"))
     (manifest,) = manifests(root / "merges")
     (study,) = studies(root).values()
     again = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]

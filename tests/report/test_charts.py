@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 
 from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.core.outcome import Score
-from lightning_ckmerge.report.charts import (
-    BOTTOM,
-    LEFT,
-    MIN_BAR,
-    RIGHT,
-    TOP,
-    coefficient_chart,
-    history_chart,
-    nice_ticks,
-)
+from lightning_ckmerge.report.charts import MIN_BAR, coefficient_chart, history_chart
+from lightning_ckmerge.report.frame import BOTTOM, LEFT, RIGHT, TOP, Axis, log_ticks, nice_ticks
 from tests.artifact.outcomes import make_outcome
 
 
@@ -126,3 +118,19 @@ def test_ticks_are_few_round_and_inside(low: float, relative_span: float, num: i
     assert 1 <= len(ticks) <= 2 * num + 1
     assert all(low - 1e-6 * span <= t <= high + 1e-6 * span for t in ticks)
     assert len({*ticks}) == len(ticks)
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1.5, 1e6), st.integers(2, 8))
+def test_ticks_of_a_logarithmic_axis_are_few_and_inside(low: float, ratio: float, num: int) -> None:
+    ticks = log_ticks(low, low * ratio, num)
+    assert 1 <= len(ticks) <= 4 * num
+    assert all(low * (1 - 1e-6) <= t <= low * ratio * (1 + 1e-6) for t in ticks)
+    assert ticks == sorted({*ticks})
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1.5, 1e4), st.floats(0, 1), st.booleans())
+def test_an_axis_finds_back_what_it_placed(low: float, ratio: float, share: float, log: bool) -> None:
+    axis = Axis(low=low, high=low * ratio, start=10, end=300, log=log)
+    assert axis.share(axis.value(share)) == pytest.approx(share, abs=1e-6)
+    assert axis.at(axis.value(share)) == pytest.approx(10 + 290 * share, abs=1e-3)
+    assert axis.clipped(2 * axis.high) == pytest.approx(300)

@@ -1,0 +1,62 @@
+"""A run's whole history of merges, read from its ``dirpath``: what the report of a run shows."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_ckmerge.artifact.files import inside
+from lightning_ckmerge.artifact.load import best_target
+from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lightning_ckmerge.artifact.timeline import TIMELINE_NAME, read_timeline
+from lightning_ckmerge.errors import ArtifactError
+
+NEEDED = {"step", "monitor", "mode", "gain", "interval", "winner", "values", "artifact", "cost", "validation"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """The searches of one run.
+
+    Args:
+        timeline: A record a search, oldest first; at least one.
+        manifests: Name of each artifact that is still there, and its checked manifest.
+        best: Name of the best accepted artifact; ``None`` if there is none.
+    """
+
+    timeline: list[dict[str, Any]]
+    manifests: dict[str, Manifest]
+    best: str | None
+
+
+def read_history(dirpath: str | os.PathLike[str]) -> History:
+    """Return the history of the run whose artifacts lie in ``dirpath``.
+
+    Raises:
+        ArtifactError: There was no search, or a file is damaged.
+    """
+    dirpath = Path(dirpath)
+    timeline = read_timeline(dirpath)
+    if not timeline:
+        raise ArtifactError(
+            f"a run's directory must hold a {TIMELINE_NAME} with a search, got {dirpath}. Name the callback's "
+            "`dirpath`, which is `merges/` in the logger's directory unless it was set."
+        )
+    for number, record in enumerate(timeline, start=1):
+        if missing := sorted(NEEDED - record.keys()):
+            raise ArtifactError(
+                f"a record of a search must be whole, got line {number} of {dirpath / TIMELINE_NAME} without "
+                f"{', '.join(missing)}. Read it with the version of lightning-ckmerge that wrote it."
+            )
+    names = {record["artifact"] for record in timeline}
+    target = best_target(dirpath)
+    if target is not None:
+        names.add(target.name)
+    present = sorted(name for name in names if (inside(dirpath, name) / MANIFEST_NAME).is_file())
+    return History(
+        timeline=timeline,
+        manifests={name: read_manifest(dirpath / name) for name in present},
+        best=target.name if target is not None else None,
+    )

@@ -1,0 +1,129 @@
+"""Builds an artifact's weights again from the snapshots that it names, and compares them bit for bit.
+
+Letters: K snapshots, oldest first; the last is the latest weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_ckmerge.artifact.files import file_record
+from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.artifact.weights import StoredWeights
+from lightning_ckmerge.core.merge import merge_tensor
+from lightning_ckmerge.errors import SnapshotError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rebuilt:
+    """How a rebuilt model compares with the artifact.
+
+    Args:
+        num_compared: Tensors that were built again.
+        different: Those that are not equal, bit for bit.
+        not_compared: Tensors that are no merge: they are the latest weights' (integers), or lie in no snapshot.
+    """
+
+    num_compared: int
+    different: tuple[str, ...]
+    not_compared: tuple[str, ...]
+
+
+def rebuild(
+    artifact: Artifact,
+    buffer: Path,
+    latest: Mapping[str, Tensor] | None = None,
+    on_tensor: Callable[[int, int], None] = lambda done, total: None,
+) -> Rebuilt:
+    """Merge the kept snapshots with the artifact's coefficients, and compare, a tensor at a time.
+
+    On another kind of device than the search ran on, sums may differ in the last bit.
+
+    Args:
+        artifact: Holds weights.
+        buffer: The run's snapshots; found by their SHA-256.
+        latest: The latest weights at that step, which no buffer keeps.
+        on_tensor: Told of the tensors done, and of how many there are.
+
+    Raises:
+        SnapshotError: A snapshot with a coefficient other than 0 is not there.
+    """
+    stored = artifact.tensors()
+    kept_K, c_K = _kept(artifact, buffer, latest)
+    names = [n for n in stored if all(n in kept for kept in kept_K) and stored.dtype(n).is_floating_point]
+    _require_whole(artifact, names, kept_K)
+    different = []
+    for done, name in enumerate(names, start=1):
+        expected = stored[name]
+        built = torch.empty_like(expected, memory_format=torch.contiguous_format)
+        # As for a buffer: parameters are finite, so that for them it makes no difference.
+        merge_tensor(built, [kept[name] for kept in kept_K], c_K, "buffer")
+        if not _same_bits(built, expected):
+            different.append(name)
+        on_tensor(done, len(names))
+    # A tied tensor has one name in the snapshots.
+    covered = {stored.aliases.get(name, name) for name in names}
+    rest = sorted(name for name in stored if stored.aliases.get(name, name) not in covered)
+    return Rebuilt(num_compared=len(names), different=tuple(different), not_compared=tuple(rest))
+
+
+def _kept(
+    artifact: Artifact, buffer: Path, latest: Mapping[str, Tensor] | None
+) -> tuple[list[Mapping[str, Tensor]], list[float]]:
+    """Return the snapshots that count, and their coefficients. Leaving out zeros changes no bit of a merge."""
+    manifest = artifact.manifest
+    kept_K: list[Mapping[str, Tensor]] = []
+    c_K: list[float] = []
+    missing = []
+    pairs = list(zip(manifest["snapshots"], manifest["coefficients"], strict=True))
+    for snapshot, c in pairs[:-1]:
+        if c == 0:
+            continue
+        path = _find(buffer, snapshot["last_step"], snapshot["sha256"])
+        if path is None:
+            missing.append(f"steps {snapshot['first_step']}-{snapshot['last_step']} (coefficient {c:.4g})")
+        else:
+            kept_K.append(StoredWeights([path]))
+            c_K.append(c)
+    if latest is not None:
+        kept_K.append(latest)
+        c_K.append(pairs[-1][1])
+    elif pairs[-1][1] != 0:
+        missing.append(f"the latest weights (coefficient {pairs[-1][1]:.4g})")
+    if missing:
+        raise SnapshotError(
+            f"a rebuild needs every snapshot that counts, but these are not kept in {buffer}: {'; '.join(missing)}. "
+            "Name a checkpoint of that step with `--latest` where the latest weights are missing; the buffer itself "
+            "rolls on, so rebuild soon after a search."
+        )
+    return kept_K, c_K
+
+
+def _find(buffer: Path, last_step: int, sha256: str | None) -> Path | None:
+    """Return the file with this hash; its name only narrows the search."""
+    if sha256 is None:
+        return None
+    paths = sorted(buffer.rglob(f"*-{last_step:09d}-*.safetensors"))
+    return next((path for path in paths if file_record(path)["sha256"] == sha256), None)
+
+
+def _require_whole(artifact: Artifact, names: list[str], kept_K: list[Mapping[str, Tensor]]) -> None:
+    stored = artifact.tensors()
+    partial = [n for n in names if any(kept[n].shape != stored[n].shape for kept in kept_K)]
+    # The parts of a tensor that several ranks share carry their place in their name.
+    parts = [n for kept in kept_K for n in kept if n not in stored]
+    if partial or parts or not names:
+        raise SnapshotError(
+            "a rebuild needs whole tensors in the snapshots, got "
+            f"{(partial or parts or ['none of the names of the artifact'])[0]!r}. The manifest names the snapshots of "
+            "rank 0, which holds parts of the model in a run of several ranks; check the hashes alone."
+        )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))

@@ -1,0 +1,104 @@
+"""How commands speak: tables to people, JSON to programs, one line of error, a progress bar where it takes long.
+
+Colours and bars appear on a terminal only. Exit codes: 0 all is well, 1 the command found that something is not, 2 the
+command could not do its work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+FOUND = 1
+FAILED = 2
+# Off a terminal lines are for `grep`: they do not wrap.
+WIDTH_OF_FILES = 400
+STATUS_STYLES = {"accepted": "bold green", "rejected": "bold red", "unconfirmed": "bold yellow"}
+
+Advance = Callable[[int], None]
+
+
+def console() -> Console:
+    """Return standard output for people."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False, markup=False, emoji=False)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> Table:
+    """Return a table whose last columns keep their width when the terminal is narrow."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(
+        *header,
+        box=box.SIMPLE_HEAD if any(header) else None,
+        show_header=any(header),
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+    )
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def status_text(status: str) -> Any:
+    """Return a verdict's status in its colour."""
+    from rich.text import Text
+
+    return Text(status, style=STATUS_STYLES.get(status, ""))
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, *, is_bytes: bool = False) -> Iterator[Advance]:
+    """Yield a function that moves a bar on, on standard error, which goes away at the end; no bar off a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda amount: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn() if is_bytes else MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda amount: bar.update(task, advance=amount)
+
+
+def hash_files(paths: Sequence[Path], label: str) -> dict[Path, dict[str, Any]]:
+    """Return bytes and SHA-256 of each file, with a bar."""
+    from lightning_ckmerge.artifact.files import file_record
+
+    found = {}
+    with progress(label, sum(path.stat().st_size for path in paths), is_bytes=True) as advance:
+        for path in paths:
+            found[path] = file_record(path)
+            advance(found[path]["bytes"])
+    return found
+
+
+def fail(message: str) -> typer.Exit:
+    """Print an error in one line, and return what ends the command."""
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    return typer.Exit(FAILED)

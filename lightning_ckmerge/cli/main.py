@@ -1,0 +1,52 @@
+"""``ckmerge``: look at what a run left behind, check it, and use it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from lightning_ckmerge import __version__
+from lightning_ckmerge.cli import review, verify, weights
+from lightning_ckmerge.cli.console import fail
+from lightning_ckmerge.errors import CkmergeError
+
+
+class Commands(TyperGroup):
+    """Says what went wrong in one line; only what is our own mistake shows a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except (CkmergeError, OSError) as error:
+            raise fail(str(error)) from error
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def main(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    """Look at the merges that a run left behind, check them, and use them.
+
+    Every command takes --json. Exit codes: 0 all is well, 1 the command found that something is not (a damaged
+    artifact, a rejected search), 2 it could not do its work.
+    """
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+app.command("list")(review.list_searches)
+app.command("show")(review.show)
+app.command("report")(review.report)
+app.command("verify")(verify.verify)
+app.command("merge")(weights.merge)

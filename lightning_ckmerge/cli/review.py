@@ -1,0 +1,175 @@
+"""Commands that look: ``list``, ``show``, ``report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lightning_ckmerge.cli.console import console, print_json, status_text, table
+from lightning_ckmerge.cli.options import ArtifactPath, Json, RunPath
+
+LISTED = ("step", "monitor", "mode", "status", "gain", "interval", "winner", "artifact")
+SEARCH_HEADER = ("step", "verdict", "gain over latest, 95 % interval", "value", "took", "artifact", "holds")
+CANDIDATE_HEADER = ("candidate", "", "search half", "confirmation half", "gain over latest, 95 % interval")
+
+
+def list_searches(directory: RunPath, as_json: Json = False) -> None:
+    """List a run's searches: when, how they ended, what was gained, and what is still there.
+
+    \b
+    Example:
+      ckmerge list runs/gpt/merges
+    """
+    from lightning_ckmerge.artifact.load import best_target
+    from lightning_ckmerge.report.text import count, gain_text, number, seconds
+
+    searches = _searches(directory)
+    best = best_target(directory)
+    if as_json:
+        print_json({"dirpath": str(directory), "best": best.name if best else None, "searches": searches})
+        return
+    rows = [
+        (
+            count(s["step"]),
+            status_text(s["status"]),
+            gain_text(s["gain"], s["interval"]),
+            number(s["value"]),
+            seconds(s["seconds"]),
+            s["artifact"] + (" (best)" if best and best.name == s["artifact"] else ""),
+            s["holds"],
+        )
+        for s in searches
+    ]
+    console().print(table(SEARCH_HEADER, rows))
+
+
+def show(artifact: ArtifactPath, as_json: Json = False) -> None:
+    """Show how an artifact was made: verdict, candidates, coefficients, cost. --json prints its manifest.
+
+    \b
+    Examples:
+      ckmerge show runs/gpt/merges
+      ckmerge show runs/gpt/merges/step=000002000
+    """
+    from lightning_ckmerge.artifact.load import Artifact
+    from lightning_ckmerge.report.view import build_view
+
+    opened = Artifact.open(artifact, verify=False)
+    if as_json:
+        print_json(opened.manifest)
+        return
+    view = build_view(opened.manifest)
+    out = console()
+    out.print(f"{view.title}, {opened.path}\n", style="bold")
+    out.print(status_text(view.status), view.sentence)
+    for warning in view.warnings:
+        out.print(f"note: {warning}")
+    out.print(table(("", ""), view.facts))
+    candidates = [(c.name, c.role, c.search, c.confirm, c.gain) for c in view.candidates]
+    out.print(table(CANDIDATE_HEADER, candidates, title="Candidates"))
+    snapshots = [(s.steps, s.kind, s.coefficient, s.sha256) for s in view.snapshots]
+    out.print(table(("steps", "kind", "coefficient", "sha256"), snapshots, title="Snapshots"))
+    out.print(table(("", ""), view.cost, title="Cost"))
+    out.print(table(("file", "size", "sha256"), view.files, title="Files"))
+    if view.code:
+        out.print("How to load it", style="bold")
+        out.print(view.code)
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact, or the callback's dirpath.")],
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the report of a search as Markdown and say where its page is; of a run, write both anew.
+
+    \b
+    Examples:
+      ckmerge report runs/gpt/merges --open
+      ckmerge report runs/gpt/merges/best > merge.md
+    """
+    from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
+
+    is_artifact = (directory / MANIFEST_NAME).is_file()
+    markdown, page = _search_report(directory) if is_artifact else _run_report(directory)
+    if as_json:
+        print_json({"html": str(page), "markdown": markdown})
+    else:
+        _print_markdown(markdown, page)
+    if open_page:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+
+
+def _searches(directory: Path) -> list[dict[str, Any]]:
+    """Return the timeline's records, each with what is left of its artifact, be it damaged."""
+    from lightning_ckmerge.artifact.timeline import TIMELINE_NAME, read_timeline
+    from lightning_ckmerge.errors import ArtifactError
+
+    timeline = read_timeline(directory)
+    if not timeline:
+        raise ArtifactError(
+            f"a run's directory must hold a {TIMELINE_NAME} with a search, got {directory}. Name the callback's "
+            "`dirpath`; before the first search there is nothing to list."
+        )
+    searches = []
+    for record in timeline:
+        searches.append(
+            {
+                **{key: record[key] for key in LISTED},
+                "value": record["values"].get(record["winner"]),
+                "seconds": sum(record["cost"]["seconds"].values()),
+                "holds": _holds(directory / record["artifact"]),
+            }
+        )
+    return searches
+
+
+def _holds(path: Path) -> str:
+    from lightning_ckmerge.artifact.load import Artifact
+    from lightning_ckmerge.artifact.manifest import read_manifest
+    from lightning_ckmerge.errors import ArtifactError
+
+    try:
+        artifact = Artifact(path, read_manifest(path))
+        artifact.check_files(verify=False)
+    except ArtifactError:
+        return "damaged" if path.exists() else "removed"
+    return "weights" if artifact.has_weights else "record"
+
+
+def _search_report(directory: Path) -> tuple[str, Path]:
+    """A search's own report is part of its artifact, and listed with its hash: it is left as it is."""
+    from lightning_ckmerge.artifact.load import Artifact
+    from lightning_ckmerge.report.markdown import render_markdown
+
+    artifact = Artifact.open(directory, verify=False)
+    return render_markdown(artifact.manifest), artifact.path / "report.html"
+
+
+def _run_report(directory: Path) -> tuple[str, Path]:
+    """Write the report of a run beside its artifacts, which may have changed since it was last written."""
+    from lightning_ckmerge.artifact.files import replace_text
+    from lightning_ckmerge.artifact.history import read_history
+    from lightning_ckmerge.report.run import render_run_html, render_run_markdown
+
+    history = read_history(directory)
+    found = (history.timeline, history.manifests, history.best)
+    markdown, page = render_run_markdown(*found), directory / "report.html"
+    replace_text(page, render_run_html(*found))
+    replace_text(directory / "report.md", markdown)
+    return markdown, page
+
+
+def _print_markdown(markdown: str, page: Path) -> None:
+    out = console()
+    if out.is_terminal:
+        from rich.markdown import Markdown
+
+        out.print(Markdown(markdown))
+        out.print(f"\npage: {page}")
+    else:
+        typer.echo(markdown, nl=False)

@@ -1,0 +1,114 @@
+"""The command that checks: ``verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lightning_ckmerge.cli.console import FOUND, console, hash_files, print_json, progress, table
+from lightning_ckmerge.cli.options import ArtifactPath, Json, Key
+
+if TYPE_CHECKING:
+    from lightning_ckmerge.artifact.load import Artifact
+
+
+def verify(
+    artifact: ArtifactPath,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Merge the kept snapshots again and compare bit for bit.")
+    ] = False,
+    latest: Annotated[
+        Path | None, typer.Option("--latest", help="A checkpoint of the artifact's step, for --rebuild.")
+    ] = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Check an artifact's files against the hashes in its manifest.
+
+    With --rebuild its weights are merged again from the snapshots that the run still keeps, found by their SHA-256, and
+    compared bit for bit. Exit code 1: a file is not what was published, or the rebuilt weights differ, or a snapshot
+    that counts is gone.
+
+    \b
+    Examples:
+      ckmerge verify runs/gpt/merges/best
+      ckmerge verify runs/gpt/merges/step=000002000 --rebuild
+    """
+    from lightning_ckmerge.artifact.load import Artifact, locate
+    from lightning_ckmerge.artifact.manifest import read_manifest
+
+    path = locate(artifact).resolve()
+    opened = Artifact(path, read_manifest(path))
+    files = _check_files(opened)
+    found: dict[str, Any] = {"artifact": str(path), "files": files}
+    is_sound = all(state == "ok" for state in files.values())
+    if rebuild and is_sound:
+        found["rebuild"] = _rebuild(opened, latest, key)
+        is_sound = found["rebuild"]["state"] == "equal"
+    if as_json:
+        print_json({**found, "ok": is_sound})
+    else:
+        _print_verification(found, is_sound)
+    if not is_sound:
+        raise typer.Exit(FOUND)
+
+
+def _check_files(artifact: Artifact) -> dict[str, str]:
+    """Return what each listed file is: ``ok``, ``missing``, ``another size`` or ``another SHA-256``."""
+    from lightning_ckmerge.artifact.files import inside
+
+    listed = artifact.manifest["files"]
+    paths = {name: inside(artifact.path, name) for name in listed}
+    sized = [p for n, p in paths.items() if p.is_file() and p.stat().st_size == listed[n]["bytes"]]
+    hashed = hash_files(sized, "Checking hashes")
+
+    def state(name: str) -> str:
+        if not paths[name].is_file():
+            return "missing"
+        if paths[name] not in hashed:
+            return "another size"
+        return "ok" if hashed[paths[name]] == listed[name] else "another SHA-256"
+
+    return {name: state(name) for name in listed}
+
+
+def _rebuild(artifact: Artifact, latest: Path | None, key: str | None) -> dict[str, Any]:
+    from lightning_ckmerge.artifact.rebuild import rebuild
+    from lightning_ckmerge.artifact.sources import open_source
+    from lightning_ckmerge.errors import SnapshotError
+
+    weights = open_source(latest, key).weights if latest else None
+    buffer = artifact.path.parent / "buffer"
+    try:
+        with progress("Rebuilding", len(artifact.tensors())) as advance:
+            built = rebuild(artifact, buffer, weights, lambda done, total: advance(1))
+    except SnapshotError as error:
+        return {"state": "impossible", "reason": str(error)}
+    return {
+        "state": "different" if built.different else "equal",
+        "compared": built.num_compared,
+        "different": list(built.different),
+        "not_compared": list(built.not_compared),
+    }
+
+
+def _print_verification(found: dict[str, Any], is_sound: bool) -> None:
+    from rich.text import Text
+
+    out = console()
+    rows = [(name, Text(state, style="" if state == "ok" else "bold red")) for name, state in found["files"].items()]
+    out.print(table(("file", "state"), rows))
+    built = found.get("rebuild")
+    if built and built["state"] == "impossible":
+        out.print(f"rebuild: impossible: {built['reason']}")
+    elif built:
+        names = ", ".join(built["different"][:5])
+        out.print(
+            f"rebuild: {built['compared']} tensors compared bit for bit, {len(built['different'])} different"
+            f"{': ' + names if names else ''}; {len(built['not_compared'])} not compared, which are no merge."
+        )
+        if built["different"]:
+            out.print("note: BatchNorm statistics that `evaluation.recalibrate_batches` re-estimated are no merge.")
+    out.print(f"{found['artifact']}: {'sound' if is_sound else 'NOT SOUND'}", style="" if is_sound else "bold red")

@@ -1,0 +1,163 @@
+"""The report of a whole run: did merging help, by how much, at what cost, and how to load the result."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lightning_ckmerge.report import charts, run_charts
+from lightning_ckmerge.report.html import render_page
+from lightning_ckmerge.report.markdown import escape, table
+from lightning_ckmerge.report.run_charts import Record
+from lightning_ckmerge.report.text import MISSING, Manifest, count, gain_text, number, seconds
+from lightning_ckmerge.report.view import STATUS_TITLES
+
+# What may become a link: the timeline is a file that others may have written.
+ARTIFACT_NAME = re.compile(r"step=\d{9,}(-v\d+)?")
+# Best first.
+BADGES = {
+    "accepted": "Merging helped",
+    "unconfirmed": "Unconfirmed",
+    "rejected": "Merging did not help",
+}
+LOAD_BEST = """\
+from lightning_ckmerge import load_merged
+
+# The directory that holds this report.
+load_merged(".", model)
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRow:
+    """One search's line; ``link`` is ``None`` where its artifact is gone."""
+
+    step: str
+    status: str
+    verdict: str
+    merged: str
+    latest: str
+    gain: str
+    seconds: str
+    artifact: str
+    link: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """Everything that the report of a run shows but its charts; texts, unescaped."""
+
+    title: str
+    status: str
+    badge: str
+    sentence: str
+    facts: list[tuple[str, str]]
+    searches: list[SearchRow]
+    code: str | None
+
+
+def render_run_html(timeline: Sequence[Record], manifests: Mapping[str, Manifest], best: str | None) -> str:
+    """Return the report of a run as a page, to lie in the run's ``dirpath``: it links to the searches' own reports.
+
+    Args:
+        timeline: The records of ``timeline.jsonl``, oldest first; at least one.
+        manifests: Name of each artifact that is still there, and its manifest.
+        best: Name of the best accepted artifact, if any; one of ``manifests``.
+    """
+    return render_page(
+        "run.html.j2",
+        view=build_run_view(timeline, manifests, best),
+        monitor=timeline[-1]["monitor"],
+        gains=run_charts.gain_chart(timeline),
+        validation=run_charts.validation_chart(timeline),
+        coefficients=charts.coefficient_chart(manifests[best]) if best is not None else None,
+        best=best,
+    )
+
+
+def render_run_markdown(timeline: Sequence[Record], manifests: Mapping[str, Manifest], best: str | None) -> str:
+    """Return the report of a run in GitHub's Markdown; the arguments are those of ``render_run_html``."""
+    view = build_run_view(timeline, manifests, best)
+    header = ("step", "verdict", "merged", "latest", "gain over latest, 95 % interval", "seconds", "artifact")
+    rows = [(s.step, s.verdict, s.merged, s.latest, s.gain, s.seconds, s.artifact) for s in view.searches]
+    sections = [
+        f"# {view.title}",
+        f"**{view.badge}.** {escape(view.sentence)}",
+        table(("", ""), view.facts),
+        "## Searches",
+        table(header, rows),
+        "## How to load it",
+        f"```python\n{view.code}```" if view.code else "No merge was accepted: go on with the latest weights.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def build_run_view(timeline: Sequence[Record], manifests: Mapping[str, Manifest], best: str | None) -> RunView:
+    """Return what the report of a run says; the arguments are those of ``render_run_html``."""
+    leader = _leader(timeline, best)
+    return RunView(
+        title=f"Merges of a run of {count(max(r['step'] for r in timeline))} steps",
+        status=leader["status"],
+        badge=BADGES[leader["status"]],
+        sentence=f"{_finding(leader)} {_tally(timeline)}",
+        facts=_facts(timeline, leader),
+        searches=[_row(record, manifests) for record in timeline],
+        code=LOAD_BEST if best is not None else None,
+    )
+
+
+def _leader(timeline: Sequence[Record], best: str | None) -> Record:
+    """The search that speaks for the run: that of the best artifact, else the last of the best status."""
+    named = [r for r in timeline if r["artifact"] == best]
+    if named:
+        return named[-1]
+    return max(timeline, key=lambda r: (-tuple(BADGES).index(r["status"]), r["step"]))
+
+
+def _finding(leader: Record) -> str:
+    gain = gain_text(leader["gain"], leader["interval"])
+    step, monitor = count(leader["step"]), leader["monitor"]
+    if leader["status"] == "accepted":
+        return (
+            f"The best merge, of step {step}, gains {gain} {monitor} over the weights of that step, on unseen batches."
+        )
+    if leader["status"] == "unconfirmed":
+        return f"There was too little validation data to confirm any gain; step {step} seems to gain {gain} {monitor}."
+    return f"No merge beats the latest weights on unseen batches; at step {step} the gain in {monitor} is {gain}."
+
+
+def _tally(timeline: Sequence[Record]) -> str:
+    counts = Counter(r["status"] for r in timeline)
+    parts = ", ".join(f"{counts[status]} {status}" for status in BADGES if counts[status])
+    searches = "search" if len(timeline) == 1 else "searches"
+    share = timeline[-1]["cost"]["share_of_training"]
+    cost = f", in {100 * share:.1f} % of the training time" if share is not None else ""
+    return f"{len(timeline)} {searches}: {parts}{cost}."
+
+
+def _facts(timeline: Sequence[Record], leader: Record) -> list[tuple[str, str]]:
+    total = sum(sum(r["cost"]["seconds"].values()) for r in timeline)
+    return [
+        (f"Merged {leader['monitor']} ({leader['mode']})", number(leader["values"].get(leader["winner"]))),
+        ("Latest weights, same step and batches", number(leader["values"].get("latest"))),
+        ("Gain, 95 % interval", gain_text(leader["gain"], leader["interval"])),
+        ("Searches", str(len(timeline))),
+        ("Time of all searches", seconds(total)),
+    ]
+
+
+def _row(record: Record, manifests: Mapping[str, Manifest]) -> SearchRow:
+    name = record["artifact"]
+    return SearchRow(
+        step=count(record["step"]),
+        status=record["status"],
+        verdict=STATUS_TITLES[record["status"]],
+        merged=number(record["values"].get(record["winner"])),
+        latest=number(record["values"].get("latest")),
+        gain=gain_text(record["gain"], record["interval"]) if record["gain"] is not None else MISSING,
+        seconds=f"{sum(record['cost']['seconds'].values()):.1f}",
+        artifact=name,
+        link=f"{name}/report.html" if name in manifests and ARTIFACT_NAME.fullmatch(name) else None,
+    )

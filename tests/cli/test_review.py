@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ckmerge.report.markdown import render_markdown
+from tests.artifact.conftest import Publish
+from tests.cli.commands import ckmerge, ckmerge_json
+
+
+@pytest.fixture
+def merges(publish: Publish, tmp_path: Path) -> Path:
+    """A run with a rejected, an accepted and an outranked search."""
+    publish(step=100, status="rejected", weights=None)
+    publish(step=200, value=1.5, save_top_k=1)
+    publish(step=300, value=1.7, save_top_k=1)
+    return tmp_path / "merges"
+
+
+def test_list_tells_each_search_and_what_is_left_of_it(merges: Path) -> None:
+    found = ckmerge_json("list", merges)
+    assert found["best"] == "step=000000200"
+    assert [(s["step"], s["status"], s["holds"]) for s in found["searches"]] == [
+        (100, "rejected", "record"),
+        (200, "accepted", "weights"),
+        (300, "accepted", "record"),
+    ]
+    assert [s["gain"] for s in found["searches"]] == [0.05] * 3
+    assert found["searches"][1]["value"] == 1.5
+    lines = [line.split() for line in ckmerge("list", merges).output.splitlines() if "step=" in line]
+    assert [line[0] for line in lines] == ["100", "200", "300"]
+    assert "(best)" in lines[1]
+
+
+def test_list_sees_removed_and_damaged_artifacts(merges: Path) -> None:
+    (merges / "step=000000200" / "manifest.json").write_text("{")
+    (merges / "step=000000300").rename(merges / "elsewhere")
+    assert [s["holds"] for s in ckmerge_json("list", merges)["searches"]] == ["record", "damaged", "removed"]
+
+
+def test_list_of_a_directory_without_searches_says_what_to_name(tmp_path: Path) -> None:
+    assert "Name the callback's `dirpath`" in ckmerge("list", tmp_path, code=2).stderr
+
+
+def test_off_a_terminal_nothing_is_coloured(merges: Path) -> None:
+    assert "\x1b" not in ckmerge("list", merges).output + ckmerge("show", merges).output
+
+
+def test_show_prints_the_verdict_first_and_the_manifest_as_json(publish: Publish, merges: Path) -> None:
+    artifact = publish(step=400, value=1.0, warnings=("A larger window may gain more.",))
+    assert ckmerge_json("show", artifact.path) == artifact.manifest
+    text = ckmerge("show", merges).output
+    assert text.splitlines()[2].split(maxsplit=1) == ["accepted", "The verdict on val_loss is: accepted."]
+    assert "A larger window may gain more." in text
+    assert "load_merged" in text
+    assert all(a["name"] in text for a in artifact.manifest["anchors"])
+
+
+def test_names_are_shown_as_they_are(publish: Publish) -> None:
+    """Square brackets are rich's markup."""
+    artifact = publish(monitor="loss[bold]/x")
+    assert "loss[bold]/x" in ckmerge("show", artifact.path).output
+
+
+def test_the_report_of_a_search_is_printed_and_its_files_are_left_alone(publish: Publish) -> None:
+    artifact = publish()
+    assert ckmerge("report", artifact.path).output == render_markdown(artifact.manifest)
+    assert ckmerge_json("verify", artifact.path)["ok"]
+
+
+def test_the_report_of_a_run_is_written_anew(merges: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    found: dict[str, Any] = ckmerge_json("report", merges, "--open")
+    page = merges / "report.html"
+    assert Path(found["html"]) == page
+    assert opened == [page.resolve().as_uri()]
+    assert (merges / "report.md").read_text() == found["markdown"] == ckmerge("report", merges).output
+    assert "step=000000200" in page.read_text()
+    assert sorted(p.name for p in merges.glob(".tmp-*")) == []

@@ -1,0 +1,74 @@
+"""The pages as a browser sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lightning_ckmerge.report.html import render_html
+from lightning_ckmerge.report.run import render_run_html
+from tests.report.browser import find_browser, visit
+from tests.report.runs import make_history
+
+BROWSER = find_browser()
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: the pages were not opened")
+
+PHONE = 360
+# What a reader sees first, without scrolling: inside the window, and of a size.
+VERDICT = """(() => {
+  const box = document.querySelector(".badge").getBoundingClientRect();
+  return box.top >= 0 && box.bottom <= innerHeight && box.width > 40 && box.height > 10;
+})()"""
+SENTENCE = 'document.querySelector(".sentence").innerText'
+OVERFLOW = "document.documentElement.scrollWidth - innerWidth"
+EMPTY_PICTURES = """[...document.querySelectorAll("svg")].filter(svg => svg.getBBox().width < 200).length"""
+
+
+def search_page(monitor: str = "val_loss") -> str:
+    history = make_history(monitor=monitor)
+    return render_html(history.manifests["step=000004000"])
+
+
+def run_page(monitor: str = "val_loss") -> str:
+    history = make_history(monitor=monitor)
+    return render_run_html(history.timeline, history.manifests, history.best)
+
+
+@pytest.mark.parametrize("width", [1100, PHONE])
+@pytest.mark.parametrize(("make", "said"), [(search_page, "verdict"), (run_page, "The best merge, of step 4 000")])
+def test_a_page_opens_in_silence_and_shows_its_verdict(
+    tmp_path: Path, make: Callable[[], str], said: str, width: int
+) -> None:
+    """Goes red for a request, a console message, a verdict below the fold, a sideways scroll, or an empty picture."""
+    page = tmp_path / "report.html"
+    page.write_text(make(), encoding="utf-8")
+    assert BROWSER is not None
+    seen = visit(BROWSER, page, tmp_path / "profile", [VERDICT, SENTENCE, OVERFLOW, EMPTY_PICTURES], width=width)
+    assert seen.requests == [page.as_uri()]
+    assert seen.complaints == []
+    shown, sentence, overflow, empty = seen.answers
+    assert shown
+    assert said in sentence
+    assert overflow <= 0
+    assert empty == 0
+
+
+def test_a_hostile_name_runs_nothing(tmp_path: Path) -> None:
+    hostile = "<script>window.ran = 1</script><img src='http://x.example/a.png' onerror='window.ran = 1'>"
+    page = tmp_path / "report.html"
+    page.write_text(search_page(hostile) + run_page(hostile), encoding="utf-8")
+    assert BROWSER is not None
+    seen = visit(BROWSER, page, tmp_path / "profile", ["window.ran", "document.images.length"])
+    assert seen.requests == [page.as_uri()]
+    assert seen.answers == [None, 0]
+
+
+def test_the_test_sees_requests_and_complaints(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("<img src='other.png'><script>console.error('no')</script>", encoding="utf-8")
+    assert BROWSER is not None
+    seen = visit(BROWSER, page, tmp_path / "profile", [])
+    assert seen.requests == [page.as_uri(), (tmp_path / "other.png").as_uri()]
+    assert any("no" in complaint for complaint in seen.complaints)

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_ckmerge.artifact.history import History, read_history
+from lightning_ckmerge.artifact.timeline import append_timeline
+from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.report.frame import BOTTOM, TOP
+from lightning_ckmerge.report.run import render_run_html, render_run_markdown
+from lightning_ckmerge.report.run_charts import gain_chart, validation_chart, validation_curve
+from tests.report.runs import make_history
+from tests.report.test_report import HOSTILE, Page
+
+
+def reports(history: History) -> tuple[str, str]:
+    page = render_run_html(history.timeline, history.manifests, history.best)
+    return page, render_run_markdown(history.timeline, history.manifests, history.best)
+
+
+def test_both_reports_say_whether_by_how_much_at_what_cost_and_how_to_load() -> None:
+    page, markdown = reports(make_history())
+    plain = " ".join(re.sub(r"\\(.)", r"\1", markdown).split())
+    for text in (
+        "Merging helped",
+        "The best merge, of step 4 000, gains +0.090 [+0.070, +0.110] val_loss",
+        "4 searches: 2 accepted, 1 unconfirmed, 1 rejected, in 2.1 % of the training time.",
+        "2.0549",
+        "2.1049",
+        "−0.0040 [−0.0240, +0.0160]",
+        "45.2 s",
+        'load_merged(".", model)',
+    ):
+        assert text in Page(page).text
+        assert text in plain
+
+
+@pytest.mark.parametrize(
+    ("statuses", "badge", "said"),
+    [
+        (("rejected", "rejected"), "Merging did not help", "No merge beats the latest weights on unseen batches"),
+        (("rejected", "unconfirmed", "rejected"), "Unconfirmed", "step 2 000 seems to gain"),
+    ],
+)
+def test_without_an_accepted_merge_nothing_is_claimed(statuses: Any, badge: str, said: str) -> None:
+    for report in reports(make_history(statuses)):
+        assert badge in report
+        assert said in report
+        assert "No merge was accepted" in report
+        assert "load_merged" not in report
+
+
+def test_searches_link_to_their_reports_while_these_exist() -> None:
+    history = make_history()
+    del history.manifests["step=000002000"]
+    page, _ = reports(history)
+    assert re.findall(r'href="([^"]+)"', page) == [f"step=00000{n}000/report.html" for n in (1, 3, 4)]
+    assert "step=000002000" in page
+
+
+def test_a_hostile_name_becomes_neither_link_nor_markup() -> None:
+    history = make_history(monitor=HOSTILE)
+    for name in (HOSTILE, "javascript:alert(1)"):
+        history.timeline.append({**history.timeline[0], "artifact": name})
+        history.manifests[name] = history.manifests["step=000001000"]
+    page, markdown = reports(history)
+    assert len(re.findall("href", page)) == 4
+    assert "script" not in Page(page).tags
+    assert not re.search(r"(?<!\\)<", re.sub(r"```.*?```", "", markdown, flags=re.DOTALL))
+
+
+def test_gains_lie_where_they_belong() -> None:
+    chart = gain_chart(make_history().timeline)
+    assert chart is not None
+    assert [p.look for p in chart.points] == ["open", "good", "bad", "good"]
+    assert [p.y < chart.zero for p in chart.points] == [True, True, False, True]
+    assert [p.ends is None for p in chart.points] == [True, False, False, False]
+    for point in chart.points[1:]:
+        assert point.ends is not None
+        assert TOP < point.ends[1] < point.y < point.ends[0] < BOTTOM
+
+
+def test_the_curve_goes_through_all_validations_and_merges_lie_below_it() -> None:
+    timeline = make_history().timeline
+    assert [s for s, _ in validation_curve(timeline)] == list(range(250, 4001, 250))
+    chart = validation_chart(timeline)
+    assert chart is not None
+    # The first validations, at 6.6 and 5.5, would flatten the rest.
+    assert chart.line.count("L") == 12
+    assert all(TOP < lift.latest < lift.merged < BOTTOM for lift in chart.lifts)
+
+
+def test_steps_that_were_trained_again_count_once() -> None:
+    timeline = make_history().timeline
+    again = {**timeline[-1], "validation": [[4000, 9.0]]}
+    assert validation_curve([*timeline, again])[-1] == (4000, 9.0)
+    assert len(validation_curve([*timeline, again])) == 16
+
+
+def test_a_run_without_validations_of_its_own_or_finite_values_is_shown_too() -> None:
+    history = make_history(("rejected",))
+    history.timeline[0].update(validation=[], gain=None, interval=None, values={"latest": None})
+    assert gain_chart(history.timeline) is None
+    assert validation_chart(history.timeline) is None
+    page, markdown = reports(history)
+    assert not re.search(r"\b(nan|inf|None)\b", Page(page).text + markdown)
+
+
+def test_a_directory_without_searches_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"timeline\.jsonl"):
+        read_history(tmp_path)
+
+
+def test_a_record_of_another_version_is_refused_by_its_line(tmp_path: Path) -> None:
+    append_timeline(tmp_path, make_history().timeline[0])
+    append_timeline(tmp_path, {"status": "accepted", "step": 3})
+    with pytest.raises(ArtifactError, match="line 2 .* without artifact, cost"):
+        read_history(tmp_path)
