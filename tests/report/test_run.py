@@ -117,5 +117,5 @@ def test_a_directory_without_searches_is_refused(tmp_path: Path) -> None:
 def test_a_record_of_another_version_is_refused_by_its_line(tmp_path: Path) -> None:
     append_timeline(tmp_path, make_history().timeline[0])
     append_timeline(tmp_path, {"status": "accepted", "step": 3})
-    with pytest.raises(ArtifactError, match="line 2 .* without artifact, cost"):
+    with pytest.raises(ArtifactError, match=r"line 2 .* without artifact, cost"):
         read_history(tmp_path)
