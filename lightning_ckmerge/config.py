@@ -41,6 +41,8 @@ class BufferConfig:
         storage: ``disk``: safetensors files, written behind training, which survive a restart. ``cpu``: host
             memory. ``device``: memory of the weights' device.
         dtype: Precision of the stored snapshots. ``None``: float32 for means, the weights' own for points.
+        bucket_size: Most extra memory that a merge takes while ranks that hold the model whole (DDP) send each other
+            what they have merged, such as ``"64MB"``.
     """
 
     capacity: int = 10
@@ -50,6 +52,7 @@ class BufferConfig:
     update_every_n_steps: int = 3
     storage: StorageKind = "disk"
     dtype: BufferDtype | None = None
+    bucket_size: str = "64MB"
 
     def __post_init__(self) -> None:
         require_at_least("buffer.capacity", self.capacity, 2, "A merge needs two snapshots; the default is 10.")
@@ -60,6 +63,7 @@ class BufferConfig:
         require_choice("buffer.storage", self.storage, get_args(StorageKind))
         if self.dtype is not None:
             require_choice("buffer.dtype", self.dtype, get_args(BufferDtype))
+        parse_size(self.bucket_size, "buffer.bucket_size")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 TIMEOUT_S = 120
 
 
-class RankFailed(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died or hung; the message holds its traceback."""
 
 
@@ -43,11 +43,11 @@ class RankPool:
                 answers.append(outbox.get(timeout=timeout_s + 20))
             except Empty:
                 self.stop()
-                raise RankFailed(f"rank {rank} hung or died; its stacks are on stderr") from None
+                raise RankError(f"rank {rank} hung or died; its stacks are on stderr") from None
         failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
         if failures:
             self.stop()  # a collective may be half done
-            raise RankFailed("\n".join(failures))
+            raise RankError("\n".join(failures))
         return [value for _, value in answers]
 
     def stop(self) -> None:

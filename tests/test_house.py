@@ -33,6 +33,7 @@ HOMES = {
     "jsonargparse": {"cli"},
     "jsonschema": {"artifact"},
     "lightning": {"plugin"},
+    "matplotlib": {"report"},
     "numpy": {"buffer", "plugin", "report", "search"},
     "optuna": {"search"},
     "plotly": {"report"},
@@ -43,6 +44,7 @@ HOMES = {
     "torchmetrics": {"plugin"},
     "transformers": {"cli"},
     "typer": {"cli"},
+    "wandb": {"plugin"},
     "yaml": {"cli"},
 }
 # They read checkpoints of others: `torch.load(weights_only=True)`, and metadata by an unpickler with a list of classes.

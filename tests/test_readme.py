@@ -28,7 +28,9 @@ def test_it_is_short() -> None:
 def test_the_code_trains_searches_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The budget is lifted: this run takes seconds, and 5 % of that is nothing."""
     monkeypatch.chdir(tmp_path)
-    code = block("python").replace('dirpath="merges"', 'dirpath="merges", search=SearchConfig(max_fraction_of_training=None)')
+    code = block("python").replace(
+        'dirpath="merges"', 'dirpath="merges", search=SearchConfig(max_fraction_of_training=None)'
+    )
     exec("from lightning_ckmerge import SearchConfig\n" + code, {"__name__": "readme"})
     records = read_timeline(tmp_path / "merges")
     assert [r["step"] for r in records] == [75, 150, 225, 300]

@@ -3,7 +3,7 @@
 python -m benchmarks.quality.train --seeds 0 1 2 --corpora python cpp
 
 Each run trains at a constant learning rate after a warm-up. From its checkpoint at 80 % a branch goes on over the same
-batches with a learning rate that falls linearly to 0; the run itself goes on for another quarter, to see how many further
+batches with a learning rate that falls linearly to 0; the run itself goes on for another quarter, to see how many more
 steps a merge is worth. Of each, the mean over every segment of 1 % of the run and the weights at its end are kept.
 
 Letters: P parameters of the model, as one vector; M segments.

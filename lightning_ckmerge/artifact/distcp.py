@@ -7,12 +7,14 @@ are let through. The tensors themselves torch loads with ``weights_only=True``.
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -78,8 +80,11 @@ class DistributedWeights(Mapping[str, Tensor]):
         full = f"{self._prefix}{name}"
         state: dict[str, Any] = {full: torch.empty(spec.shape, dtype=spec.dtype)}
         try:
-            load(state, storage_reader=self._reader, no_dist=True)
-        except Exception as error:
+            with warnings.catch_warnings():
+                # torch remarks that there is no process group, which is what `no_dist` says.
+                warnings.simplefilter("ignore", UserWarning)
+                load(state, storage_reader=self._reader, no_dist=True)
+        except (CheckpointException, Exception) as error:  # the first is no `Exception`
             raise ArtifactError(
                 f"a distributed checkpoint must hold every shard of its tensors, got {type(error).__name__} for "
                 f"{full!r} in {self._path}. Restore its files from a copy."

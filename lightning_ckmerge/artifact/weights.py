@@ -15,7 +15,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -125,7 +125,7 @@ def write_weights(
     records: dict[str, FileRecord] = {}
     for start in range(0, count, len(writers)):
         wave = slice(start, start + len(writers))
-        own = _write_wave(directory, weights, names[wave], shards[wave], writers, comm.rank, metadata or {})
+        own = _write_wave(directory, weights, names[wave], shards[wave], writers, comm, metadata or {})
         for written in comm.exchange(own):
             records.update(written)
     if count == 1:
@@ -246,14 +246,16 @@ def _write_wave(
     files: Sequence[str],
     shards: Sequence[Sequence[str]],
     writers: Sequence[int],
-    rank: int,
+    comm: Comm,
     metadata: Mapping[str, str],
 ) -> dict[str, FileRecord]:
     """Write one shard a writer, side by side; every rank takes part in gathering every tensor."""
-    own = writers.index(rank) if rank in writers and writers.index(rank) < len(shards) else None
+    own = writers.index(comm.rank) if comm.rank in writers[: len(shards)] else None
     with contextlib.ExitStack() as stack:
-        output = _ShardWriter(directory / files[own], weights, shards[own], metadata) if own is not None else None
-        if output is not None:
+        output: _ShardWriter | None = None
+        if own is not None:
+            patient = comm.world_size > 1
+            output = _ShardWriter(directory / files[own], weights, shards[own], metadata, patient=patient)
             stack.enter_context(output)
         for row in itertools.zip_longest(*shards):
             for i, name in enumerate(row):
@@ -267,10 +269,18 @@ def _write_wave(
 
 
 class _ShardWriter:
-    """One safetensors file, written and hashed a tensor at a time, in the order of ``names``."""
+    """One safetensors file, written and hashed a tensor at a time, in the order of ``names``.
 
-    def __init__(self, path: Path, weights: Weights, names: Sequence[str], metadata: Mapping[str, str]) -> None:
+    A patient one lets ``record`` raise what the disk has raised before: other ranks need this one to go on gathering.
+    """
+
+    def __init__(
+        self, path: Path, weights: Weights, names: Sequence[str], metadata: Mapping[str, str], *, patient: bool
+    ) -> None:
         self._path = path
+        self._patient = patient
+        self._file: IO[bytes] | None = None
+        self._failure: OSError | None = None
         held = set(names)
         left_out = {alias: kept for alias, kept in weights.aliases.items() if kept in held}
         header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, **left_out}}
@@ -290,12 +300,12 @@ class _ShardWriter:
         self._sha256 = hashlib.sha256()
 
     def __enter__(self) -> _ShardWriter:
-        self._file = self._path.open("wb")
         self._append(self._prefix)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def write(self, tensor: Tensor) -> None:
         """Append the next tensor."""
@@ -303,9 +313,24 @@ class _ShardWriter:
 
     @property
     def record(self) -> FileRecord:
-        """Bytes and SHA-256 of the complete file."""
+        """Bytes and SHA-256 of the complete file.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        if self._failure is not None:
+            raise self._failure
         return {"bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}
 
     def _append(self, data: bytes | memoryview) -> None:
+        if self._failure is not None:
+            return
         self._sha256.update(data)
-        self._file.write(data)
+        try:
+            if self._file is None:
+                self._file = self._path.open("wb")
+            self._file.write(data)
+        except OSError as error:
+            if not self._patient:
+                raise
+            self._failure = error

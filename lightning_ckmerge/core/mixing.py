@@ -51,7 +51,7 @@ def mix_tensors(tensors_K: Sequence[Tensor], w_K: Sequence[float]) -> Tensor:
 def slerp_tensors(older: Tensor, newer: Tensor, t: float) -> Tensor:
     """Return the point at ``t`` on the great circle from ``older`` (``t = 0``) to ``newer``, each flattened.
 
-    Where they point in nearly the same or opposite directions, or one is 0, the point on the straight line.
+    Where they point in nearly the same or opposite directions, the point on the straight line.
 
     Source:
         Shoemake 1985, "Animating rotation with quaternion curves".

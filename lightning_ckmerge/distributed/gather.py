@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 
 from lightning_ckmerge.core.layout import TensorSpec
 from lightning_ckmerge.distributed.comm import Comm
-from lightning_ckmerge.distributed.ownership import clean_name, flat_shards, local_part
+from lightning_ckmerge.distributed.flat_shards import clean_name, flat_shards
+from lightning_ckmerge.distributed.ownership import local_part
 
 
 class GatheredWeights:

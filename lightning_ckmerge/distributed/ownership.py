@@ -11,27 +11,25 @@ Three kinds of tensors:
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lightning_ckmerge.core.boxes import Box, part_name, whole
 from lightning_ckmerge.core.layout import OwnedTensor, Role, as_real
-from lightning_ckmerge.distributed.boxes import Box, part_name, whole
+from lightning_ckmerge.distributed.buckets import make_buckets
 from lightning_ckmerge.distributed.comm import Comm
+from lightning_ckmerge.distributed.flat_shards import FlatShard, clean_name, flat_shards
 from lightning_ckmerge.errors import UnsupportedError
 
 DEFAULT_BUCKET_BYTES = 64 << 20
-# What wrappers put into names, and take out of ``state_dict``'s again.
-WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
@@ -106,13 +104,26 @@ class Ownership:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Make what the owners wrote visible on all ranks. No communication where nothing is held twice."""
+        """Make what the owners wrote visible on all ranks. No tensor is sent where nothing is held twice.
+
+        Raises:
+            PeerError: A rank has failed since the ranks last talked; nothing is published.
+        """
         if not self.is_replicated:
             return
         tensors = {name: tensor for name, _, tensor in self._tensors()}
-        for rank, pieces in enumerate(self._shares):
-            for bucket in _buckets([as_real(p.of(tensors[p.name])) for p in pieces], self._bucket_bytes):
-                _broadcast(bucket, rank, is_source=rank == self._comm.rank)
+        buckets = [
+            bucket
+            for rank, pieces in enumerate(self._shares)
+            for bucket in make_buckets(rank, [as_real(p.of(tensors[p.name])) for p in pieces], self._bucket_bytes)
+        ]
+        extra_bytes = max((b.extra_bytes for b in buckets), default=0)
+        device = next(iter(tensors.values())).device if extra_bytes else None
+        memory = torch.empty(extra_bytes, dtype=torch.uint8, device=device)
+        # Nobody has failed, and what follows needs no more memory: it will not be left half done.
+        self._comm.exchange(None)
+        for bucket in buckets:
+            bucket.broadcast(memory, rank=self._comm.rank)
 
     def _tensors(self) -> Iterator[tuple[str, Role, Tensor]]:
         for name, role, holder, key in self._places:
@@ -127,17 +138,6 @@ class Ownership:
 def local_part(tensor: Tensor) -> Tensor:
     """Return the memory that this rank holds of ``tensor``."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def clean_name(name: str) -> str:
-    """Return a module path without what wrappers add to it.
-
-    >>> clean_name("net._fsdp_wrapped_module.0.weight")
-    'net.0.weight'
-    """
-    for prefix in WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name
 
 
 def deal_out(tensors: Sequence[tuple[str, Tensor]], world_size: int) -> list[list[Piece]]:
@@ -212,81 +212,3 @@ def _places(module: nn.Module) -> Iterator[tuple[str, Role, dict[str, Tensor | N
                     continue
                 seen.add(id(tensor))
                 yield f"{prefix}{key}", role, holder, key
-
-
-@dataclass(frozen=True)
-class FlatShard:
-    """This rank's part of a parameter that FSDP1 flattened: elements ``start`` to ``stop`` of the whole's."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    def gather(self, part: Tensor) -> Tensor:
-        """Return the whole parameter. A collective."""
-        numel = math.prod(self.shape)
-        # Each element lies on one rank, so a sum over zeros is the element itself, in any precision.
-        whole = torch.zeros(numel, dtype=part.dtype, device=part.device)
-        whole[self.start : self.stop] = part.reshape(-1)
-        dist.all_reduce(whole)
-        return whole.view(self.shape)
-
-
-def flat_shards(module: nn.Module) -> Iterator[FlatShard]:
-    """Return this rank's shards of the parameters that FSDP1 flattened, empty ones included."""
-    for path, submodule in module.named_modules():
-        handle = getattr(submodule, "_handle", None) if isinstance(submodule, FullyShardedDataParallel) else None
-        if handle is None:
-            continue
-        flat = handle.flat_param
-        prefix = f"{path}." if path else ""
-        for fqn, shard, shape in zip(flat._fqns, flat._shard_param_infos, flat._shapes, strict=True):
-            start = shard.intra_param_start_idx if shard.in_shard else 0
-            stop = shard.intra_param_end_idx + 1 if shard.in_shard else 0
-            yield FlatShard(clean_name(f"{prefix}{fqn}"), tuple(shape), start, stop)
-
-
-def _buckets(tensors: Sequence[Tensor], bucket_bytes: int) -> Iterator[list[Tensor]]:
-    """Group tensors into lists of at most ``bucket_bytes``; larger ones are cut."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        for part in _cut(tensor, bucket_bytes):
-            if bucket and size + part.nbytes > bucket_bytes:
-                yield bucket
-                bucket, size = [], 0
-            bucket.append(part)
-            size += part.nbytes
-    if bucket:
-        yield bucket
-
-
-def _cut(tensor: Tensor, max_bytes: int) -> Iterator[Tensor]:
-    if tensor.nbytes <= max_bytes:
-        yield tensor
-    elif tensor.is_contiguous():
-        size = max(1, max_bytes // tensor.element_size())
-        flat = tensor.view(-1)
-        yield from (flat[start : start + size] for start in range(0, flat.numel(), size))
-    else:
-        for row in tensor:
-            yield from _cut(row, max_bytes)
-
-
-def _broadcast(bucket: Sequence[Tensor], source: int, *, is_source: bool) -> None:
-    if len(bucket) == 1 and bucket[0].is_contiguous():
-        dist.broadcast(bucket[0].view(-1).view(torch.uint8), src=source)
-        return
-    # As bytes: backends differ in the types that they know, and a bucket may hold several.
-    packed = torch.empty(sum(t.nbytes for t in bucket), dtype=torch.uint8, device=bucket[0].device)
-    edges = list(itertools.accumulate((t.nbytes for t in bucket), initial=0))
-    parts = [packed[a:b] for a, b in itertools.pairwise(edges)]
-    if is_source:
-        for part, tensor in zip(parts, bucket, strict=True):
-            part.copy_(tensor.contiguous().view(-1).view(torch.uint8))
-    dist.broadcast(packed, src=source)
-    if not is_source:
-        for part, tensor in zip(parts, bucket, strict=True):
-            # A slice of bytes may start at any address; its clone is aligned.
-            tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))

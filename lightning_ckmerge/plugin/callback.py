@@ -106,6 +106,7 @@ class CheckpointMergeCallback(Callback):
         self._run: MergeRun | None = None
         self._resolved_dirpath: Path | None = None
         self._state: dict[str, Any] | None = None
+        self._last_state: dict[str, Any] = {}
         self._monitor_seen = False
 
     @property
@@ -192,14 +193,15 @@ class CheckpointMergeCallback(Callback):
             self._run.apply()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finish writing."""
+        """Finish writing. A checkpoint saved after this still knows the buffer."""
         if self._run is not None:
+            self._last_state = self._run.state_dict()
             self._run.close()
             self._run = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data for the checkpoint, no tensors."""
-        return self._run.state_dict() if self._run is not None else self._state or {}
+        return self._run.state_dict() if self._run is not None else self._state or self._last_state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until training starts."""

@@ -32,6 +32,7 @@ from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import CkmergeError, ConfigError, PeerError
 from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
 from lightning_ckmerge.plugin.evaluation import Validation
+from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.plan import render_plan
 from lightning_ckmerge.plugin.progress import OnScored, search_progress
 from lightning_ckmerge.plugin.schedule import Schedule
@@ -74,6 +75,7 @@ class MergeRun:
         self._previous: dict[str, float] | None = None
         self._last_artifact: Artifact | None = None
         self._searching = False
+        self._announcer = Announcer(trainer)
         self._validations: list[Validated] = []
         total_steps = length_of_run(trainer)
         self._schedule = Schedule(**callback.triggers, total_steps=total_steps, step=trainer.global_step)
@@ -132,6 +134,8 @@ class MergeRun:
 
     def search(self) -> Artifact | None:
         """Search, publish, restore and log; ``None`` if the search was skipped or failed, on this rank or another."""
+        if self._searching:  # the user's own hooks, which a search runs, may ask for one
+            return None
         start = time.monotonic()
         self._searching = True
         self._last_artifact = None
@@ -312,9 +316,7 @@ class MergeRun:
         return self._publish_manifest(manifest, weights, [*extras, self._write_report])
 
     def _publish_manifest(self, manifest: Manifest, weights: Weights | None, extras: Sequence[Extra]) -> Artifact:
-        artifact = self._store.publish(manifest, weights, extras=extras, validation=self._validations, comm=self._comm)
-        on_rank_zero(self._comm, self._write_run_report)
-        return artifact
+        return self._store.publish(manifest, weights, extras=extras, validation=self._validations, comm=self._comm)
 
     def _write_checkpoint(self, path: Path, _: dict[str, Any]) -> None:
         # With weights_only=False an EMA callback would write its own average instead.
@@ -326,10 +328,16 @@ class MergeRun:
             (path / "report.html").write_text(render_html(manifest), encoding="utf-8")
 
     def _write_run_report(self) -> None:
-        history = read_history(self.dirpath)
-        found = (history.timeline, history.manifests, history.best)
-        replace_text(self.dirpath / "report.md", render_run_markdown(*found))
-        replace_text(self.dirpath / "report.html", render_run_html(*found))
+        """Show the run's searches so far. What is published stays so, whatever an older file makes of this."""
+        if self._comm.rank != 0:
+            return
+        try:
+            history = read_history(self.dirpath)
+            found = (history.timeline, history.manifests, history.best)
+            replace_text(self.dirpath / "report.md", render_run_markdown(*found))
+            replace_text(self.dirpath / "report.html", render_run_html(*found))
+        except (CkmergeError, OSError) as error:
+            rank_zero_warn(f"The run's report was not written: {_explained(error)}")
 
     def _announce(self, outcome: SearchOutcome, artifact: Artifact) -> None:
         self._previous = outcome.winner.candidate.coordinates or self._previous
@@ -338,25 +346,8 @@ class MergeRun:
         (rank_zero_warn if verdict.status == "rejected" else rank_zero_info)(line)
         for warning in verdict.warnings:
             rank_zero_warn(warning)
-        for logger in self._trainer.loggers:
-            logger.log_metrics(scalars(outcome, self._searched_s), step=self._trainer.global_step)
-
-
-def scalars(outcome: SearchOutcome, searched_s: float) -> dict[str, float]:
-    """Return what a search logs to the Trainer's loggers."""
-    winner = outcome.winner
-    best_anchor = next(t for t in outcome.anchors if t.candidate.name == outcome.verdict.best_anchor)
-    values = {
-        f"merge/{outcome.monitor}": (winner.confirm or winner.search).value,
-        "merge/gain": outcome.verdict.gain,
-        "merge/best_anchor": (best_anchor.confirm or best_anchor.search).value,
-        "merge/seconds": sum(outcome.cost.seconds.values()),
-        "merge/seconds_total": searched_s,
-        **{f"merge/{name}": value for name, value in (winner.candidate.coordinates or {}).items()},
-    }
-    if outcome.cost.share_of_training is not None:
-        values["merge/share_of_training"] = outcome.cost.share_of_training
-    return values
+        self._write_run_report()
+        self._announcer.announce(outcome, artifact, self._searched_s)
 
 
 def length_of_run(trainer: Trainer) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, SearchConfig
@@ -197,13 +197,15 @@ def compare_checkpoints(plain: Run, merged: Run) -> None:
         before, after = (torch.load(r.root / "checkpoints" / name, weights_only=False) for r in (plain, merged))
         for checkpoint, run in ((before, plain), (after, merged)):
             states = checkpoint.pop("callbacks", {})
-            checkpoint["others"] = relative({k: v for k, v in states.items() if "CheckpointMerge" not in k}, run.root)
+            # A Timer's state is a time.
+            others = {k: v for k, v in states.items() if "CheckpointMerge" not in k and not k.startswith("Timer")}
+            checkpoint["others"] = relative(others, run.root)
         assert {k: digest(v) for k, v in before.items()} == {k: digest(v) for k, v in after.items()}, name
 
 
 def other_states(run: Run) -> dict[str, Any]:
     """The final state of all callbacks but the merge callbacks."""
-    others = [c for c in run.callbacks if not isinstance(c, CheckpointMergeCallback)]
+    others = [c for c in run.callbacks if not isinstance(c, (CheckpointMergeCallback, Timer))]  # which holds a time
     return {c.state_key.replace(str(run.root), ""): relative(c.state_dict(), run.root) for c in others}
 
 
@@ -243,7 +245,7 @@ def assert_searched(run: Run, min_searches: int = 1) -> None:
         published = manifests(dirpath)
         assert len(published) == len(read_timeline(dirpath)) >= min_searches
         for manifest in published:
-            assert len(manifest["anchors"]) >= 3
+            assert len(manifest["anchors"]) >= 2
             assert len(manifest["trials"]) == NUM_TRIALS
 
 

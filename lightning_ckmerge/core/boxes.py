@@ -59,6 +59,11 @@ def part_name(name: str, box: Box, shape: Sequence[int]) -> str:
 def split_name(part: str, shape: Sequence[int]) -> tuple[str, Box]:
     """Return a part's tensor and box; ``shape`` is that of the stored part.
 
+    A complex tensor is stored with a last dimension of 2, of which its name does not tell.
+
+    >>> split_name("w[0:49,8:12]", (49, 4))
+    ('w', Box(ranges_D=((0, 49), (8, 12))))
+
     Raises:
         SnapshotError: Name and shape disagree.
     """
@@ -66,7 +71,8 @@ def split_name(part: str, shape: Sequence[int]) -> tuple[str, Box]:
     if match is None:
         return part, whole(shape)
     ranges = [r.split(":") for r in match["ranges"].split(",")]
-    box = Box(tuple((int(start), int(stop)) for start, stop in ranges))
+    named = tuple((int(start), int(stop)) for start, stop in ranges)
+    box = Box((*named, *whole(shape[len(named) :]).ranges_D))
     if box.shape != tuple(shape):
         raise SnapshotError(
             f"a part must have the shape that its name says, got {tuple(shape)} for {part!r}. "

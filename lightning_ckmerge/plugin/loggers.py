@@ -1,0 +1,131 @@
+"""What a search tells the loggers of the Trainer: numbers, a picture, and the artifact in each one's own way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_ckmerge.artifact.files import WEIGHTS_NAME
+from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.core.outcome import SearchOutcome
+from lightning_ckmerge.report.figure import draw_search
+
+KEY = "merge/search"
+ARTIFACT_TYPE = "merge"
+
+
+class Announcer:
+    """Tells a Trainer's loggers of searches. A logger that fails is warned of once, and harms nobody else."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._warned: set[int] = set()
+
+    def announce(self, outcome: SearchOutcome, artifact: Artifact, searched_s: float) -> None:
+        """Log one search, on rank 0.
+
+        Args:
+            outcome: The search.
+            artifact: What it published.
+            searched_s: Seconds that all searches have taken.
+        """
+        if not self._trainer.is_global_zero:
+            return
+        values = scalars(outcome, searched_s)
+        with isolate_rng():  # training must not see what a logger draws
+            for logger in self._trainer.loggers:
+                try:
+                    logger.log_metrics(values, step=outcome.step)
+                    if (log := _own_way(logger)) is not None:
+                        log(logger, artifact, outcome.step)
+                except Exception as error:
+                    self._warn(logger, error)
+
+    def _warn(self, logger: Any, error: Exception) -> None:
+        if id(logger) in self._warned:
+            return
+        self._warned.add(id(logger))
+        rank_zero_warn(
+            f"{type(logger).__name__} could not log a merge search: {type(error).__name__}: {error}. The search itself "
+            "is published; this is said once."
+        )
+
+
+def scalars(outcome: SearchOutcome, searched_s: float) -> dict[str, float]:
+    """Return what a search logs as numbers."""
+    winner = outcome.winner
+    best_anchor = next(t for t in outcome.anchors if t.candidate.name == outcome.verdict.best_anchor)
+    values = {
+        f"merge/{outcome.monitor}": (winner.confirm or winner.search).value,
+        "merge/gain": outcome.verdict.gain,
+        "merge/best_anchor": (best_anchor.confirm or best_anchor.search).value,
+        "merge/seconds": sum(outcome.cost.seconds.values()),
+        "merge/seconds_total": searched_s,
+        **{f"merge/{name}": value for name, value in (winner.candidate.coordinates or {}).items()},
+    }
+    if outcome.cost.share_of_training is not None:
+        values["merge/share_of_training"] = outcome.cost.share_of_training
+    return values
+
+
+def _own_way(logger: Any) -> Callable[[Any, Artifact, int], None] | None:
+    """By name: `pytorch_lightning` has classes of its own. Other loggers, CSVLogger too, take numbers alone."""
+    ways = {"TensorBoardLogger": _to_tensorboard, "WandbLogger": _to_wandb, "MLFlowLogger": _to_mlflow}
+    return next((ways[cls.__name__] for cls in type(logger).__mro__ if cls.__name__ in ways), None)
+
+
+def _to_tensorboard(logger: Any, artifact: Artifact, step: int) -> None:
+    verdict = artifact.manifest["verdict"]
+    logger.experiment.add_text(
+        "merge/verdict", f"**{verdict['status']}**: {verdict['sentence']} `{artifact.path}`", step
+    )
+    if (figure := draw_search(artifact.manifest)) is not None:
+        logger.experiment.add_figure(KEY, figure, step, close=False)
+
+
+def _to_wandb(logger: Any, artifact: Artifact, step: int) -> None:
+    import wandb
+
+    verdict = artifact.manifest["verdict"]
+    if (figure := draw_search(artifact.manifest)) is not None:
+        logger.log_image(KEY, [figure], step=step)
+    entry = wandb.Artifact(
+        f"merge-{logger.experiment.id}",
+        ARTIFACT_TYPE,
+        metadata={"step": step, **verdict},
+        description=verdict["sentence"],
+    )
+    for name in _files(artifact):
+        if _is_weights(name) and not _uploads(logger):
+            entry.add_reference((artifact.path / name).as_uri(), name=name, checksum=False)
+        else:
+            entry.add_file(str(artifact.path / name), name=name)
+    logger.experiment.log_artifact(entry, aliases=["latest", f"step-{step}", verdict["status"]])
+
+
+def _to_mlflow(logger: Any, artifact: Artifact, step: int) -> None:
+    client, run_id, folder = logger.experiment, logger.run_id, f"merges/{artifact.path.name}"
+    if (figure := draw_search(artifact.manifest)) is not None:
+        client.log_figure(run_id, figure, f"{folder}/search.png")
+    for name in _files(artifact):
+        if _uploads(logger) or not _is_weights(name):
+            parent = name.rpartition("/")[0]
+            client.log_artifact(run_id, str(artifact.path / name), f"{folder}/{parent}" if parent else folder)
+    client.set_tag(run_id, "merge.artifact", str(artifact.path))
+
+
+def _files(artifact: Artifact) -> list[str]:
+    return ["manifest.json", *artifact.manifest["files"]]
+
+
+def _is_weights(name: str) -> bool:
+    return bool(WEIGHTS_NAME.fullmatch(name)) or name == "model.ckpt" or name.startswith("hf/")
+
+
+def _uploads(logger: Any) -> bool:
+    """Weights are uploaded where the user lets the logger upload checkpoints: its own ``log_model``."""
+    return bool(getattr(logger, "_log_model", False))

@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor
+
+from lightning_ckmerge.artifact.sources import open_source
+from tests.artifact.conftest import tensors_of
+from tests.cli.checkpoints import WRITERS, model_at, write_all, write_hub, write_lightning
+from tests.cli.commands import ckmerge, ckmerge_json
+
+ROOT = Path(__file__).parents[2]
+
+
+def merged_tensors(out: Path) -> dict[str, Tensor]:
+    source = open_source(out)
+    return {name: source.weights[name] for name in source.specs}
+
+
+def mean_of(*steps: int) -> dict[str, Tensor]:
+    """The uniform mean, taken in another way; what cannot be averaged is the newest's."""
+    states = [tensors_of(model_at(step)) for step in steps]
+    return {
+        n: torch.stack([s[n] for s in states]).double().mean(0).float() if t.is_floating_point() else t
+        for n, t in states[-1].items()
+    }
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("size", ["5GB", "64B"])
+def test_every_format_merges_to_the_mean(tmp_path: Path, kind: str, size: str) -> None:
+    paths = write_all(tmp_path, kind)
+    ckmerge("merge", *paths, "--schedule", "uniform", "--out", tmp_path / "out", "--max-shard-size", size)
+    merged, expected = merged_tensors(tmp_path / "out"), mean_of(100, 200, 300)
+    assert merged.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-7)
+    assert merged["norm.num_batches_tracked"].item() == 300
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() is (size == "64B")
+
+
+def test_formats_may_be_mixed_and_tied_weights_stay_tied(tmp_path: Path) -> None:
+    paths = [write_all(tmp_path / kind, kind)[i] for i, kind in enumerate(("safetensors", "lightning", "torch"))]
+    ckmerge("merge", *paths, "--weights", "1,1,1", "--out", tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert len({"wte.weight", "head.weight"} & tensors.keys()) == 1
+    torch.testing.assert_close(merged_tensors(tmp_path / "out")["head.weight"], mean_of(100, 200, 300)["head.weight"])
+
+
+def test_weights_untied_in_one_checkpoint_are_written_apart(tmp_path: Path) -> None:
+    (tied, _, _), (_, untied, _) = write_all(tmp_path / "a", "lightning"), write_all(tmp_path / "b", "hub")
+    ckmerge("merge", tied, untied, "--schedule", "linear", "--out", tmp_path / "out")
+    assert {"wte.weight", "head.weight"} <= load_file(tmp_path / "out" / "model.safetensors").keys()
+
+
+def test_merging_one_checkpoint_copies_it(tmp_path: Path) -> None:
+    path = write_lightning(tmp_path / "a.ckpt", 100)
+    ckmerge("merge", path, "--schedule", "uniform", "--out", tmp_path / "out")
+    model, expected = model_at(200), tensors_of(model_at(100))
+    state = {n: t for n, t in merged_tensors(tmp_path / "out").items()}
+    model.load_state_dict(state, strict=False)
+    assert all(torch.equal(tensors_of(model)[n], t) for n, t in expected.items())
+    del load_model
+
+
+def test_complex_tensors_are_averaged(tmp_path: Path) -> None:
+    for i, value in enumerate((1 + 2j, 3 + 6j)):
+        torch.save({"z": torch.full((2,), value, dtype=torch.complex64)}, tmp_path / f"{i}.pt")
+    ckmerge("merge", tmp_path / "0.pt", tmp_path / "1.pt", "--schedule", "uniform", "--out", tmp_path / "out")
+    assert merged_tensors(tmp_path / "out")["z"].tolist() == [2 + 4j, 2 + 4j]
+
+
+def test_the_recipe_tells_inputs_hashes_and_coefficients(tmp_path: Path) -> None:
+    paths = write_all(tmp_path / "in", "lightning")
+    out = tmp_path / "out"
+    printed = ckmerge_json("merge", *paths, "--weights", "1,0,3", "--out", out)
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert {**recipe, "out": str(out)} == printed
+    assert recipe["coefficients"] == [0.25, 0, 0.75]
+    assert [i["step"] for i in recipe["inputs"]] == [100, 200, 300]
+    for given, path in zip(recipe["inputs"], paths, strict=True):
+        assert given["files"][path.name]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    sha256 = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+    assert recipe["files"]["model.safetensors"]["sha256"] == sha256
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        header = json.loads(file.metadata()["ckmerge_recipe"])
+    del recipe["files"]
+    assert header == recipe
+
+
+def test_a_hub_directory_brings_its_config_and_tokenizer(tmp_path: Path) -> None:
+    paths = write_all(tmp_path, "hub")
+    ckmerge("merge", *paths, "--schedule", "ema:1", "--out", tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "config.json", "tokenizer.json", "model.safetensors", "recipe.json",
+    }  # fmt: skip
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    assert recipe["files"].keys() == {"config.json", "tokenizer.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["a", "b"], "one of --weights and --schedule must be given, got neither"),
+        (["a", "b", "--weights", "1,1", "--schedule", "uniform"], "got both"),
+        (["a", "b", "--weights", "1"], "got 1 weights for 2 checkpoints"),
+        (["a", "b", "--weights", "1,x"], "must be numbers"),
+        (["a", "b", "--weights", "1,-1"], "must not sum to 0"),
+        (["a", "b", "--schedule", "cosine"], "a schedule must be one of"),
+        (["a", "b", "c", "--schedule", "slerp:0.5"], "slerp takes two checkpoints, got 3"),
+        (["b", "a", "--schedule", "uniform"], "oldest first, got steps 200, 100"),
+        (["a", "other", "--schedule", "uniform"], "must hold the same tensors, got bias, weight only in other"),
+        (["a", "wide", "--schedule", "uniform"], "of another shape or kind"),
+        (["a", "gone", "--schedule", "uniform"], "got nothing at"),
+        (["a", "b", "--schedule", "uniform", "--max-shard-size", "5"], "must be a positive number with a unit"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused_and_leaves_nothing(tmp_path: Path, args: list[str], message: str) -> None:
+    for name, step in (("a", 100), ("b", 200), ("c", 300)):
+        write_lightning(tmp_path / f"{name}.ckpt", step)
+    torch.save({"weight": torch.ones(2), "bias": torch.ones(2)}, tmp_path / "other.ckpt")
+    wide = {n: torch.cat([t, t]) if t.dim() else t for n, t in tensors_of(model_at(1)).items()}
+    torch.save(wide, tmp_path / "wide.ckpt")
+    named = [tmp_path / f"{a}.ckpt" if a in ("a", "b", "c", "other", "wide", "gone") else a for a in args]
+    before = sorted(tmp_path.iterdir())
+    assert message in ckmerge("merge", *named, "--out", tmp_path / "out", code=2).stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_existing_output_is_left_alone(tmp_path: Path) -> None:
+    path = write_lightning(tmp_path / "a.ckpt", 100)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    error = ckmerge("merge", path, "--schedule", "uniform", "--out", tmp_path / "out", code=2).stderr
+    assert "must not exist yet" in error
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def write_large(root: Path, num_checkpoints: int, num_tensors: int, numel: int) -> list[Path]:
+    paths = []
+    for k in range(num_checkpoints):
+        paths.append(root / f"step={k}.safetensors")
+        save_file({f"layer.{i:03d}": torch.full((numel,), float(k)) for i in range(num_tensors)}, paths[-1])
+    return paths
+
+
+def test_memory_stays_at_a_few_tensors(tmp_path: Path) -> None:
+    """Three checkpoints of 200 MB, out of tensors of 4 MB: mapped pages of files do not count, allocations do."""
+    paths = write_large(tmp_path, 3, 50, 1 << 20)
+    program = f"""
+import sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+import lightning_ckmerge.artifact.sources, lightning_ckmerge.artifact.offline
+from lightning_ckmerge.cli.main import app
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+start, peak = anonymous(), [0.0]
+def watch():
+    while True:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+try:
+    app({["merge", *map(str, paths), "--schedule", "minus-sqrt", "--out", str(tmp_path / "out")]!r})
+finally:
+    print("grew by", peak[0] - start)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("reads Linux's /proc")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 200 << 20, done.stderr
+    assert float(done.stdout.split("grew by")[1]) < 48
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
+    paths = write_large(tmp_path / "in", 2, 60, 1 << 20)
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lightning_ckmerge.cli.main import app; app()"
+    command = [sys.executable, "-c", program, "merge", *paths, "--schedule", "uniform", "--out", tmp_path / "o" / "out"]
+    process: Any = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "o").glob(".tmp-out-*/*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in stderr
+    assert list((tmp_path / "o").iterdir()) == []

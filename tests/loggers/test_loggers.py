@@ -1,0 +1,133 @@
+"""Real loggers, each with what it can take of a search."""
+
+from __future__ import annotations
+
+import csv
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+
+from lightning_ckmerge.artifact.load import Artifact
+from tests.plugin.models import Classifier, points_loader
+from tests.plugin.runs import make_merge
+
+SCALARS = {"merge/val_loss", "merge/gain", "merge/best_anchor", "merge/seconds", "merge/seconds_total"}
+
+
+def train(tmp_path: Path, *loggers: Logger) -> list[Artifact]:
+    """One search at step 5, which must be accepted or not: what is logged is the same."""
+    merge = make_merge(dirpath=tmp_path / "merges", save_top_k=-1)
+    trainer = pl.Trainer(
+        max_steps=6,
+        accelerator="cpu",
+        logger=list(loggers),
+        callbacks=[merge],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        log_every_n_steps=1,
+    )
+    pl.seed_everything(1, verbose=False)
+    trainer.fit(Classifier(), points_loader(train=True), points_loader(train=False))
+    return [Artifact.open(path) for path in sorted((tmp_path / "merges").glob("step=*"))]
+
+
+def test_csv_gets_the_numbers(tmp_path: Path) -> None:
+    (artifact,) = train(tmp_path, CSVLogger(tmp_path, name="", version=""))
+    with (tmp_path / "metrics.csv").open() as file:
+        row = next(r for r in csv.DictReader(file) if r.get("merge/gain"))
+    assert {name for name, value in row.items() if value} >= SCALARS
+    assert float(row["merge/gain"]) == pytest.approx(artifact.manifest["verdict"]["gain"])
+    assert row["step"] == "5"
+
+
+def test_tensorboard_gets_numbers_a_picture_and_the_verdict(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("matplotlib")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    (artifact,) = train(tmp_path, logger)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) >= SCALARS
+    (picture,) = events.Images("merge/search")
+    assert picture.step == 5
+    assert picture.encoded_image_string.startswith(b"\x89PNG")
+    (text,) = events.Tensors("merge/verdict/text_summary")
+    assert artifact.manifest["verdict"]["sentence"].encode() in text.tensor_proto.string_val[0]
+
+
+@pytest.mark.parametrize("uploads", [False, True])
+def test_mlflow_gets_numbers_a_picture_and_the_artifact(tmp_path: Path, uploads: bool) -> None:
+    """Weights are copied only where the user lets the logger upload checkpoints."""
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("matplotlib")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    logger = MLFlowLogger(
+        "merging", tracking_uri=uri, log_model=uploads, artifact_location=(tmp_path / "store").as_uri()
+    )
+    (artifact,) = train(tmp_path, logger)
+    client = mlflow.MlflowClient(uri)
+    run = client.get_run(logger.run_id)
+    assert run.data.metrics.keys() >= SCALARS
+    assert run.data.tags["merge.artifact"] == str(artifact.path)
+    folder = f"merges/{artifact.path.name}"
+    stored = {item.path.removeprefix(f"{folder}/") for item in client.list_artifacts(logger.run_id, folder)}
+    weights = {"model.safetensors"} if uploads and artifact.has_weights else set()
+    assert stored == {"manifest.json", "report.html", "report.md", "search.png"} | weights
+
+
+def test_wandb_gets_numbers_a_picture_and_the_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, the run's own file holds all that a later `wandb sync` would send."""
+    pytest.importorskip("wandb")
+    pytest.importorskip("matplotlib")
+    for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="merging")
+    try:
+        (artifact,) = train(tmp_path, logger)
+        assert dict(logger.experiment.summary).keys() >= SCALARS
+    finally:
+        logger.experiment.finish()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(folder.glob("files/media/images/merge/search_*.png"))
+    (record,) = folder.glob("*.wandb")
+    content = record.read_bytes()
+    assert f"merge-{logger.version}".encode() in content
+    assert artifact.manifest["verdict"]["sentence"].encode() in content
+    assert (b"file://" in content) == artifact.has_weights
+
+
+class Broken(CSVLogger):
+    """Its server is away."""
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if any(name.startswith("merge/") for name in metrics):
+            random.random(), np.random.rand(), torch.rand(())
+            raise ConnectionError("no route to host")
+        super().log_metrics(metrics, step)
+
+
+def test_a_logger_that_fails_is_warned_of_once_and_stops_nothing(tmp_path: Path) -> None:
+    """Goes red if the search is given up, if the next logger goes without, or if what it drew changes training."""
+    broken, sound = (cls(tmp_path / name, name="", version="") for cls, name in ((Broken, "a"), (CSVLogger, "b")))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        artifacts = train(tmp_path, broken, sound)
+    assert len(artifacts) == 1
+    said = [str(w.message) for w in caught if "could not log" in str(w.message)]
+    assert len(said) == 1
+    assert "Broken could not log a merge search: ConnectionError: no route to host" in said[0]
+    assert "merge/gain" in (tmp_path / "b" / "metrics.csv").read_text()
+    states = (random.getstate(), torch.get_rng_state().tolist())
+    train(tmp_path / "again", CSVLogger(tmp_path / "again", name="", version=""))
+    assert (random.getstate(), torch.get_rng_state().tolist()) == states
