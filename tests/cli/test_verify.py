@@ -1,21 +1,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ckmerge.artifact.files import file_record
-from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.core.merge import merge_tensor
-from lightning_ckmerge.core.outcome import SnapshotRecord
 from tests.artifact.conftest import Publish, TiedModel, tensors_of
-from tests.artifact.outcomes import LAST_STEPS
+from tests.artifact.outcomes import LAST_STEPS, make_outcome
 from tests.cli.commands import ckmerge, ckmerge_json
 
 
@@ -51,46 +49,109 @@ def test_a_missing_artifact_is_an_error(tmp_path: Path) -> None:
     ckmerge("verify", tmp_path, code=2)
 
 
-@pytest.fixture
-def rebuildable(publish: Publish, tmp_path: Path) -> Artifact:
-    """An artifact that really is the merge of the files in its run's buffer."""
-    model = TiedModel()
-    names = [n for n, t in tensors_of(model).items() if t.is_floating_point() and n != "wte.weight"]
-    buffer = tmp_path / "merges" / "buffer"
-    buffer.mkdir(parents=True)
-    snapshots: list[dict[str, Tensor]] = []
-    records = []
-    for first, last in zip((0, *LAST_STEPS[:-1]), LAST_STEPS, strict=True):
+class Kept:
+    """A run whose buffer really holds what its artifact is the merge of."""
+
+    def __init__(self, publish: Publish, dirpath: Path, latest_counts: bool = False) -> None:
+        self.buffer = dirpath / "buffer"
+        self.buffer.mkdir(parents=True)
+        self.latest = TiedModel()
+        self.names = [n for n, t in tensors_of(self.latest).items() if t.is_floating_point() and n != "wte.weight"]
+        coefficients = list(make_outcome().winner.candidate.coefficients_K)
+        if latest_counts:
+            coefficients[-1], coefficients[-2] = coefficients[-2], 0.0
+        snapshots = [self._write(first, last) for first, last in pairwise((0, *LAST_STEPS))]
+        own = {n: t.clone() for n, t in tensors_of(self.latest).items()}
+        model = TiedModel()
+        for name in self.names:
+            merge_tensor(model.state_dict()[name], [s[name] for s in [*snapshots, own]], coefficients, "buffer")
+        self.artifact = publish(weights=tensors_of(model))
+        self._edit_manifest(coefficients)
+
+    def paths(self) -> list[Path]:
+        return sorted(self.buffer.iterdir())
+
+    def _write(self, first: int, last: int) -> dict[str, Tensor]:
         torch.manual_seed(last)
-        state = {n: torch.where(t.isfinite(), torch.randn_like(t), t) for n, t in tensors_of(model).items() if n in names}
-        path = buffer / f"0123abcd-{first + 1:09d}-{last:09d}-mean.safetensors"
+        state = {
+            n: torch.where(t.isfinite(), torch.randn_like(t), t)
+            for n, t in tensors_of(self.latest).items()
+            if n in self.names
+        }
+        save_file(state, self.buffer / f"0123abcd-{first + 1:09d}-{last:09d}-mean.safetensors")
+        return state
+
+    def _edit_manifest(self, coefficients: list[float]) -> None:
+        path = self.artifact.path / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["coefficients"] = coefficients
+        for snapshot, file in zip(manifest["snapshots"], self.paths(), strict=False):
+            snapshot["sha256"] = file_record(file)["sha256"]
+        path.write_text(json.dumps(manifest))
+
+
+@pytest.fixture
+def kept(publish: Publish, tmp_path: Path) -> Kept:
+    return Kept(publish, tmp_path / "merges")
+
+
+def test_a_rebuild_is_equal_bit_for_bit(kept: Kept) -> None:
+    found = ckmerge_json("verify", kept.artifact.path, "--rebuild")
+    assert found["rebuild"] == {
+        "state": "equal",
+        "compared": len(kept.names),
+        "different": [],
+        "not_compared": ["norm.num_batches_tracked"],
+    }
+
+
+def test_snapshots_are_found_by_content_and_needed_only_if_they_count(kept: Kept) -> None:
+    """A thinned point's name says less than its segment; the oldest snapshots are the first to go."""
+    for path in kept.paths():
+        path.rename(path.with_name(path.name.replace("0123abcd", "fedcba98")))
+    assert ckmerge_json("verify", kept.artifact.path, "--rebuild")["ok"]
+    kept.paths()[0].unlink()
+    found = ckmerge_json("verify", kept.artifact.path, "--rebuild", code=1)["rebuild"]
+    assert found["state"] == "impossible"
+    assert "steps 1-512 (coefficient -0.1)" in found["reason"]
+
+
+def test_a_snapshot_that_changed_is_not_taken(kept: Kept) -> None:
+    damage(kept.paths()[1])
+    assert ckmerge_json("verify", kept.artifact.path, "--rebuild", code=1)["rebuild"]["state"] == "impossible"
+
+
+def test_one_wrong_bit_in_the_artifact_is_found_and_named(kept: Kept) -> None:
+    """Hashes alone would not tell: whoever changes the weights may change the manifest too."""
+    path = kept.artifact.path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["norm.bias"][0] = torch.nextafter(tensors["norm.bias"][0], torch.tensor(9.0))
+    save_file(tensors, path, metadata={"format": "pt", "wte.weight": "head.weight"})
+    manifest = json.loads((kept.artifact.path / "manifest.json").read_text())
+    manifest["files"]["model.safetensors"] = file_record(path)
+    (kept.artifact.path / "manifest.json").write_text(json.dumps(manifest))
+    assert ckmerge_json("verify", kept.artifact.path)["ok"]
+    found = ckmerge_json("verify", kept.artifact.path, "--rebuild", code=1)["rebuild"]
+    assert (found["state"], found["different"]) == ("different", ["norm.bias"])
+
+
+def test_latest_weights_that_count_must_be_named(publish: Publish, tmp_path: Path) -> None:
+    kept = Kept(publish, tmp_path / "merges", latest_counts=True)
+    found = ckmerge_json("verify", kept.artifact.path, "--rebuild", code=1)["rebuild"]
+    assert "the latest weights (coefficient" in found["reason"]
+    assert "--latest" in found["reason"]
+    torch.save({"state_dict": tensors_of(kept.latest), "global_step": 1000}, tmp_path / "last.ckpt")
+    args = ("verify", kept.artifact.path, "--rebuild", "--latest", tmp_path / "last.ckpt")
+    assert ckmerge_json(*args)["rebuild"]["state"] == "equal"
+
+
+def test_a_rank_s_share_is_no_model(kept: Kept) -> None:
+    """In a run of several ranks the manifest names rank 0's files, which hold parts."""
+    manifest = json.loads((kept.artifact.path / "manifest.json").read_text())
+    for snapshot, path in zip(manifest["snapshots"], kept.paths(), strict=False):
+        state = {f"{n}[0:1]" if n == "head.weight" else n: t for n, t in load_file(path).items()}
         save_file(state, path)
-        snapshots.append(state)
-        sha256 = file_record(path)["sha256"]
-        records.append(
-            SnapshotRecord(kind="mean", first_step=first + 1, last_step=last, num_updates=last - first, sha256=sha256)
-        )
-    records.append(SnapshotRecord(kind="point", first_step=1000, last_step=1000, num_updates=1, sha256=None))
-    snapshots.append({n: t for n, t in tensors_of(model).items() if n in names})
-    from lightning_ckmerge.artifact import manifest as manifests  # the outcome with these records
-
-    del manifests
-    coefficients = publish_coefficients()
-    for name in names:
-        merge_tensor(model.state_dict()[name], [s[name] for s in snapshots], coefficients, "buffer")
-    return publish_with(publish, model, records, tmp_path)
-
-
-def publish_coefficients() -> tuple[float, ...]:
-    from tests.artifact.outcomes import make_outcome
-
-    return tuple(make_outcome().winner.candidate.coefficients_K)
-
-
-def publish_with(publish: Publish, model: nn.Module, records: list[SnapshotRecord], tmp_path: Path) -> Artifact:
-    artifact = publish(weights=tensors_of(model))
-    path = artifact.path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["snapshots"] = [vars(r) for r in records]
-    path.write_text(json.dumps(manifest))
-    return Artifact.open(artifact.path)
+        snapshot["sha256"] = file_record(path)["sha256"]
+    (kept.artifact.path / "manifest.json").write_text(json.dumps(manifest))
+    found = ckmerge_json("verify", kept.artifact.path, "--rebuild", code=1)["rebuild"]
+    assert "snapshots of rank 0" in found["reason"]
