@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from lightning_ckmerge.core.outcome import Candidate, Score, Trial, Verdict
-from lightning_ckmerge.search.verdict import MIN_CONFIRM_BATCHES, paired_gain, reach_verdict
+from lightning_ckmerge.search.verdict import MIN_CONFIRM_BATCHES, paired_gain, reach_verdict, serial_inflation
 
 NUM_DRAWS = 400
 
@@ -53,6 +53,28 @@ def test_the_interval_covers_the_true_gain_as_often_as_it_says(num_batches: int,
         assert interval is not None
         covered += interval[0] <= 0.2 <= interval[1]
     assert 0.92 <= covered / NUM_DRAWS <= 0.98
+
+
+def test_batches_of_one_document_widen_the_interval() -> None:
+    """Differences that drift slowly cover the truth in 70 % of intervals that take them for independent draws."""
+    rng = random.Random(0)
+    covered = 0
+    for _ in range(NUM_DRAWS):
+        drift, ours_B = 0.0, []
+        for _ in range(40):
+            drift = 0.6 * drift + rng.gauss(0, 0.3)
+            ours_B.append(drift - 0.2)
+        gain, interval = paired_gain(trial("a", score(ours_B)), trial("b", score([0.0] * 40)), 1)
+        assert interval is not None
+        assert interval[0] < gain < interval[1]
+        covered += interval[0] <= 0.2 <= interval[1]
+    assert covered / NUM_DRAWS > 0.8
+
+
+def test_differences_that_alternate_do_not_narrow_it() -> None:
+    assert serial_inflation([1.0, -1.0] * 10) == 1
+    assert serial_inflation([1.0] * 10 + [-1.0] * 10) > 2
+    assert serial_inflation([0.0] * 5) == 1
 
 
 def test_where_there_is_no_gain_few_merges_are_accepted() -> None:
