@@ -22,7 +22,7 @@ Layout = Literal["geometric", "uniform"]
 SnapshotKind = Literal["mean", "point"]
 StorageKind = Literal["disk", "cpu", "device"]
 BufferDtype = Literal["float32", "bfloat16", "float16"]
-ArtifactFormat = Literal["safetensors", "ckpt"]
+ArtifactFormat = Literal["safetensors", "ckpt", "hf"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,8 @@ class ArtifactConfig:
     """What an artifact holds.
 
     Args:
-        formats: ``safetensors`` (always written) and, on request, ``ckpt`` (a weights-only Lightning checkpoint).
+        formats: ``safetensors`` (always written) and, on request, ``ckpt`` (a weights-only Lightning checkpoint) and
+            ``hf`` (a directory that ``from_pretrained`` opens, of the transformers model inside the module).
         max_shard_size: Largest weights file, such as ``"5GB"`` or ``"500MB"``; larger models are sharded.
     """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,26 @@ class Source:
     def named(self, records: Mapping[Path, FileRecord]) -> dict[str, FileRecord]:
         """Return what is known of its files, by their names in the checkpoint's directory."""
         return {path.name: records[path] for path in self.files}
+
+
+class SourceWeights:
+    """A checkpoint's weights, to be written elsewhere.
+
+    Args:
+        source: The checkpoint.
+        on_tensor: Told of the bytes of each tensor that was read.
+    """
+
+    def __init__(self, source: Source, on_tensor: Callable[[int], None] = lambda num_bytes: None) -> None:
+        self._weights = source.weights
+        self._on_tensor = on_tensor
+        self.specs = source.specs
+        self.aliases = source.aliases
+
+    def gather(self, name: str) -> Tensor:
+        """Return a tensor."""
+        self._on_tensor(self.specs[name].nbytes)
+        return self._weights[name]
 
 
 def open_source(path: Path, key: str | None = None) -> Source:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -96,6 +99,32 @@ def hash_files(paths: Sequence[Path], label: str) -> dict[Path, dict[str, Any]]:
             found[path] = file_record(path)
             advance(found[path]["bytes"])
     return found
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C be Ctrl-C: safetensors turns one that arrives while it reads into an error of its own."""
+    received = False
+    previous = signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = True
+        if callable(previous):
+            previous(number, frame)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if received:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, previous)
 
 
 def fail(message: str) -> typer.Exit:

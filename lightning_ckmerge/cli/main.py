@@ -8,8 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 from lightning_ckmerge import __version__
-from lightning_ckmerge.cli import review, verify, weights
-from lightning_ckmerge.cli.console import fail
+from lightning_ckmerge.cli import export, merge, review, verify
+from lightning_ckmerge.cli.console import fail, interruptible
 from lightning_ckmerge.errors import CkmergeError
 
 
@@ -19,7 +19,10 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
         try:
-            return super().invoke(ctx)
+            with interruptible():
+                return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # `ckmerge show ... | head`: typer ends quietly
         except (CkmergeError, OSError) as error:
             raise fail(str(error)) from error
 
@@ -49,4 +52,5 @@ app.command("list")(review.list_searches)
 app.command("show")(review.show)
 app.command("report")(review.report)
 app.command("verify")(verify.verify)
-app.command("merge")(weights.merge)
+app.command("merge")(merge.merge)
+app.command("export")(export.export)

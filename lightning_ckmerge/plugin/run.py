@@ -34,6 +34,7 @@ from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
 from lightning_ckmerge.plugin.evaluation import Validation
 from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.plan import render_plan
+from lightning_ckmerge.plugin.pretrained import Pretrained
 from lightning_ckmerge.plugin.progress import OnScored, search_progress
 from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.standstill import Standstill
@@ -74,6 +75,7 @@ class MergeRun:
         self._own_loaders: Any = None
         self._previous: dict[str, float] | None = None
         self._last_artifact: Artifact | None = None
+        self._pretrained = Pretrained(trainer, callback.artifact) if "hf" in callback.artifact.formats else None
         self._searching = False
         self._announcer = Announcer(trainer)
         self._validations: list[Validated] = []
@@ -211,6 +213,11 @@ class MergeRun:
     def _resume_buffer(self, states: list[dict[str, Any]]) -> None:
         if len(states) == self._comm.world_size:
             self._buffer.load_state_dict(states[self._comm.rank])
+            return
+        rank_zero_warn(
+            f"A resumed buffer needs as many ranks as before, got {self._comm.world_size} after {len(states)}. It starts "
+            "empty, and fills as training goes on."
+        )
 
     def _due_at_step(self, step: int) -> bool:
         due = self._schedule.due_at_step(step, self.training_s)
@@ -313,6 +320,8 @@ class MergeRun:
         # The report comes last: it lists the files.
         extras = [self._write_checkpoint] if "ckpt" in self.callback.artifact.formats else []
         weights = GatheredWeights(self._module, self._comm)
+        if self._pretrained is not None:
+            extras.append(partial(self._pretrained.write, weights=weights, comm=self._comm))
         return self._publish_manifest(manifest, weights, [*extras, self._write_report])
 
     def _publish_manifest(self, manifest: Manifest, weights: Weights | None, extras: Sequence[Extra]) -> Artifact:

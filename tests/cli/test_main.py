@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,10 @@ def test_shells_can_complete_commands(shell: str) -> None:
     )
     assert "verify" in done.stdout
     assert "merge" not in done.stdout.replace("ckmerge", "")
+
+
+def test_the_console_script_is_the_app() -> None:
+    (script,) = [e for e in metadata.entry_points(group="console_scripts") if e.name == "ckmerge"] or [None]
+    if script is None:
+        pytest.skip("the package is not installed")
+    assert script.load() is app

@@ -1,4 +1,4 @@
-"""Commands that write weights: ``merge``, ``export``."""
+"""The command that merges: ``merge``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lightning_ckmerge.cli.console import console, hash_files, print_json, progress, table
-from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out
+from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out, require_absent
 
 if TYPE_CHECKING:
     from lightning_ckmerge.artifact.offline import Method
@@ -56,7 +56,7 @@ def merge(
 
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     method = _method(weights, schedule, len(checkpoints))
-    _require_absent(out)
+    require_absent(out)
     sources_K = [open_source(path, key) for path in checkpoints]
     MergedWeights(sources_K, method)  # refuses what does not fit, before anything is hashed
     records = hash_files([file for source in sources_K for file in source.files], "Hashing the checkpoints")
@@ -93,14 +93,6 @@ def _method(weights: str | None, schedule: str | None, num_checkpoints: int) -> 
         return Method(name="linear", weights_K=tuple(float(w) for w in weights.split(",")))
     except ValueError as error:
         raise ConfigError(f"--weights must be numbers with commas between, got {weights!r}.") from error
-
-
-def _require_absent(out: Path) -> None:
-    """Before hours of work, not after them."""
-    from lightning_ckmerge.errors import ArtifactError
-
-    if out.exists() or out.is_symlink():
-        raise ArtifactError(f"the output must not exist yet, got {out}. Name another directory, or remove this one.")
 
 
 def _side_files(source: Source) -> list[Path]:

@@ -1,0 +1,125 @@
+"""The command that writes weights for others: ``export``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lightning_ckmerge.cli.console import console, print_json, progress
+from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out, require_absent
+
+if TYPE_CHECKING:
+    from lightning_ckmerge.artifact.sources import Source
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="An artifact, a run's `best`, or any checkpoint that merge reads.")
+    ],
+    out: Out,
+    to: Annotated[Literal["hf"], typer.Option("--to", help="Hugging Face, for `from_pretrained`.")] = "hf",
+    config_from: Annotated[
+        Path | None,
+        typer.Option("--config-from", help="Directory with the model's config.json, and its tokenizer if it has one."),
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", help="What stands before the pretrained model's names, such as `model.`")
+    ] = None,
+    key: Key = None,
+    max_shard_size: MaxShardSize = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Write a directory that Hugging Face's `from_pretrained` opens: weights, config, tokenizer, model card.
+
+    The model is found among the LightningModule's names by its config (with transformers installed), or by --prefix.
+
+    \b
+    Examples:
+      ckmerge export runs/gpt/merges/best --to hf --config-from gpt2-small/ --out exported
+      ckmerge export last.ckpt --to hf --config-from gpt2-small/ --prefix model. --out exported
+    """
+    from lightning_ckmerge.artifact.files import list_files
+    from lightning_ckmerge.artifact.hub import HubWeights, side_files, write_hub
+    from lightning_ckmerge.artifact.offline import new_directory
+    from lightning_ckmerge.artifact.sources import SourceWeights, open_source
+    from lightning_ckmerge.config import parse_size
+
+    shard_bytes = parse_size(max_shard_size, "--max-shard-size")
+    require_absent(out)
+    opened = open_source(_resolved(source), key)
+    config_dir = _config_directory(opened, config_from)
+    found, kept = _find_model(opened, config_dir, prefix)
+    with progress("Exporting", sum(s.nbytes for s in opened.specs.values()), is_bytes=True) as advance:
+        weights = HubWeights(SourceWeights(opened, advance), found, kept)
+        with new_directory(out) as staging:
+            write_hub(staging, weights, _card(opened), shard_bytes)
+            for path in side_files(config_dir):
+                shutil.copyfile(path, staging / path.name)
+    summary = {"out": str(out), "prefix": found, "config_from": str(config_dir), "tensors": len(weights.specs)}
+    if as_json:
+        print_json({**summary, "files": list_files(out)})
+    else:
+        console().print(f"{out}: {len(weights.specs)} tensors under {found!r}, config from {config_dir}")
+
+
+def _resolved(path: Path) -> Path:
+    """A run, or its `best` where links are refused, stands for its best artifact."""
+    from lightning_ckmerge.artifact.load import POINTER_NAME, best_target
+
+    directory = path.parent if path.name in ("best", POINTER_NAME) else path
+    target = best_target(directory) if directory.is_dir() else None
+    return target if target is not None else path
+
+
+def _config_directory(source: Source, given: Path | None) -> Path:
+    from lightning_ckmerge.artifact.hub import CONFIG_NAME, find_config
+    from lightning_ckmerge.errors import ConfigError
+
+    found = given if given is not None else find_config(source.path)
+    if found is None or not (found / CONFIG_NAME).is_file():
+        raise ConfigError(
+            f"a model's {CONFIG_NAME} must be there to export it, got {found or 'none beside the weights'}. Name its "
+            "directory with --config-from; `config.save_pretrained(DIR)` writes one."
+        )
+    return found
+
+
+def _find_model(source: Source, config_dir: Path, prefix: str | None) -> tuple[str, Sequence[str] | None]:
+    """Return the prefix, and the names that the file must hold, where the config's model is known."""
+    from lightning_ckmerge.artifact.hub import find_prefix
+    from lightning_ckmerge.cli.pretrained import expected_tensors
+    from lightning_ckmerge.errors import ArtifactError, ConfigError
+
+    expected = expected_tensors(config_dir)
+    if expected is None:
+        if prefix is None:
+            raise ConfigError(
+                f"the model of {config_dir} must be known to transformers for its names to be found, got one that is "
+                "not, or no transformers. Install it, or name the prefix with --prefix, such as `model.`"
+            )
+        return prefix, None
+    found = find_prefix([n for n in source.specs if prefix is None or n.startswith(prefix)], expected.kept)
+    for name in expected.kept:
+        if source.specs[f"{found}{name}"].shape != expected.shapes[name]:
+            raise ArtifactError(
+                f"the weights must have the shapes of the config's model, got {source.specs[found + name].shape} for "
+                f"{expected.shapes[name]} in {name!r}. Name the config of the model that was trained."
+            )
+    return found, expected.kept
+
+
+def _card(source: Source) -> str:
+    from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, read_manifest
+    from lightning_ckmerge.artifact.offline import RECIPE_NAME
+    from lightning_ckmerge.report.card import render_card, render_merge_card, render_source_card
+
+    if (source.path / MANIFEST_NAME).is_file():
+        return render_card(read_manifest(source.path))
+    if (source.path / RECIPE_NAME).is_file():
+        return render_merge_card(json.loads((source.path / RECIPE_NAME).read_text(encoding="utf-8")))
+    return render_source_card(source.path.name, source.step)

@@ -1,0 +1,117 @@
+"""Small transformers models, built from configs, inside LightningModules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tests.plugin.models import tokens_loader
+
+VOCABULARY = 23
+
+
+class Language(pl.LightningModule):
+    """A causal language model, with something of the user's own around it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.net = torch.nn.ModuleDict({"lm": model})
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net["lm"](input_ids=batch, labels=batch).loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+class Vision(pl.LightningModule):
+    """An image classifier, of one class, so that every step helps on every batch."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.model(pixel_values=batch, labels=torch.ones(len(batch), dtype=torch.long)).loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+def gpt2(**options: Any) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=16, vocab_size=VOCABULARY, **ids, **options)
+    )
+
+
+def llama(*, tied: bool = False) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=16,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+def vit() -> Any:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+            num_labels=2,
+        )
+    )
+
+
+CASES: dict[str, Any] = {
+    "gpt2": (gpt2, Language, "net.lm.", "AutoModelForCausalLM"),
+    "llama": (llama, Language, "net.lm.", "AutoModelForCausalLM"),
+    "llama-tied": (lambda: llama(tied=True), Language, "net.lm.", "AutoModelForCausalLM"),
+    "vit": (vit, Vision, "model.", "AutoModelForImageClassification"),
+}
+
+
+def loader(module: pl.LightningModule, *, train: bool) -> DataLoader[Any]:
+    if isinstance(module, Language):
+        return tokens_loader(train=train)
+    images = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return DataLoader(images, batch_size=2)  # type: ignore[arg-type]
+
+
+def logits(model: Any) -> Tensor:
+    model.eval()
+    with torch.no_grad():
+        if hasattr(model.config, "image_size"):
+            images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7))
+            return model(pixel_values=images).logits
+        return model(input_ids=torch.arange(12).reshape(2, 6)).logits
