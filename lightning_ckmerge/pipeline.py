@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.engine import Half, KeepGoing, Problem, Search, T
+from lightning_ckmerge.search.shared import SharedStudy
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
 from lightning_ckmerge.search.verdict import reach_verdict
 
@@ -107,6 +109,7 @@ class SearchJob:
         training_s: Seconds of training so far, searches not counted.
         previous: Coordinates of the previous search's optimum.
         journal: The journal file that is used where ``config.storage`` is ``None``.
+        shared: Other processes may work on this search at the same time.
     """
 
     name: str
@@ -128,6 +131,7 @@ class SearchJob:
     journal: Path
     on_scored: Callable[[Trial, int], None]
     agree: Callable[[Callable[[], T]], T]
+    shared: bool = False
 
 
 def run_search(job: SearchJob) -> SearchOutcome:
@@ -138,6 +142,27 @@ def run_search(job: SearchJob) -> SearchOutcome:
             have no finite value.
         MonitorError: Validation does not log the metric.
     """
+    start = time.monotonic()
+    search = _search(job)
+    if job.validation.can_confirm():
+        search.confirm()
+    return _outcome(job, search, time.monotonic() - start)
+
+
+def join_search(job: SearchJob) -> int:
+    """Help another process's search until all its trials are scored, and return how many candidates were scored here.
+
+    Raises:
+        SearchError: As ``run_search``.
+        MonitorError: Likewise.
+    """
+    evaluation = _Evaluation(job)
+    _search(job, evaluation)
+    return evaluation.num_calls
+
+
+def _search(job: SearchJob, evaluation: _Evaluation | None = None) -> Search:
+    """Score anchors and trials."""
     if len(job.merger.snapshots_K) < 2:
         raise SearchError(
             "a search needs at least one snapshot beside the latest weights, got none. "
@@ -155,10 +180,9 @@ def run_search(job: SearchJob) -> SearchOutcome:
     # The verdict compares three candidates at most.
     reserved = 3 * sum(job.validation.num_batches("confirm"))
     budget = Budget(job.allowed_s, reason=job.allowed_by, reserved_batches=reserved)
-    start = time.monotonic()
     search = Search(
         problem=problem,
-        evaluate=_Evaluation(job),
+        evaluate=evaluation or _Evaluation(job),
         open_study=lambda latest: _open_study(job, latest),
         budget=budget,
         agree=job.agree,
@@ -167,18 +191,18 @@ def run_search(job: SearchJob) -> SearchOutcome:
     search.run()
     if search.stopped_early is not None and not search.anchors[1:]:
         raise SearchError(f"the search stopped {search.stopped_early}. Raise {job.allowed_by} or search less often.")
-    if job.validation.can_confirm():
-        search.confirm()
-    return _outcome(job, search, time.monotonic() - start)
+    return search
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Evaluation:
     """From coefficients to scores."""
 
     job: SearchJob
+    num_calls: int = 0
 
     def __call__(self, c_K: Sequence[float], half: Half, keep_going: KeepGoing | None = None) -> Score:
+        self.num_calls += 1
         self.job.begin()
         self.job.load(c_K)
         return self.job.validation.run(half, keep_going)
@@ -195,7 +219,8 @@ def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
         "sampler": type(sampler).__qualname__,
         "monitor": [job.monitor, job.mode],
     }
-    return SearchStudy(
+    open_study = partial(SharedStudy, n_trials=job.config.n_trials) if job.shared else SearchStudy
+    return open_study(
         job.config.storage or job.journal,
         job.name,
         sampler=sampler,

@@ -107,6 +107,11 @@ class MergeRun:
         """Seconds of training so far, over resumptions, without the searches."""
         return self._earlier_training_s + time.monotonic() - self._start - self._searched_here_s
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far."""
+        return self._trainer.global_step
+
     def after_batch(self) -> None:
         """Take an optimizer step into the buffer, and search if one is due."""
         step = self._trainer.global_step
@@ -141,7 +146,7 @@ class MergeRun:
         start = time.monotonic()
         self._searching = True
         self._last_artifact = None
-        self._schedule.searched_step = self._trainer.global_step
+        self._schedule.searched_step = self.step
         try:
             self._last_artifact = self._search_and_publish()
         except Exception as error:
@@ -149,7 +154,7 @@ class MergeRun:
                 self._comm.give_up(error)
             if self.callback.on_error == "raise":
                 raise
-            rank_zero_warn(f"No merge at step {self._trainer.global_step}: {_explained(error)}")
+            rank_zero_warn(f"No merge at step {self.step}: {_explained(error)}")
         finally:
             seconds = time.monotonic() - start
             self._searched_s += seconds
@@ -233,8 +238,8 @@ class MergeRun:
             standstill.watch(validation.loaders)
             latest = self._layout.order(self._ownership.select(standstill.weights))
             targets = self._layout.order(self._ownership.owned())
-            merger = Merger(self._layout, targets, self._common_snapshots(), latest, trainer.global_step)
-            with search_progress(trainer, trainer.global_step, 1 if self.callback.mode == "min" else -1) as on_scored:
+            merger = Merger(self._layout, targets, self._common_snapshots(), latest, self.step)
+            with search_progress(trainer, self.step, 1 if self.callback.mode == "min" else -1) as on_scored:
                 job = self._make_job(merger, validation, standstill, on_scored)
                 outcome = run_search(job)
                 artifact = self._publish(outcome, job)
@@ -279,8 +284,8 @@ class MergeRun:
 
         allowed_s, allowed_by = self._allowance()
         return SearchJob(
-            name=f"{self._run_id}-step={self._trainer.global_step:09d}",
-            step=self._trainer.global_step,
+            name=f"{self._run_id}-step={self.step:09d}",
+            step=self.step,
             monitor=callback.monitor,
             mode=callback.mode,
             space=self._space,

@@ -56,23 +56,18 @@ class SearchStudy:
         self._distributions = {n: _distribution(i) for n, i in intervals.items()}
         self._pending: dict[str, optuna.Trial] = {}
         direction = StudyDirection.MINIMIZE if mode == "min" else StudyDirection.MAXIMIZE
-        with _quiet():
+        with quiet():
             backend = _open_storage(storage)
-            taken = {s.study_name: s for s in optuna.get_all_study_summaries(backend)}
-            versions = (name if v == 0 else f"{name}-v{v}" for v in range(len(taken) + 1))
-            free = next(n for n in versions if n not in taken or taken[n].user_attrs.get("fingerprint") == fingerprint)
             self._study = optuna.create_study(
                 storage=backend,
-                study_name=free,
+                study_name=self._name(backend, name, fingerprint),
                 direction=direction,
                 # Without a sampler Optuna would take up a stored study with TPE, whatever it was begun with.
                 sampler=copy.deepcopy(sampler),
                 load_if_exists=True,
             )
             self._study.set_user_attr("fingerprint", fingerprint)
-            # A trial that was under way when the process died would count as pending for ever.
-            for trial in self._study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
-                self._study.tell(trial.number, state=TrialState.FAIL)
+            self._clear()
 
     @property
     def name(self) -> str:
@@ -88,15 +83,8 @@ class SearchStudy:
         """
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             if trial.user_attrs.get("name") == name:
-                return dict(trial.params), _score_from(trial.user_attrs["score"])
-        # Validation hooks run without gradients, but a GP is fitted with them.
-        with _quiet(), torch.inference_mode(False), torch.enable_grad():
-            if fixed is not None:
-                self._study.enqueue_trial(dict(fixed))
-            asked = self._study.ask(self._distributions)
-        asked.set_user_attr("name", name)
-        self._pending[name] = asked
-        return dict(asked.params), None
+                return dict(trial.params), score_from(trial.user_attrs["score"])
+        return dict(self._ask(name, fixed).params), None
 
     def tell(self, name: str, score: Score, violations: Mapping[str, float]) -> None:
         """Report what was asked.
@@ -112,13 +100,33 @@ class SearchStudy:
         if trial is None:  # it was told before the interruption
             return
         trial.set_user_attr("score", asdict(score))
-        with _quiet():
+        with quiet():
             if not all(map(math.isfinite, (score.value, *violations.values()))):
                 self._study.tell(trial, state=TrialState.FAIL)
                 return
             for key, violation in violations.items():
                 trial.set_constraint(key, violation)
             self._study.tell(trial, score.value)
+
+    def _name(self, backend: BaseStorage, name: str, fingerprint: str) -> str:
+        taken = {s.study_name: s for s in optuna.get_all_study_summaries(backend)}
+        versions = (name if v == 0 else f"{name}-v{v}" for v in range(len(taken) + 1))
+        return next(n for n in versions if n not in taken or taken[n].user_attrs.get("fingerprint") == fingerprint)
+
+    def _clear(self) -> None:
+        """A trial that was under way when the process died would count as pending for ever."""
+        for trial in self._study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
+            self._study.tell(trial.number, state=TrialState.FAIL)
+
+    def _ask(self, name: str, fixed: Mapping[str, float] | None) -> optuna.Trial:
+        # Validation hooks run without gradients, but a GP is fitted with them.
+        with quiet(), torch.inference_mode(False), torch.enable_grad():
+            if fixed is not None:
+                self._study.enqueue_trial(dict(fixed))
+            asked = self._study.ask(self._distributions)
+        asked.set_user_attr("name", name)
+        self._pending[name] = asked
+        return asked
 
 
 def make_sampler(sampler: BaseSampler | None, seed: int) -> BaseSampler:
@@ -146,13 +154,13 @@ def _distribution(interval: Interval) -> BaseDistribution:
     return FloatDistribution(interval.low, interval.high, log=interval.log)
 
 
-def _score_from(stored: Mapping[str, object]) -> Score:
-    """JSON has no tuples."""
+def score_from(stored: Mapping[str, object]) -> Score:
+    """Return the score that a trial keeps; JSON has no tuples."""
     return Score(**{k: tuple(v) if isinstance(v, Sequence) else v for k, v in stored.items()})  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Optuna logs every study and trial at INFO; a pretraining log wants one line a search."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
