@@ -18,7 +18,7 @@ CORPORA: tuple[Corpus, ...] = ("python", "cpp")
 CONTEXT = 128
 BATCH_SIZE = 16
 # The validation windows are split in two: every second batch is kept from the search.
-NUM_EVAL_BATCHES = {"val": 64, "test": 64, "other": 32}
+NUM_EVAL_BATCHES = {"val": 32, "test": 32, "other": 16}
 # Generated headers repeat themselves thousands of times.
 HEADER_FOLDERS = ("torch/csrc", "c10", "ATen/native", "ATen/core", "ATen/cpu")
 
