@@ -216,6 +216,9 @@ def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
         "snapshots": [asdict(r) for r in job.merger.records()],
         "latest": [latest.value, latest.values_B],
         "space": [type(job.space).__qualname__, {n: asdict(i) for n, i in intervals.items()}],
+        # Settings that leave the ranges as they are show in the coefficients.
+        "corner": job.space.coefficients({n: i.high for n, i in intervals.items()}, job.merger.segments_K),
+        "constraints": [asdict(c) for c in job.config.constraints],
         "sampler": type(sampler).__qualname__,
         "monitor": [job.monitor, job.mode],
     }

@@ -31,6 +31,7 @@ WRONG = [
     (BufferConfig, "update_every_n_steps", 0, "`buffer.update_every_n_steps >= 1`"),
     (BufferConfig, "storage", "gpu", "`buffer.storage` must be one of disk, cpu, device"),
     (BufferConfig, "dtype", "int8", "`buffer.dtype` must be one of float32, bfloat16, float16"),
+    (BufferConfig, "bucket_size", "64", "`buffer.bucket_size` must be a positive number with a unit"),
     (SearchConfig, "space", "simplx", "`search.space` must be one of decay, pairwise, window"),
     (SearchConfig, "n_trials", 0, "`search.n_trials >= 1`"),
     (SearchConfig, "timeout_s", 0.0, "`search.timeout_s > 0`"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,7 @@ class MergeRun:
             self._previous = state["previous"]
             self._validations = [(step, value) for step, value in state["validations"]]
             self._report_buffer()
-        rank_zero_info(render_plan(callback, trainer, self._buffer, self._layout, self._space, total_steps, dirpath))
+        self._say_plan(total_steps)
 
     @property
     def training_s(self) -> float:
@@ -188,6 +189,10 @@ class MergeRun:
             "buffers": self._comm.exchange(self._buffer.state_dict()),
         }
 
+    def _say_plan(self, total_steps: int | None) -> None:
+        found = (self._buffer, self._layout, self._space, total_steps, self.dirpath)
+        rank_zero_info(render_plan(self.callback, self._trainer, *found))
+
     def _make_buffer(self, total_steps: int | None) -> RollingBuffer:
         config = self.callback.buffer
         given = config.every_n_train_steps
@@ -220,8 +225,8 @@ class MergeRun:
             self._buffer.load_state_dict(states[self._comm.rank])
             return
         rank_zero_warn(
-            f"A resumed buffer needs as many ranks as before, got {self._comm.world_size} after {len(states)}. It starts "
-            "empty, and fills as training goes on."
+            f"A resumed buffer needs as many ranks as before, got {self._comm.world_size} after {len(states)}. It "
+            "starts empty, and fills as training goes on."
         )
 
     def _due_at_step(self, step: int) -> bool:
@@ -232,6 +237,17 @@ class MergeRun:
 
     def _search_and_publish(self) -> Artifact:
         """Everything between two identical states of the run."""
+        with self._standing_still() as job:
+            outcome = run_search(job)
+            artifact = self._publish(outcome, job)
+        self._validations = []
+        self._announce(outcome, artifact)
+        self._comm.exchange(None)  # all are done, or all hear of it
+        return artifact
+
+    @contextlib.contextmanager
+    def _standing_still(self) -> Iterator[SearchJob]:
+        """Yield a search's job; the weights and all else are the same afterwards."""
         trainer = self._trainer
         with Standstill(trainer, self._ownership, self._local_layout) as standstill:
             validation = self._make_validation()
@@ -240,13 +256,7 @@ class MergeRun:
             targets = self._layout.order(self._ownership.owned())
             merger = Merger(self._layout, targets, self._common_snapshots(), latest, self.step)
             with search_progress(trainer, self.step, 1 if self.callback.mode == "min" else -1) as on_scored:
-                job = self._make_job(merger, validation, standstill, on_scored)
-                outcome = run_search(job)
-                artifact = self._publish(outcome, job)
-        self._validations = []
-        self._announce(outcome, artifact)
-        self._comm.exchange(None)  # all are done, or all hear of it
-        return artifact
+                yield self._make_job(merger, validation, standstill, on_scored)
 
     def _common_snapshots(self) -> list[Snapshot]:
         """The snapshots that no rank has lost."""
