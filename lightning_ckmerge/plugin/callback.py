@@ -188,14 +188,17 @@ class CheckpointMergeCallback(Callback):
         self._run.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the merge where that was asked for. Checkpoints have been written by now."""
-        if self._run is not None and self.apply == "on_train_end":
+        """Load the merge where that was asked for. Checkpoints have been written by now; later ones know the buffer."""
+        if self._run is None:
+            return
+        if self.apply == "on_train_end":
             self._run.apply()
+        self._last_state = self._run.finish()
+        self._run = None
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finish writing. A checkpoint saved after this still knows the buffer."""
+        """Finish writing, if training failed."""
         if self._run is not None:
-            self._last_state = self._run.state_dict()
             self._run.close()
             self._run = None
 

@@ -170,8 +170,19 @@ class MergeRun:
             load_merged(artifact, self._module)
             rank_zero_info(f"The module now holds the merged weights of {artifact.path}.")
 
+    def finish(self) -> dict[str, Any]:
+        """Finish writing, and return the state for checkpoints to come.
+
+        It is taken last: the files of the last checkpoint, which are not all named in it, stay.
+        """
+        self._buffer.close()
+        state = self.state_dict()
+        self._report_buffer()
+        self._comm.close()
+        return state
+
     def close(self) -> None:
-        """Finish writing."""
+        """Finish writing, on this rank alone."""
         self._buffer.close()
         self._report_buffer()
         self._comm.close()

@@ -86,7 +86,7 @@ def main(root: Path, options: dict[str, Any]) -> None:
         save_top_k=-1,
         on_error="raise",
         search=SearchConfig(n_trials=3, max_fraction_of_training=None),
-        buffer=BufferConfig(every_n_train_steps=4),
+        buffer=BufferConfig(every_n_train_steps=4, update_every_n_steps=1),
     )
     trainer = pl.Trainer(
         accelerator="cpu",
