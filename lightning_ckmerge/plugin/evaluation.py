@@ -143,9 +143,13 @@ class Validation:
         )
 
     def recalibrate(self, batches: int) -> None:
-        """Re-estimate BatchNorm statistics of the live weights on the first ``batches`` training batches."""
+        """Re-estimate BatchNorm statistics of the live weights on the first ``batches`` training batches.
+
+        Frozen layers keep theirs: training used them as they are.
+        """
         norms = [m for m in self._module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         norms = [m for m in norms if m.track_running_stats and m.running_mean is not None]
+        norms = [m for m in norms if not m.affine or m.weight.requires_grad]
         if not norms:
             return
         momenta = [m.momentum for m in norms]

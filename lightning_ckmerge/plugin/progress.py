@@ -29,11 +29,12 @@ def search_progress(trainer: Trainer, step: int, sign: int) -> Iterator[OnScored
     """
     bar: Any = trainer.progress_bar_callback
     best: Trial | None = None
+    shows = getattr(bar, "is_enabled", False)  # a bar of the user's own need not have it
     with contextlib.ExitStack() as stack:
         advance = None
-        if bar is not None and bar.is_enabled and hasattr(bar, "init_validation_tqdm"):
+        if shows and hasattr(bar, "init_validation_tqdm"):
             advance = stack.enter_context(_tqdm(bar))
-        elif bar is not None and bar.is_enabled and getattr(bar, "progress", None) is not None:
+        elif shows and getattr(bar, "progress", None) is not None:
             advance = stack.enter_context(_rich(bar))
 
         def on_scored(trial: Trial, total: int) -> None:

@@ -1,0 +1,201 @@
+"""What a search measures is what validation would have logged."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import optuna
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from lightning_ckmerge import BufferConfig, Constraint, EvaluationConfig, SearchConfig
+from lightning_ckmerge.artifact.load import load_merged
+from lightning_ckmerge.core.outcome import Score
+from lightning_ckmerge.errors import MonitorError
+from lightning_ckmerge.plugin.evaluation import Validation
+from lightning_ckmerge.plugin.loaders import confirms
+from tests.plugin.models import Classifier, TinyGPT, points_loader, tokens_loader
+from tests.plugin.runs import Case, fit, make_merge, manifests, merges_dir
+
+# The loss falls while these train, so that, searching for high ones, older weights win; too few batches for a verdict,
+# so weights are published in any case.
+HIGHEST: dict[str, Any] = {"mode": "max", "every_n_train_steps": 10}
+FEW = 8
+GPT = Case(model=TinyGPT, train=partial(tokens_loader, train=True), val=partial(tokens_loader, train=False))
+
+
+class Proposes(optuna.samplers.BaseSampler):
+    """Proposes the same coordinates each time."""
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+        return {}
+
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+        return param_distribution.high
+
+
+class ValidationLoss(pl.Callback):
+    """What the run's own validation logs."""
+
+    def __init__(self) -> None:
+        self.values: dict[int, float] = {}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.values[trainer.global_step] = float(trainer.callback_metrics["val_loss"])
+
+
+@pytest.fixture
+def scores(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Score]]:
+    """Collects what the real evaluation returns."""
+    collected: list[tuple[str, Score]] = []
+    original = Validation.run
+
+    def run(self: Validation, half: Any, keep_going: Any = None) -> Score:
+        score = original(self, half, keep_going)
+        collected.append((half, score))
+        return score
+
+    monkeypatch.setattr(Validation, "run", run)
+    return collected
+
+
+def losses_of(module: pl.LightningModule, loader: DataLoader[Any]) -> list[float]:
+    """The logged loss of each batch alone, by a plain ``Trainer.validate``."""
+    size = loader.batch_size
+    assert size is not None
+    starts = range(0, len(loader.dataset), size)  # type: ignore[arg-type]
+    found = []
+    for start in starts:
+        batch = Subset(loader.dataset, range(start, min(start + size, len(loader.dataset))))  # type: ignore[arg-type]
+        trainer = pl.Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, barebones=False
+        )
+        (logged,) = trainer.validate(module, DataLoader(batch, batch_size=size), verbose=False)
+        found.append(logged["val_loss"])
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_values_are_those_of_a_plain_validation_of_the_artifact(
+    tmp_path: Path, scores: list[tuple[str, Score]]
+) -> None:
+    run = fit(GPT, tmp_path, [make_merge(**HIGHEST, evaluation=EvaluationConfig(limit_batches=FEW))])
+    (manifest,) = manifests(merges_dir(run))
+    winner = manifest["verdict"]["winner"]
+    search, confirm = ([s for h, s in scores if h == half] for half in ("search", "confirm"))
+    names = [t["name"] for t in [*manifest["anchors"], *manifest["trials"]]]
+    measured = {"search": search[names.index(winner)], "confirm": confirm[-1]}
+    module = TinyGPT()
+    load_merged(merges_dir(run) / "step=000000010", module)
+    losses = losses_of(module, tokens_loader(train=False))[:FEW]
+    for half, score in measured.items():
+        expected = [x for b, x in enumerate(losses) if confirms(b, 0.5) == (half == "confirm")]
+        assert score.values_B == pytest.approx(expected, abs=1e-6)
+        assert score.sizes_B == (4.0,) * 4
+    assert manifest["verdict"]["value"] == pytest.approx(measured["confirm"].value)
+
+
+def test_both_halves_of_the_latest_weights_make_up_the_real_validation(tmp_path: Path) -> None:
+    """The last batch is a short one: the halves are weighted by their samples."""
+    logged = ValidationLoss()
+    case = Case(**{**vars(GPT), "callbacks": lambda: [logged]})
+    run = fit(case, tmp_path, [make_merge(every_n_epochs=1)])
+    for manifest in manifests(merges_dir(run)):
+        latest, evaluation = manifest["anchors"][0], manifest["evaluation"]
+        sizes = evaluation["search_samples"], evaluation["confirm_samples"]
+        values = latest["search"]["value"], latest["confirm"]["value"]
+        assert sum(sizes) == 38
+        mean = sum(n * v for n, v in zip(sizes, values, strict=True)) / sum(sizes)
+        assert mean == pytest.approx(logged.values[manifest["step"]], abs=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_candidate_scored_again_has_the_same_value(workers: int, tmp_path: Path) -> None:
+    """Bit for bit, though samples are noisy and shuffled, and validation writes state that it reads."""
+    search = SearchConfig(n_trials=3, max_fraction_of_training=None, sampler=Proposes())
+    merge = make_merge(every_n_train_steps=8, search=search, evaluation=EvaluationConfig(staged=False))
+    noisy = partial(points_loader, train=False, noise="own" if not workers else "global", shuffle=True)
+    run = fit(Case(val=partial(noisy, num_workers=workers)), tmp_path, [merge])
+    (manifest,) = manifests(merges_dir(run))
+    first, *others = [t["search"] for t in manifest["trials"]]
+    assert len(others) == 2
+    assert others == [first, first]
+
+
+@pytest.mark.parametrize(("monitor", "mode"), [("val_acc", "max"), ("val_hard", "min"), ("val_loss_epoch", "min")])
+def test_any_logged_metric_can_be_the_monitor(
+    monitor: str, mode: Any, tmp_path: Path, scores: list[tuple[str, Score]]
+) -> None:
+    """A metric object and one of an epoch hook have no batches to compare: the verdict compares blocks of them."""
+    model = Classifier if monitor != "val_loss_epoch" else StepsAsWell
+    run = fit(Case(model=model), tmp_path, [make_merge(monitor=monitor, mode=mode)])
+    for manifest in manifests(merges_dir(run)):
+        assert (manifest["monitor"], manifest["mode"]) == (monitor, mode)
+        trials = [*manifest["anchors"], *manifest["trials"]]
+        complete = [t["search"]["value"] for t in trials if t["search"]["complete"]]
+        best = (max if mode == "max" else min)(complete)
+        winner = next(t for t in trials if t["name"] == manifest["verdict"]["winner"])
+        assert winner["search"]["value"] == best
+    confirmed = [s for half, s in scores if half == "confirm"]
+    assert all(s.values_B is not None and len(s.values_B) == 5 for s in confirmed)
+    if mode == "max":
+        assert all(s.metrics["val_acc"] == s.value for s in confirmed)
+
+
+class StepsAsWell(Classifier):
+    """Logs each step of its validation, so that the epoch's mean has a name of its own."""
+
+    def log(self, name: str, value: Any, **options: Any) -> None:
+        super().log(name, value, **{**options, "on_step": name == "val_loss" or options.get("on_step")})
+
+
+def test_batch_statistics_are_estimated_anew(tmp_path: Path) -> None:
+    """The published BatchNorm statistics are the mean over the first training batches; frozen layers keep theirs."""
+    evaluation = EvaluationConfig(recalibrate_batches=2, limit_batches=FEW)
+    train = partial(points_loader, train=True, shuffle=False)
+    run = fit(Case(train=train), tmp_path, [make_merge(**HIGHEST, evaluation=evaluation)])
+    module = Classifier()
+    load_merged(merges_dir(run) / "step=000000010", module)
+    inputs = [module.net[0](x).detach() for x, _ in list(train())[:2]]
+    norm = module.net[1]
+    torch.testing.assert_close(norm.running_mean, mean_of([x.mean(0) for x in inputs]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(norm.running_var, mean_of([x.var(0) for x in inputs]), rtol=1e-5, atol=1e-6)
+    frozen = Classifier().frozen[1]
+    assert isinstance(frozen, nn.BatchNorm1d)
+    torch.testing.assert_close(module.frozen[1].running_mean, frozen.running_mean)
+
+
+def mean_of(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors).mean(0)
+
+
+def test_a_constraint_is_held(tmp_path: Path) -> None:
+    constraint = Constraint(monitor="val_acc", mode="max", allowance=0.02)
+    search = SearchConfig(n_trials=4, max_fraction_of_training=None, constraints=[constraint])
+    merge = make_merge(
+        search=search, evaluation=EvaluationConfig(staged=False), buffer=BufferConfig(every_n_train_steps=1)
+    )
+    run = fit(Case(), tmp_path, [merge])
+    seen = set()
+    for manifest in manifests(merges_dir(run)):
+        trials = [*manifest["anchors"], *manifest["trials"]]
+        before = trials[0]["search"]["metrics"]["val_acc"]
+        for trial in trials:
+            assert trial["feasible"] == (before - trial["search"]["metrics"]["val_acc"] <= 0.02)
+            seen.add(trial["feasible"])
+        assert next(t for t in trials if t["name"] == manifest["verdict"]["winner"])["feasible"]
+    assert seen == {True, False}
+
+
+def test_a_misspelt_constraint_is_told(tmp_path: Path) -> None:
+    search = SearchConfig(n_trials=1, max_fraction_of_training=None, constraints=[Constraint(monitor="val_ac")])
+    with pytest.raises(MonitorError, match="got 'val_ac'"):
+        fit(Case(), tmp_path, [make_merge(search=search)])
