@@ -5,7 +5,7 @@ Letters: K snapshots, oldest first; the last is the latest weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_ckmerge.artifact.files import file_record
 from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.artifact.sources import Source
 from lightning_ckmerge.artifact.weights import StoredWeights
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.errors import SnapshotError
@@ -38,6 +39,7 @@ def rebuild(
     artifact: Artifact,
     buffer: Path,
     latest: Mapping[str, Tensor] | None = None,
+    checkpoints: Sequence[Source] = (),
     on_tensor: Callable[[int, int], None] = lambda done, total: None,
 ) -> Rebuilt:
     """Merge the kept snapshots with the artifact's coefficients, and compare, a tensor at a time.
@@ -48,13 +50,14 @@ def rebuild(
         artifact: Holds weights.
         buffer: The run's snapshots; found by their SHA-256.
         latest: The latest weights at that step, which no buffer keeps.
+        checkpoints: What an offline search merged; found by their SHA-256 likewise.
         on_tensor: Told of the tensors done, and of how many there are.
 
     Raises:
         SnapshotError: A snapshot with a coefficient other than 0 is not there.
     """
     stored = artifact.tensors()
-    kept_K, c_K = _kept(artifact, buffer, latest)
+    kept_K, c_K = _kept(artifact, buffer, latest, checkpoints)
     names = [n for n in stored if all(n in kept for kept in kept_K) and stored.dtype(n).is_floating_point]
     _require_whole(artifact, names, kept_K)
     different = []
@@ -73,7 +76,7 @@ def rebuild(
 
 
 def _kept(
-    artifact: Artifact, buffer: Path, latest: Mapping[str, Tensor] | None
+    artifact: Artifact, buffer: Path, latest: Mapping[str, Tensor] | None, checkpoints: Sequence[Source]
 ) -> tuple[list[Mapping[str, Tensor]], list[float]]:
     """Return the snapshots that count, and their coefficients. Leaving out zeros changes no bit of a merge."""
     manifest = artifact.manifest
@@ -84,11 +87,11 @@ def _kept(
     for snapshot, c in pairs[:-1]:
         if c == 0:
             continue
-        path = _find(buffer, snapshot["last_step"], snapshot["sha256"])
-        if path is None:
+        found = _find(buffer, checkpoints, snapshot["last_step"], snapshot["sha256"])
+        if found is None:
             missing.append(f"steps {snapshot['first_step']}-{snapshot['last_step']} (coefficient {c:.4g})")
         else:
-            kept_K.append(StoredWeights([path]))
+            kept_K.append(found)
             c_K.append(c)
     if latest is not None:
         kept_K.append(latest)
@@ -98,18 +101,23 @@ def _kept(
     if missing:
         raise SnapshotError(
             f"a rebuild needs every snapshot that counts, but these are not kept in {buffer}: {'; '.join(missing)}. "
-            "Name a checkpoint of that step with `--latest` where the latest weights are missing; the buffer itself "
-            "rolls on, so rebuild soon after a search."
+            "Name a checkpoint of that step with `--latest` where the latest weights are missing, and an offline "
+            "search's checkpoints with `--checkpoints`; the buffer of a run rolls on, so rebuild soon after a search."
         )
     return kept_K, c_K
 
 
-def _find(buffer: Path, last_step: int, sha256: str | None) -> Path | None:
-    """Return the file with this hash; its name only narrows the search."""
-    if sha256 is None:
-        return None
-    paths = sorted(buffer.rglob(f"*-{last_step:09d}-*.safetensors"))
-    return next((path for path in paths if file_record(path)["sha256"] == sha256), None)
+def _find(
+    buffer: Path, checkpoints: Sequence[Source], last_step: int, sha256: str | None
+) -> Mapping[str, Tensor] | None:
+    """Return the weights of the file with this hash; its name or step only narrows the search."""
+    for path in sorted(buffer.rglob(f"*-{last_step:09d}-*.safetensors")) if sha256 else ():
+        if file_record(path)["sha256"] == sha256:
+            return StoredWeights([path])
+    for source in checkpoints if sha256 else ():
+        if source.step == last_step and [file_record(path)["sha256"] for path in source.files] == [sha256]:
+            return source.weights
+    return None
 
 
 def _require_whole(artifact: Artifact, names: list[str], kept_K: list[Mapping[str, Tensor]]) -> None:

@@ -11,10 +11,10 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
 
@@ -28,7 +28,12 @@ FAILED = 2
 WIDTH_OF_FILES = 400
 STATUS_STYLES = {"accepted": "bold green", "rejected": "bold red", "unconfirmed": "bold yellow"}
 
-Advance = Callable[[int], None]
+
+class Advance(Protocol):
+    """Moves a bar on; a new total takes the place of the old one."""
+
+    def __call__(self, amount: int, total: int | None = None) -> None:
+        """Add ``amount`` to what is done."""
 
 
 def console() -> Console:
@@ -70,10 +75,10 @@ def print_json(value: object) -> None:
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int, *, is_bytes: bool = False) -> Iterator[Advance]:
+def progress(label: str, total: int | None, *, is_bytes: bool = False) -> Iterator[Advance]:
     """Yield a function that moves a bar on, on standard error, which goes away at the end; no bar off a terminal."""
     if not sys.stderr.isatty():
-        yield lambda amount: None
+        yield lambda amount, total=None: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -86,7 +91,7 @@ def progress(label: str, total: int, *, is_bytes: bool = False) -> Iterator[Adva
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total)
-        yield lambda amount: bar.update(task, advance=amount)
+        yield lambda amount, total=None: bar.update(task, advance=amount, total=total)
 
 
 def hash_files(paths: Sequence[Path], label: str) -> dict[Path, dict[str, Any]]:

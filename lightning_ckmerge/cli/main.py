@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from lightning_ckmerge import __version__
-from lightning_ckmerge.cli import export, merge, review, verify
+from lightning_ckmerge.cli import export, merge, offline, review, verify
 from lightning_ckmerge.cli.console import fail, interruptible
 from lightning_ckmerge.errors import CkmergeError
 
@@ -53,4 +53,6 @@ app.command("show")(review.show)
 app.command("report")(review.report)
 app.command("verify")(verify.verify)
 app.command("merge")(merge.merge)
+app.command("search")(offline.search)
 app.command("export")(export.export)
+app.command("plan")(offline.plan)

@@ -22,6 +22,9 @@ def verify(
     latest: Annotated[
         Path | None, typer.Option("--latest", help="A checkpoint of the artifact's step, for --rebuild.")
     ] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option("--checkpoints", help="What an offline search merged, for --rebuild.")
+    ] = None,
     key: Key = None,
     as_json: Json = False,
 ) -> None:
@@ -45,7 +48,7 @@ def verify(
     found: dict[str, Any] = {"artifact": str(path), "files": files}
     is_sound = all(state == "ok" for state in files.values())
     if rebuild and is_sound:
-        found["rebuild"] = _rebuild(opened, latest, key)
+        found["rebuild"] = _rebuild(opened, latest, checkpoints, key)
         is_sound = found["rebuild"]["state"] == "equal"
     if as_json:
         print_json({**found, "ok": is_sound})
@@ -74,16 +77,17 @@ def _check_files(artifact: Artifact) -> dict[str, str]:
     return {name: state(name) for name in listed}
 
 
-def _rebuild(artifact: Artifact, latest: Path | None, key: str | None) -> dict[str, Any]:
+def _rebuild(artifact: Artifact, latest: Path | None, checkpoints: Path | None, key: str | None) -> dict[str, Any]:
     from lightning_ckmerge.artifact.rebuild import rebuild
-    from lightning_ckmerge.artifact.sources import open_source
+    from lightning_ckmerge.artifact.sources import find_sources, open_source
     from lightning_ckmerge.errors import SnapshotError
 
     weights = open_source(latest, key).weights if latest else None
+    others = [open_source(path, key) for path in find_sources(checkpoints)] if checkpoints else []
     buffer = artifact.path.parent / "buffer"
     try:
         with progress("Rebuilding", len(artifact.tensors())) as advance:
-            built = rebuild(artifact, buffer, weights, lambda done, total: advance(1))
+            built = rebuild(artifact, buffer, weights, others, lambda done, total: advance(1))
     except SnapshotError as error:
         return {"state": "impossible", "reason": str(error)}
     return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -29,6 +30,8 @@ from lightning_ckmerge.core.spaces import Interval
 
 # Anchors in the space count as start-up trials, so a plain `decay` search draws one random point.
 NUM_STARTUP_TRIALS = 4
+NUM_ATTEMPTS = 4
+ATTEMPT_S = 0.5
 
 
 class SearchStudy:
@@ -141,6 +144,11 @@ def make_sampler(sampler: BaseSampler | None, seed: int) -> BaseSampler:
 
 def _open_storage(storage: Path | str) -> BaseStorage:
     if isinstance(storage, str):
+        for _ in range(NUM_ATTEMPTS - 1):
+            # Processes that are started together may all try to create the tables; the others' lie there by then.
+            with contextlib.suppress(Exception):
+                return optuna.storages.get_storage(storage)
+            time.sleep(ATTEMPT_S)
         return optuna.storages.get_storage(storage)
     storage.parent.mkdir(parents=True, exist_ok=True)
     # An open-based lock works on file systems without links.

@@ -58,7 +58,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
 
 
 def test_processes_share_the_trials_and_each_learns_all(storage: Path | str) -> None:
-    open_shared(storage)
+    """They start together, before there is any table."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         evaluated = manager.list()

@@ -1,0 +1,248 @@
+"""Commands that read the user's LightningCLI config: ``plan``, ``search``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lightning_ckmerge.cli.console import FOUND, console, print_json, progress, status_text, table
+from lightning_ckmerge.cli.options import Json, Key
+
+if TYPE_CHECKING:
+    from lightning_ckmerge.artifact.sources import Source
+    from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+    from lightning_ckmerge.plugin.forecast import Forecast
+    from lightning_ckmerge.plugin.offline import Configured
+
+ModelClass = Annotated[
+    str | None, typer.Option("--model-class", help="Import path of the module, where the config leaves it out.")
+]
+DataClass = Annotated[
+    str | None, typer.Option("--data-class", help="Import path of the datamodule, where the config leaves it out.")
+]
+# One process, one device: more of them share the trials of one storage.
+ALONE: dict[str, Any] = {
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "logger": False,
+    "num_sanity_val_steps": 0,
+    "fast_dev_run": False,
+    "min_epochs": None,
+    "min_steps": None,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="YAML", help="A LightningCLI config, as `fit --config` takes it.")],
+    model_class: ModelClass = None,
+    data_class: DataClass = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a run will take, before an allocation is spent: memory, disk, evaluations, strategy support.
+
+    Builds the model and the loaders on this machine's CPU; trains nothing, writes nothing. Run it where training would
+    be started. Exit code 1: the run should not be started like this.
+
+    \b
+    Example:
+      ckmerge plan run.yaml
+    """
+    with _quietly():
+        from lightning_ckmerge.plugin.forecast import forecast
+
+        configured = _build(config, model_class, data_class)
+        plans = [forecast(configured, callback) for callback in _callbacks(configured, config)]
+    if as_json:
+        print_json({"config": str(config), "ok": not any(p.faults for p in plans), "plans": [asdict(p) for p in plans]})
+    else:
+        for p in plans:
+            _print_plan(p)
+    if any(p.faults for p in plans):
+        raise typer.Exit(FOUND)
+
+
+def search(
+    config: Annotated[Path, typer.Option("--config", help="The LightningCLI config of the run.")],
+    checkpoints: Annotated[Path, typer.Option("--checkpoints", help="Directory with the run's checkpoints.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the artifact goes, as the callback's dirpath.")],
+    storage: Annotated[
+        str | None, typer.Option("--storage", help="Optuna storage URL, for several processes; a journal without.")
+    ] = None,
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Help the process that was started without this, on another device.")
+    ] = False,
+    monitor: Annotated[str | None, typer.Option("--monitor", help="Metric, in place of the config's.")] = None,
+    n_trials: Annotated[int | None, typer.Option("--n-trials", help="Likewise.")] = None,
+    last: Annotated[int | None, typer.Option("--last", help="Use the newest so many checkpoints.")] = None,
+    model_class: ModelClass = None,
+    data_class: DataClass = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Search for the best merge of checkpoints on disk, as the callback does during training, and publish it.
+
+    Model, data and arguments of the search come from the config; the newest checkpoint is the latest weights. Stopped
+    and started again, it goes on. Several processes share one search over --storage, each with its own device
+    (CUDA_VISIBLE_DEVICES): one publishes, the others are started with --worker. Exit code 1: the merge was not
+    accepted.
+
+    \b
+    Examples:
+      ckmerge search --config run.yaml --checkpoints checkpoints/ --out merges
+      CUDA_VISIBLE_DEVICES=1 ckmerge search --config run.yaml --checkpoints checkpoints/ --out merges \\
+        --storage sqlite:///study.db --worker
+    """
+    with _quietly():
+        from lightning_ckmerge.plugin.offline import search_checkpoints
+
+        configured = _build(config, model_class, data_class, ALONE)
+        callback = _adapted(_callbacks(configured, config)[0], storage, monitor, n_trials, worker)
+        sources = _open(checkpoints, key, last)
+        with progress("Searching", None) as advance:
+            found = search_checkpoints(
+                configured,
+                callback,
+                sources,
+                out.absolute(),
+                help_only=worker,
+                on_scored=lambda trial, total: advance(1, total),
+            )
+    if isinstance(found, int):
+        print_json({"scored": found}) if as_json else console().print(f"scored {found} candidates for the search")
+        return
+    verdict = found.manifest["verdict"]
+    if as_json:
+        print_json({"artifact": str(found.path), "verdict": verdict, "checkpoints": [str(s.path) for s in sources]})
+    else:
+        console().print(status_text(verdict["status"]), verdict["sentence"])
+        console().print(f"artifact: {found.path}")
+    if verdict["status"] != "accepted":
+        raise typer.Exit(FOUND)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Import from the working directory as ``python -m`` does, and keep standard output for the command's own words."""
+    import warnings
+
+    sys.path.insert(0, os.getcwd())
+    # Lightning sets its loggers' levels when it is imported, which is yet to come.
+    logging.disable(logging.INFO)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.filterwarnings("ignore", module="lightning|pytorch_lightning")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        sys.path.remove(os.getcwd())
+
+
+def _build(
+    path: Path, model_class: str | None, data_class: str | None, trainer: dict[str, Any] | None = None
+) -> Configured:
+    import yaml
+
+    from lightning_ckmerge.errors import ConfigError
+    from lightning_ckmerge.plugin.offline import build
+
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the config must be YAML, got {error} in {path}.") from error
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"the config must be a mapping, got {type(config).__name__} in {path}. Name a config of `fit`."
+        )
+    return build(config, model_class=model_class, data_class=data_class, trainer=trainer)
+
+
+def _callbacks(configured: Configured, config: Path) -> list[CheckpointMergeCallback]:
+    """Those of the config, or one with the default arguments."""
+    from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+
+    if not configured.callbacks:
+        typer.echo(f"note: {config} has no CheckpointMergeCallback; its defaults are taken.", err=True)
+    return configured.callbacks or [CheckpointMergeCallback()]
+
+
+def _adapted(
+    callback: CheckpointMergeCallback, storage: str | None, monitor: str | None, n_trials: int | None, worker: bool
+) -> CheckpointMergeCallback:
+    """Return the callback with what the command line says, which raises what goes wrong."""
+    import copy
+
+    adapted = copy.copy(callback)
+    own = callback.search
+    adapted.search = replace(
+        own,
+        storage=storage or own.storage,
+        n_trials=own.n_trials if n_trials is None else n_trials,
+        # Equal seeds would propose equal candidates at the same moment.
+        seed=own.seed + (os.getpid() if worker else 0),
+    )
+    adapted.monitor = monitor or callback.monitor
+    adapted.on_error = "raise"
+    return adapted
+
+
+def _open(directory: Path, key: str | None, last: int | None) -> list[Source]:
+    """Return the checkpoints by step; of equal steps one, since Lightning keeps copies of the last."""
+    from lightning_ckmerge.artifact.sources import find_sources, open_source
+    from lightning_ckmerge.errors import ArtifactError
+
+    by_step: dict[int, Source] = {}
+    for path in find_sources(directory):
+        source = open_source(path, key)
+        if source.step is None:
+            raise ArtifactError(
+                f"a checkpoint must tell its step, got {path}, which holds none and has none in its name. Rename it, "
+                "such as `step=1000.safetensors`, or move it away."
+            )
+        by_step.setdefault(source.step, source)
+    sources = [by_step[step] for step in sorted(by_step)]
+    sources = sources[-last:] if last is not None else sources
+    if len(sources) < 2:
+        raise ArtifactError(f"a search needs two checkpoints or more, got {len(sources)} in {directory}.")
+    return sources
+
+
+def _print_plan(p: Forecast) -> None:
+    from lightning_ckmerge.report.text import MISSING, count, size
+
+    def known(value: int | None) -> str:
+        return MISSING if value is None else count(value)
+
+    share = MISSING if p.share is None else f"{100 * p.share:.3g} % of the training before it"
+    free = MISSING if p.free_disk is None else f"{size(p.free_disk)} free"
+    rows = [
+        ("strategy", f"{p.strategy}, {p.num_ranks} {'rank' if p.num_ranks == 1 else 'ranks'}"),
+        ("parameters", count(p.num_parameters)),
+        ("space", p.space),
+        ("optimizer steps", known(p.total_steps)),
+        ("searches", known(p.num_searches)),
+        ("finest segment", f"{count(p.segment_steps)} steps"),
+        ("buffer in memory, a rank", size(p.buffer_memory)),
+        ("during a search, a rank", f"{size(p.search_memory)} of host memory more"),
+        ("disk, buffer and artifacts", f"{size(p.disk)}, {free}"),
+        ("candidates of a search", f"up to {p.num_candidates}"),
+        ("validation batches, a rank", f"{known(p.search_batches)} + {known(p.confirm_batches)} for the verdict"),
+        ("evaluations of a search", f"up to {known(p.evaluations)} forward batches"),
+        ("a full search takes about", share),
+    ]
+    out = console()
+    out.print(table(("", ""), rows))
+    for warning in p.warnings:
+        out.print(f"warning: {warning}", style="yellow")
+    for fault in p.faults:
+        out.print(f"fault: {fault}", style="bold red")

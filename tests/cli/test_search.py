@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import optuna
+import pytest
+import torch
+import yaml
+
+from lightning_ckmerge import load_merged
+from lightning_ckmerge.artifact.files import file_record
+from lightning_ckmerge.artifact.sources import find_sources, open_source
+from tests.cli.commands import ckmerge, ckmerge_json
+from tests.cli.runs import EVERY, NUM_STEPS, PointsData, Wandering, train, write_config
+
+ROOT = Path(__file__).parents[2]
+STEPS = list(range(EVERY, NUM_STEPS + 1, EVERY))
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("run"))
+
+
+def search_args(checkpoints: Path, root: Path, *more: object, **config: Any) -> list[object]:
+    path = write_config(root, **config)
+    return ["search", "--config", path, "--checkpoints", checkpoints, "--out", root / "merges", *more]
+
+
+def num_trials(root: Path) -> int:
+    """The sampler's trials in the journal."""
+    backend = optuna.storages.journal.JournalFileBackend(str(root / "merges" / "study.journal"))
+    storage = optuna.storages.JournalStorage(backend)
+    (study,) = optuna.get_all_study_names(storage)
+    trials = optuna.load_study(study_name=study, storage=storage).trials
+    return len([t for t in trials if t.user_attrs["name"].startswith("trial-")])
+
+
+def test_the_merge_of_checkpoints_is_published_as_a_run_would(checkpoints: Path, tmp_path: Path) -> None:
+    found = ckmerge_json(*search_args(checkpoints, tmp_path))
+    assert found["verdict"]["status"] == "accepted"
+    manifest = ckmerge_json("show", tmp_path / "merges")
+    assert manifest["step"] == NUM_STEPS
+    assert [(s["kind"], s["last_step"]) for s in manifest["snapshots"]] == [("point", step) for step in STEPS]
+    sha256 = [file_record(path)["sha256"] for path in find_sources(checkpoints)[: len(STEPS) - 1]]
+    assert [s["sha256"] for s in manifest["snapshots"]] == [*sha256, None]
+    assert all(a["search"]["num_batches"] for a in manifest["anchors"])
+    assert manifest["cost"]["share_of_training"] is None
+    assert ckmerge_json("list", tmp_path / "merges")["best"] == f"step={NUM_STEPS:09d}"
+
+
+def test_values_are_those_of_trainer_validate(checkpoints: Path, tmp_path: Path) -> None:
+    """With all batches in the search half, of which nothing can be confirmed."""
+    found = ckmerge_json(*search_args(checkpoints, tmp_path, evaluation={"confirm_fraction": 0.02}), code=1)
+    manifest = ckmerge_json("show", found["artifact"])
+    module = Wandering()
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+
+    def value() -> float:
+        return float(trainer.validate(module, datamodule=PointsData(), verbose=False)[0]["val_loss"])
+
+    load_merged(found["artifact"], module)
+    winner = next(t for t in [*manifest["anchors"], *manifest["trials"]] if t["name"] == found["verdict"]["winner"])
+    assert value() == pytest.approx(winner["search"]["value"], rel=1e-5)
+    newest = open_source(find_sources(checkpoints)[len(STEPS) - 1])
+    module.load_state_dict(dict(newest.weights))
+    assert value() == pytest.approx(manifest["anchors"][0]["search"]["value"], rel=1e-5)
+
+
+def test_the_artifact_can_be_rebuilt_from_the_checkpoints(checkpoints: Path, tmp_path: Path) -> None:
+    artifact = ckmerge_json(*search_args(checkpoints, tmp_path))["artifact"]
+    last = find_sources(checkpoints)[len(STEPS) - 1]
+    args = ("verify", artifact, "--rebuild", "--checkpoints", checkpoints, "--latest", last)
+    assert ckmerge_json(*args)["rebuild"]["state"] == "equal"
+    calls = load_merged(artifact, Wandering()).tensors()["calls"]
+    assert torch.equal(calls, open_source(last).weights["calls"])
+
+
+def test_a_search_goes_on_where_it_was_stopped(checkpoints: Path, tmp_path: Path) -> None:
+    first, second = (
+        ckmerge_json(
+            "show", ckmerge_json(*search_args(checkpoints, tmp_path, "--n-trials", n, save_top_k=-1))["artifact"]
+        )
+        for n in (2, 5)
+    )
+    assert num_trials(tmp_path) == 5
+    assert [t["coordinates"] for t in second["trials"][:2]] == [t["coordinates"] for t in first["trials"]]
+    assert [t["search"] for t in second["trials"][:2]] == [t["search"] for t in first["trials"]]
+
+
+def test_other_checkpoints_are_another_search(checkpoints: Path, tmp_path: Path) -> None:
+    ckmerge_json(*search_args(checkpoints, tmp_path))
+    found = ckmerge_json(*search_args(checkpoints, tmp_path, "--last", 3))
+    assert [Path(p).name for p in found["checkpoints"]] == [p.name for p in find_sources(checkpoints)[5:8]]
+    assert len(ckmerge_json("show", found["artifact"])["snapshots"]) == 3
+
+
+def start(args: list[object], cwd: Path) -> subprocess.Popen[str]:
+    program = "from lightning_ckmerge.cli.main import app; app()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, *map(str, args)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_processes_share_one_search(checkpoints: Path, tmp_path: Path) -> None:
+    """In processes of their own, from another directory, as on several devices."""
+    args = search_args(checkpoints, tmp_path, "--n-trials", 8, "--storage", f"sqlite:///{tmp_path}/study.db", "--json")
+    processes = [start(args, tmp_path), start([*args, "--worker"], tmp_path)]
+    outputs = [p.communicate(timeout=200) for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], outputs
+    assert json.loads(outputs[0][0])["verdict"]["status"] == "accepted"
+    assert json.loads(outputs[1][0])["scored"] >= 1
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study.db")
+    trials = [t for t in study.trials if t.user_attrs["name"].startswith("trial-")]
+    assert 8 <= len(trials) <= 9
+    assert [p.name for p in (tmp_path / "merges").glob("step=*")] == [f"step={NUM_STEPS:09d}"]
+    assert len(ckmerge_json("show", tmp_path / "merges")["trials"]) == 8
+
+
+def test_a_config_of_a_class_of_ones_own_names_the_classes(checkpoints: Path, tmp_path: Path) -> None:
+    """``LightningCLI(Module, Data)`` leaves them out."""
+    args = search_args(checkpoints, tmp_path)
+    path = tmp_path / "run.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model"], config["data"] = {"width": 8}, {}
+    path.write_text(yaml.safe_dump({"fit": config}))
+    assert "--model-class" in ckmerge(*args, code=2).stderr
+    classes = ("--model-class", "tests.cli.runs.Wandering", "--data-class", "tests.cli.runs.PointsData")
+    assert ckmerge_json(*args, *classes)["verdict"]["status"] == "accepted"
+
+
+def test_a_merge_that_does_not_help_is_a_finding(checkpoints: Path, tmp_path: Path) -> None:
+    """With the mode turned round the latest weights, the worst, are the best of all means."""
+    config = {"mode": "max", "search": {"space": "window", "n_trials": 2}}
+    found = ckmerge_json(*search_args(checkpoints, tmp_path, **config), code=1)
+    assert found["verdict"]["status"] == "rejected"
+
+
+@pytest.mark.parametrize(
+    ("more", "config", "message"),
+    [
+        (("--monitor", "loss"), {}, "Logged are: val_loss"),
+        (("--last", "1"), {}, "needs two checkpoints"),
+        ((), {"trainer": {"max_stepz": 1}}, "max_stepz"),
+        ((), {"search": {"n_trials": 0}}, "`search.n_trials >= 1` must hold"),
+        (("--model-class", "tests.cli.runs.Gone"), {}, "import path, got 'tests.cli.runs.Gone'"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_in_one_line(
+    checkpoints: Path, tmp_path: Path, more: tuple[str, ...], config: dict[str, Any], message: str
+) -> None:
+    assert message in ckmerge(*search_args(checkpoints, tmp_path, *more, **config), code=2).stderr
+    assert not list((tmp_path / "merges").glob("step=*"))
+
+
+def test_checkpoints_of_another_model_are_refused(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    for step in (1, 2):
+        torch.save(
+            {"state_dict": {"layer.weight": torch.ones(1, 3)}, "global_step": step}, checkpoints / f"{step}.ckpt"
+        )
+    error = ckmerge(*search_args(checkpoints, tmp_path), code=2).stderr
+    assert "layer.weight of another shape" in error
+    assert "calls, layer.bias missing from 2.ckpt" in error
+
+
+def test_a_checkpoint_without_a_step_is_refused(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    torch.save(Wandering().state_dict(), checkpoints / "final.pt")
+    assert "must tell its step" in ckmerge(*search_args(checkpoints, tmp_path), code=2).stderr
