@@ -69,7 +69,7 @@ class Archive:
         capacity, layout = self._config.capacity, self._config.layout
         while action := decide([e.segment for e in self.entries], capacity=capacity, layout=layout, finest=finest):
             if isinstance(action, Drop):
-                self._remove(self.entries[action.index])
+                self.remove(self.entries[action.index])
             else:
                 self._pool(action.index)
 
@@ -82,8 +82,13 @@ class Archive:
         try:
             return self._storage.read(entry.stored, self._layout)
         except SnapshotError as error:
-            self._remove(entry)
+            self.remove(entry)
             raise SnapshotError(f"{error} Until then, {lost(entry.segment)}.") from error
+
+    def remove(self, entry: Entry) -> None:
+        """Take a snapshot out of the ring."""
+        self.entries.remove(entry)
+        self.retire(entry.stored.name)
 
     def name(self, segment: Segment, kind: str) -> str:
         """Return the name of a file."""
@@ -137,7 +142,7 @@ class Archive:
                 stored = self._write(segment, pool_blocks(old, new, share_of_newer, self._layout))
             except SnapshotError as error:
                 # Both cannot stay, or the ring would outgrow its capacity; the newer one is worth more.
-                self._remove(older)
+                self.remove(older)
                 raise SnapshotError(f"{error} Of these, steps from {newer.segment.first_step} on are kept.") from error
         self.entries[index : index + 2] = [Entry(segment=segment, stored=stored)]
         for name in {older.stored.name, newer.stored.name} - {stored.name}:
@@ -152,10 +157,6 @@ class Archive:
                 f"A snapshot must fit its storage, got {type(error).__name__}: {error}. Free some space, or lower "
                 f"`buffer.capacity` or `buffer.dtype`; until then, {lost(segment)}."
             ) from error
-
-    def _remove(self, entry: Entry) -> None:
-        self.entries.remove(entry)
-        self.retire(entry.stored.name)
 
     def _delete(self, name: str) -> None:
         try:

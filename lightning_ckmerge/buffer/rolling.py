@@ -8,7 +8,7 @@ after a flush, but for retiring a file.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.buffer.archive import Archive
+from lightning_ckmerge.buffer.archive import Archive, lost
 from lightning_ckmerge.buffer.blocks import cast_blocks, fill_nonfinite, with_dtype
 from lightning_ckmerge.buffer.state import BufferState, Progress
 from lightning_ckmerge.buffer.storage import Storage, Stored
@@ -82,10 +82,10 @@ class RollingBuffer:
         self._device = torch.device(device)
         self._storage = storage
         self._layout = layout
-        self._stored_layout = with_dtype(layout, (dtype or torch.float32) if is_mean else dtype)
-        self._accumulator_layout = with_dtype(layout, torch.float32) if is_mean else self._stored_layout
+        self.stored_layout = with_dtype(layout, (dtype or torch.float32) if is_mean else dtype)
+        self.accumulator_layout = with_dtype(layout, torch.float32) if is_mean else self.stored_layout
         self._warnings: deque[str] = deque()
-        self._archive = Archive(config, self._stored_layout, storage, run_id, self._warnings)
+        self._archive = Archive(config, self.stored_layout, storage, run_id, self._warnings)
         self._writer = Writer()
         self._free_accumulators: SimpleQueue[Flats] = SimpleQueue()
         self._num_accumulators = 0
@@ -100,7 +100,7 @@ class RollingBuffer:
     def num_bytes_in_memory(self) -> int:
         """Bytes that the buffer holds at most in memory: two segments in progress and, if kept there, all snapshots."""
         num_stored = 0 if self._storage.durable else self.config.capacity + 2
-        return NUM_ACCUMULATORS * self._accumulator_layout.num_bytes + num_stored * self._stored_layout.num_bytes
+        return NUM_ACCUMULATORS * self.accumulator_layout.num_bytes + num_stored * self.stored_layout.num_bytes
 
     @property
     def num_bytes_on_disk(self) -> int:
@@ -113,7 +113,7 @@ class RollingBuffer:
             return 0
         num_open = 2 if self.config.snapshot == "mean" else 0
         num_stored = 2 * self.config.capacity + 2
-        return num_stored * self._stored_layout.num_bytes + num_open * self._accumulator_layout.num_bytes
+        return num_stored * self.stored_layout.num_bytes + num_open * self.accumulator_layout.num_bytes
 
     def update(self, weights: Sequence[Tensor], step: int) -> None:
         """Take in the weights after an optimizer step. They may change again once this returns.
@@ -147,7 +147,7 @@ class RollingBuffer:
         snapshots = []
         for entry in list(self._archive.entries):
             try:
-                tensors = self._in_model_order(self._archive.read(entry), self._stored_layout)
+                tensors = self._in_model_order(self._archive.read(entry), self.stored_layout)
             except SnapshotError as error:
                 self._warnings.append(str(error))
             else:
@@ -155,6 +155,14 @@ class RollingBuffer:
         if self._progress.num_updates:
             snapshots.append(Snapshot(segment=self._progress.segment("mean"), sha256=None, tensors=self._means))
         return snapshots
+
+    def keep(self, segments: Collection[Segment]) -> None:
+        """Drop the snapshots of other segments, which another rank has lost: rings that differ pool other pairs."""
+        self._writer.flush()
+        for entry in list(self._archive.entries):
+            if entry.segment not in segments:
+                self._archive.remove(entry)
+                self._warnings.append(f"A snapshot must be held by all ranks, got one lost: {lost(entry.segment)}.")
 
     def take_warnings(self) -> list[str]:
         """Return what went wrong since the last call, for the caller to report. Does not wait for the writer."""
@@ -223,10 +231,10 @@ class RollingBuffer:
     def _open_accumulator(self) -> Flats:
         if self._num_accumulators < NUM_ACCUMULATORS and self._free_accumulators.empty():
             self._num_accumulators += 1
-            self._accumulator = self._accumulator_layout.allocate(self._device)
+            self._accumulator = self.accumulator_layout.allocate(self._device)
         else:
             self._accumulator = self._free_accumulators.get()
-        self._means = self._in_model_order(self._accumulator, self._accumulator_layout)
+        self._means = self._in_model_order(self._accumulator, self.accumulator_layout)
         return self._accumulator
 
     def _finish_segment(self, weights: Sequence[Tensor]) -> None:
@@ -251,7 +259,7 @@ class RollingBuffer:
         if self._device.type == "cuda":
             # A new thread starts on GPU 0, and pinning memory from there would open a context on it.
             torch.cuda.set_device(self._device)
-        blocks = cast_blocks(self._accumulator_layout.views(accumulator), self._stored_layout)
+        blocks = cast_blocks(self.accumulator_layout.views(accumulator), self.stored_layout)
         try:
             self._archive.admit(segment, blocks)
         finally:
@@ -266,9 +274,9 @@ class RollingBuffer:
         old, name = self._open_file, self._archive.name(self._progress.segment("mean"), "open")
         if old and old.name == name:
             return
-        blocks = cast_blocks(self._accumulator_layout.views(self._accumulator), self._accumulator_layout)
+        blocks = cast_blocks(self.accumulator_layout.views(self._accumulator), self.accumulator_layout)
         try:
-            self._open_file = self._storage.write(name, self._accumulator_layout, blocks)
+            self._open_file = self._storage.write(name, self.accumulator_layout, blocks)
         except OSError as error:
             self._open_file = None
             self._warnings.append(
@@ -285,7 +293,7 @@ class RollingBuffer:
         try:
             if file is None:
                 raise SnapshotError("The checkpoint does not hold the segment in progress.")
-            flats = self._storage.read(file, self._accumulator_layout)
+            flats = self._storage.read(file, self.accumulator_layout)
         except SnapshotError as error:
             self._progress = Progress.after(progress.last_step)
             self._warnings.append(f"{error} The segment starts again after step {progress.last_step}.")

@@ -92,17 +92,9 @@ def check_file(path: Path, layout: TensorLayout, sha256: str) -> None:
         SnapshotError: It is not the file that was written, or holds other tensors than ``layout``.
         OSError: It cannot be read.
     """
-    digest = hashlib.sha256()
+    check_digest(path, sha256)
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-        if digest.hexdigest() != sha256:
-            raise SnapshotError(
-                f"a snapshot's SHA-256 must be the recorded {sha256[:12]}..., got {digest.hexdigest()[:12]}... for "
-                f"{path.name}. Something else wrote to the file; check the disk."
-            )
         expected = header_bytes(layout)
-        file.seek(0)
         found = file.read(len(expected))
         if found != expected:
             file.seek(8)
@@ -112,6 +104,24 @@ def check_file(path: Path, layout: TensorLayout, sha256: str) -> None:
                 f"{first_difference(entries, header(layout))}. "
                 "Use another `dirpath` after changing the model or `buffer.dtype`."
             )
+
+
+def check_digest(path: Path, sha256: str) -> None:
+    """Read the whole file once.
+
+    Raises:
+        SnapshotError: It is not the file that was written.
+        OSError: It cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        raise SnapshotError(
+            f"a snapshot's SHA-256 must be the recorded {sha256[:12]}..., got {digest.hexdigest()[:12]}... for "
+            f"{path.name}. Something else wrote to the file; check the disk."
+        )
 
 
 def raw_bytes(block: Tensor) -> memoryview:

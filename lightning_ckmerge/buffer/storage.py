@@ -61,14 +61,14 @@ class DiskStorage:
 
     def write(self, name: str, layout: TensorLayout, blocks: Iterable[Tensor]) -> Stored:
         """Write one file, and let it appear under its name when it is complete."""
-        path = self._path(name)
+        path = self.path(name)
         num_bytes, sha256 = write_file(path, layout, blocks)
         self._known[name] = _identity(path.stat())
         return Stored(name=name, num_bytes=num_bytes, sha256=sha256)
 
     def read(self, stored: Stored, layout: TensorLayout) -> Flats:
         """Map the file. Size is checked always; content and header unless the file is known and has not changed."""
-        path = self._path(stored.name)
+        path = self.path(stored.name)
         try:
             status = path.stat()
             num_bytes = status.st_size
@@ -88,7 +88,7 @@ class DiskStorage:
 
     def delete(self, name: str) -> None:
         """Remove the file."""
-        self._path(name).unlink(missing_ok=True)
+        self.path(name).unlink(missing_ok=True)
         self._known.pop(name, None)
 
     def contents(self, run_id: str) -> dict[str, int]:
@@ -96,7 +96,12 @@ class DiskStorage:
         paths = [path for path in self.dirpath.glob(f"{run_id}-*") if FILE_NAME.fullmatch(path.name)]
         return {path.name: path.stat().st_size for path in sorted(paths)}
 
-    def _path(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """Return where a snapshot's file is, or would be.
+
+        Raises:
+            SnapshotError: This is no name of a snapshot.
+        """
         # Names come back from checkpoints: one that could leave the directory must not be opened, let alone removed.
         if not FILE_NAME.fullmatch(name):
             raise SnapshotError(

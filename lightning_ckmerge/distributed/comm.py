@@ -7,7 +7,8 @@ same message. So no rank waits for one that is gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -42,6 +43,19 @@ def connect() -> Comm:
 def on_rank_zero(comm: Comm, function: Callable[[], T]) -> T:
     """Call ``function`` on rank 0, and return its result on every rank."""
     return comm.exchange(function() if comm.rank == 0 else None)[0]  # type: ignore[return-value]
+
+
+@contextmanager
+def together(comm: Comm) -> Iterator[None]:
+    """Do something on every rank, each on its own; a fault on one ends it on all."""
+    try:
+        yield
+    except PeerError:
+        raise
+    except Exception as error:
+        comm.give_up(error)
+        raise
+    comm.exchange(None)
 
 
 class Alone:

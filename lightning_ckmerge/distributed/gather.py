@@ -25,7 +25,7 @@ class GatheredWeights:
         self._comm = comm
         self._flat = {s.name: s for s in flat_shards(module)}
         self._parameters = {clean_name(n) for n, _ in module.named_parameters(remove_duplicate=False)}
-        self._tensors = _entries(module, has_flat=bool(self._flat))
+        self._tensors = entries(module, has_flat=bool(self._flat))
         self.specs = {n: self._spec(n, t) for n, t in self._tensors.items()}
         self.aliases = self._find_aliases()
 
@@ -60,7 +60,8 @@ class GatheredWeights:
         return self._comm.exchange(aliases)[0]
 
 
-def _entries(module: nn.Module, *, has_flat: bool) -> dict[str, Tensor]:
+def entries(module: nn.Module, *, has_flat: bool) -> dict[str, Tensor]:
+    """Return the tensors of a module's ``state_dict``, as they are spread over ranks."""
     if not has_flat:
         return {n: t for n, t in module.state_dict().items() if isinstance(t, Tensor)}
     # FSDP1's `state_dict` gathers the whole model at once.

@@ -72,8 +72,9 @@ class Ownership:
         self.settle()
         self._places = list(_places(module))
         flat = {s.name: s for s in flat_shards(module)}
-        is_sharded = bool(flat) or any(isinstance(holder[key], DTensor) for _, _, holder, key in self._places)
-        self.is_replicated = comm.world_size > 1 and not is_sharded
+        self._flat_shapes = {s.name: s.shape for s in flat.values()}
+        self.is_sharded = bool(flat) or any(isinstance(holder[key], DTensor) for _, _, holder, key in self._places)
+        self.is_replicated = comm.world_size > 1 and not self.is_sharded
         self._pieces = [
             piece
             for name, role, holder, key in self._places
@@ -84,6 +85,12 @@ class Ownership:
         if self.is_replicated:
             self._shares = deal_out(self._replicated(), comm.world_size)
             self._pieces += self._shares[comm.rank]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that any rank owns a part of, by name, with its whole shape as it is stored."""
+        shapes = {n: (*t.shape, 2) if t.is_complex() else tuple(t.shape) for n, _, t in self._tensors()}
+        return {n: shape for n, shape in {**shapes, **self._flat_shapes}.items() if math.prod(shape)}
 
     def settle(self) -> None:
         """Bring FSDP2's shards into place: after a forward pass without gradients the root's stay gathered."""
@@ -140,6 +147,21 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def shard_box(name: str, tensor: DTensor) -> Box:
+    """Return which part of the whole tensor this rank holds.
+
+    Raises:
+        UnsupportedError: It is not one box.
+    """
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    if tuple(shape) != tuple(tensor.to_local().shape):
+        raise UnsupportedError(
+            f"a shard must be one box of the whole tensor, got {tensor.placements} for {name!r}. "
+            "Use FSDP2 or tensor parallelism along other dimensions."
+        )
+    return Box(tuple((o, o + n) for o, n in zip(offset, shape, strict=True)))
+
+
 def deal_out(tensors: Sequence[tuple[str, Tensor]], world_size: int) -> list[list[Piece]]:
     """Return each rank's pieces of tensors that all ranks hold, of nearly equal bytes.
 
@@ -183,14 +205,7 @@ def _own_part(name: str, role: Role, tensor: Tensor | None, flat: FlatShard | No
         return []
     part = name
     if isinstance(tensor, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        if tuple(shape) != tuple(tensor.to_local().shape):
-            raise UnsupportedError(
-                f"a shard must be one box of the whole tensor, got {tensor.placements} for {name!r}. "
-                "Use FSDP2 or tensor parallelism along other dimensions."
-            )
-        box = Box(tuple((o, o + n) for o, n in zip(offset, shape, strict=True)))
-        part = part_name(name, box, tensor.shape)
+        part = part_name(name, shard_box(name, tensor), tensor.shape)
     elif flat is not None:
         part = part_name(name, Box(((flat.start, flat.stop),)), (math.prod(flat.shape),))
     return [Piece(name=name, role=role, rows=None, part=part)]

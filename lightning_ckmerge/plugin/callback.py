@@ -27,6 +27,7 @@ from lightning_ckmerge.plugin.evaluation import logged_names, unknown_monitor
 from lightning_ckmerge.plugin.run import MergeRun
 from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.strategies import check_supported
+from lightning_ckmerge.plugin.whereabouts import Whereabouts
 
 
 class CheckpointMergeCallback(Callback):
@@ -105,6 +106,7 @@ class CheckpointMergeCallback(Callback):
         self.on_error = on_error
         self._run: MergeRun | None = None
         self._resolved_dirpath: Path | None = None
+        self._whereabouts = Whereabouts()
         self._state: dict[str, Any] | None = None
         self._last_state: dict[str, Any] = {}
         self._monitor_seen = False
@@ -119,7 +121,8 @@ class CheckpointMergeCallback(Callback):
     @property
     def best_artifact(self) -> Artifact | None:
         """The best accepted artifact so far, read from the disk; ``None`` if there is none."""
-        target = best_target(self._resolved_dirpath) if self._resolved_dirpath is not None else None
+        dirpath = self._whereabouts.find() or self._resolved_dirpath
+        target = best_target(dirpath) if dirpath is not None else None
         return Artifact.open(target, verify=False) if target is not None else None
 
     def search_now(self) -> Artifact | None:
@@ -138,6 +141,8 @@ class CheckpointMergeCallback(Callback):
         if any(other._resolved_dirpath == dirpath for other in others):
             raise ConfigError(f"each merge callback needs a `dirpath` of its own, got {dirpath} twice. Name another.")
         self._resolved_dirpath = dirpath
+        if trainer.local_rank == 0:
+            self._whereabouts.leave(dirpath)
         self._run, self._monitor_seen = None, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -15,6 +15,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -38,6 +39,7 @@ PRIVATE_NAMES = {
     "loops._EvaluationLoop._results": "what validation_step logged, batch by batch",
     "Trainer._data_connector._prepare_dataloader": "gives own loaders the strategy's sampler",
     "Trainer.fit_loop._combined_loader": "the training loaders, for BatchNorm statistics",
+    "Trainer._checkpoint_connector": "makes a checkpoint without `Trainer.save_checkpoint`'s barrier",
     "Trainer._logger_connector": "metrics that the run has logged so far",
     "Trainer._last_val_time": "when the run validated last",
     "LightningModule._current_fx_name": "the hook that is running",
@@ -290,6 +292,16 @@ def logged_names(trainer: Trainer) -> set[str]:
     """
     results = trainer.fit_loop.epoch_loop.val_loop._results
     return {*trainer.callback_metrics, *(n for e in results.values() if e.meta.on_epoch for n in _logged_names(e.meta))}
+
+
+def write_checkpoint(trainer: Any, path: Path) -> None:
+    """Write a checkpoint of the live weights alone, as the strategy does it. All ranks take part.
+
+    ``Trainer.save_checkpoint`` does this and then waits for all ranks, where one that has failed is missing. With
+    ``weights_only=False`` an EMA callback would write its own average instead.
+    """
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+    trainer.strategy.save_checkpoint(checkpoint, path)
 
 
 def unknown_monitor(monitor: str, logged: Iterable[str]) -> str:

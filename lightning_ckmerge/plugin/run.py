@@ -27,16 +27,18 @@ from lightning_ckmerge.config import parse_size
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.core.spaces import make_space
-from lightning_ckmerge.distributed.comm import Comm, connect, on_rank_zero
+from lightning_ckmerge.distributed.comm import connect, on_rank_zero, together
 from lightning_ckmerge.distributed.gather import GatheredWeights
 from lightning_ckmerge.distributed.ownership import Ownership
+from lightning_ckmerge.distributed.scatter import scatter
 from lightning_ckmerge.errors import CkmergeError, ConfigError, PeerError
 from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
-from lightning_ckmerge.plugin.evaluation import Validation
+from lightning_ckmerge.plugin.evaluation import Validation, write_checkpoint
 from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.plan import render_plan
 from lightning_ckmerge.plugin.pretrained import Pretrained
 from lightning_ckmerge.plugin.progress import OnScored, search_progress
+from lightning_ckmerge.plugin.resume import Leftovers, buffer_dirpath, fingerprint, resume_buffer
 from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.standstill import Standstill
 from lightning_ckmerge.report.html import render_html
@@ -95,8 +97,9 @@ class MergeRun:
         self._searched_here_s = 0.0
         self._start = time.monotonic()
         self._buffer = self._make_buffer(total_steps)
+        self._leftovers = Leftovers([], "")
         if "buffers" in state:
-            self._resume_buffer(state["buffers"])
+            self._resume_buffer(state)
             self._schedule.load_state_dict(state["schedule"])
             self._previous = state["previous"]
             self._validations = [(step, value) for step, value in state["validations"]]
@@ -119,6 +122,7 @@ class MergeRun:
         if step == self._schedule.step:  # gradients are being accumulated
             return
         due = self._due_at_step(step)
+        self._leftovers.remove()
         self._buffer.update(self._layout.order(self._ownership.owned()), step)
         self._report_buffer()
         if due:
@@ -167,7 +171,13 @@ class MergeRun:
         """Load the last search's merge into the module, if it was accepted."""
         artifact = self._last_artifact
         if artifact is not None and artifact.manifest["verdict"]["status"] == "accepted" and artifact.has_weights:
-            load_merged(artifact, self._module)
+            with together(self._comm):
+                artifact.check_files()
+            if self._ownership.is_sharded:
+                self._ownership.settle()
+                scatter(self._module, artifact.tensors())
+            else:
+                load_merged(artifact, self._module, verify=False)
             rank_zero_info(f"The module now holds the merged weights of {artifact.path}.")
 
     def finish(self) -> dict[str, Any]:
@@ -189,6 +199,9 @@ class MergeRun:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data from which a later one goes on; no tensors."""
+        with together(self._comm):
+            own = self._buffer.state_dict()
+        self._leftovers.outdate()
         return {
             "run_id": self._run_id,
             "training_s": self.training_s,
@@ -197,7 +210,8 @@ class MergeRun:
             "validations": self._validations,
             "schedule": self._schedule.state_dict(),
             # A checkpoint holds rank 0's state alone, so that has to hold everybody's.
-            "buffers": self._comm.exchange(self._buffer.state_dict()),
+            "buffers": self._comm.exchange(own),
+            "layouts": self._comm.exchange(fingerprint(self._layout)),
         }
 
     def _say_plan(self, total_steps: int | None) -> None:
@@ -210,7 +224,7 @@ class MergeRun:
         steps = given or (max(1, round(SEGMENT_SHARE * total_steps)) if total_steps else SEGMENT_STEPS)
         device = self._trainer.strategy.root_device
         storage: Storage = (
-            DiskStorage(buffer_dirpath(self.dirpath, self._comm))
+            DiskStorage(buffer_dirpath(self.dirpath, self._comm.rank, self._comm.world_size))
             if config.storage == "disk"
             else MemoryStorage(device if config.storage == "device" else "cpu")
         )
@@ -231,14 +245,13 @@ class MergeRun:
         for warning in self._buffer.take_warnings():
             rank_zero_warn(warning)
 
-    def _resume_buffer(self, states: list[dict[str, Any]]) -> None:
-        if len(states) == self._comm.world_size:
-            self._buffer.load_state_dict(states[self._comm.rank])
-            return
-        rank_zero_warn(
-            f"A resumed buffer needs as many ranks as before, got {self._comm.world_size} after {len(states)}. It "
-            "starts empty, and fills as training goes on."
-        )
+    def _resume_buffer(self, state: dict[str, Any]) -> None:
+        with together(self._comm):
+            self._leftovers, warnings = resume_buffer(
+                self._buffer, state["buffers"], state["layouts"], self._ownership, self._comm, self.dirpath
+            )
+        for warning in warnings:
+            rank_zero_warn(warning)
 
     def _due_at_step(self, step: int) -> bool:
         due = self._schedule.due_at_step(step, self.training_s)
@@ -274,6 +287,7 @@ class MergeRun:
         own = self._buffer.snapshots()
         self._report_buffer()
         everywhere = set.intersection(*(set(segments) for segments in self._comm.exchange([s.segment for s in own])))
+        self._buffer.keep(everywhere)
         return [s for s in own if s.segment in everywhere]
 
     def _make_validation(self) -> Validation:
@@ -354,8 +368,7 @@ class MergeRun:
         return self._store.publish(manifest, weights, extras=extras, validation=self._validations, comm=self._comm)
 
     def _write_checkpoint(self, path: Path, _: dict[str, Any]) -> None:
-        # With weights_only=False an EMA callback would write its own average instead.
-        self._trainer.save_checkpoint(path / "model.ckpt", weights_only=True)
+        write_checkpoint(self._trainer, path / "model.ckpt")
 
     def _write_report(self, path: Path, manifest: dict[str, Any]) -> None:
         if self._comm.rank == 0:
@@ -395,12 +408,6 @@ def length_of_run(trainer: Trainer) -> int | None:
     per_batch = 1 if trainer.lightning_module.automatic_optimization or by_steps_alone else len(trainer.optimizers)
     total = int(steps) * max(1, per_batch)
     return total if trainer.max_steps == -1 else min(total, trainer.max_steps)
-
-
-def buffer_dirpath(dirpath: Path, comm: Comm) -> Path:
-    """Return where this rank's snapshots go."""
-    buffer = dirpath / "buffer"
-    return buffer if comm.world_size == 1 else buffer / f"rank={comm.rank:05d}-of-{comm.world_size:05d}"
 
 
 def _explained(error: Exception) -> str:

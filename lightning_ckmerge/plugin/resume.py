@@ -1,0 +1,101 @@
+"""A buffer goes on after a restart, on the same ranks and shards as before, or on others."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_ckmerge.buffer.reshard import NewRank, reshard
+from lightning_ckmerge.buffer.rolling import RollingBuffer
+from lightning_ckmerge.buffer.state import BufferState
+from lightning_ckmerge.buffer.storage import DiskStorage
+from lightning_ckmerge.core.layout import TensorLayout
+from lightning_ckmerge.distributed.comm import Comm
+from lightning_ckmerge.distributed.ownership import Ownership
+
+
+def buffer_dirpath(dirpath: Path, rank: int, world_size: int) -> Path:
+    """Return where a rank's snapshots go."""
+    buffer = dirpath / "buffer"
+    return buffer if world_size == 1 else buffer / f"rank={rank:05d}-of-{world_size:05d}"
+
+
+def fingerprint(layout: TensorLayout) -> str:
+    """Return what tells one rank's part of the model from another's."""
+    return hashlib.sha256(repr([(s.name, s.shape) for s in layout.slots]).encode()).hexdigest()
+
+
+def resume_buffer(
+    buffer: RollingBuffer,
+    states: Sequence[dict[str, Any]],
+    layouts: Sequence[str],
+    ownership: Ownership,
+    comm: Comm,
+    dirpath: Path,
+) -> tuple[Leftovers, list[str]]:
+    """Go on from the old ranks' states; their files are used as they are if each rank has the same part as before.
+
+    Args:
+        buffer: A new one.
+        states: Of all old ranks, by rank.
+        layouts: Their fingerprints.
+        ownership: The parts of this rank.
+        comm: The ranks.
+        dirpath: Where artifacts go.
+
+    Returns:
+        The files that are no longer used, and what could not be taken over.
+
+    Raises:
+        SnapshotError: These are no states of a buffer.
+    """
+    now = comm.exchange(fingerprint(TensorLayout(ownership.owned())))
+    old = [BufferState.from_dict(s) for s in states]
+    usable = buffer.config.storage == "disk" and all(s.durable and s.snapshot == buffer.config.snapshot for s in old)
+    if list(layouts) == now or not usable:
+        buffer.load_state_dict(states[comm.rank if list(layouts) == now else 0])
+        return Leftovers([], ""), []
+    dirpaths = [buffer_dirpath(dirpath, rank, len(old)) for rank in range(len(old))]
+    new = NewRank(
+        rank=comm.rank,
+        world_size=comm.world_size,
+        storage=DiskStorage(buffer_dirpath(dirpath, comm.rank, comm.world_size)),
+        stored=buffer.stored_layout,
+        accumulator=buffer.accumulator_layout,
+        shapes=ownership.shapes,
+    )
+    state, warnings = reshard(old, dirpaths, new)
+    buffer.load_state_dict(state.to_dict())
+    return Leftovers(dirpaths[comm.rank :: comm.world_size], old[0].run_id), warnings
+
+
+class Leftovers:
+    """Files of ranks that are no more. The checkpoint that the run went on from needs them until there is a newer one.
+
+    Args:
+        dirpaths: Those that this rank removes.
+        run_id: What the files' names begin with.
+    """
+
+    def __init__(self, dirpaths: Sequence[Path], run_id: str) -> None:
+        self._dirpaths = list(dirpaths)
+        self._run_id = run_id
+        self._needed = True
+
+    def outdate(self) -> None:
+        """A checkpoint is being written that does without them."""
+        self._needed = False
+
+    def remove(self) -> None:
+        """Delete them once nothing needs them."""
+        if self._needed:
+            return
+        while self._dirpaths:
+            storage = DiskStorage(self._dirpaths.pop())
+            with contextlib.suppress(OSError):
+                for name in storage.contents(self._run_id):
+                    storage.delete(name)
+                storage.dirpath.rmdir()  # unless others' files are in it
