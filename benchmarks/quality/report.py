@@ -26,7 +26,7 @@ SOURCES = {
     "best uniform mean": "best of the last 2, 4, 8 and all snapshots (LAWA, arXiv:2209.14981, over segment means)",
     "best of three EMAs": "the EMA-shaped anchors",
     "pair (GP-Hedge)": "the paper's method, arXiv:2403.19390, over two points 3 % of the run apart, which was best "
-    "on another run",
+    "on a shorter run of one of the corpora",
     "decay": "the default",
 }
 
