@@ -50,6 +50,7 @@ def search_progress(trainer: Trainer, step: int, sign: int) -> Iterator[OnScored
 @contextlib.contextmanager
 def _tqdm(bar: Any) -> Iterator[Any]:
     line = bar.init_validation_tqdm()
+    line.set_description("Merge search")
 
     def advance(text: str, total: int) -> None:
         line.total = total

@@ -259,7 +259,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     },
     "points in memory": {"merge": {"buffer": BufferConfig(every_n_train_steps=2, snapshot="point", storage="cpu")}},
     "every format": {"merge": {"artifact": ArtifactConfig(formats=("safetensors", "ckpt"))}},
-    "tqdm": {"trainer": {"enable_progress_bar": True}},
+    "tqdm": {"trainer": {"enable_progress_bar": True}, "callbacks": lambda: [pl.callbacks.TQDMProgressBar()]},
     "rich": {"trainer": {"enable_progress_bar": True}, "callbacks": lambda: [pl.callbacks.RichProgressBar()]},
     "fit's own interval": {"merge": {"every_n_train_steps": None}},
 }
