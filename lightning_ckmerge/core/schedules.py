@@ -51,6 +51,8 @@ class Schedule:
             ages_K = range(num_checkpoints - 1, -1, -1)
             weights_K = [math.exp(-age / self.value) for age in ages_K]
             return tuple(w / math.fsum(weights_K) for w in weights_K)
+        if self.name in ("uniform", "linear"):
+            return (1 / num_checkpoints,) * num_checkpoints
         cumulated = self._cumulated()
         edges = [cumulated(k / num_checkpoints) for k in range(num_checkpoints + 1)]
         return tuple(after - before for before, after in pairwise(edges))
@@ -59,7 +61,8 @@ class Schedule:
         """The share of all weight that lies before a point of the window, which runs from 0 to 1."""
         if self.name == "minus-sqrt":
             return math.sqrt
-        exponent = 1.0 if self.value is None else 1 + self.value
+        assert self.value is not None
+        exponent = 1 + self.value
         return lambda x: x**exponent
 
 

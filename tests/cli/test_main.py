@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -105,3 +106,18 @@ def test_the_console_script_is_the_app() -> None:
     if script is None:
         pytest.skip("the package is not installed")
     assert script.load() is app
+
+
+def test_the_documentation_shows_every_command_with_output() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    # Other headings are those of a report that is shown.
+    for command in COMMANDS:
+        assert f"$ ckmerge {command} " in sections[command], command
+
+
+def test_options_in_the_documentation_exist() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    helps = "".join(ckmerge(command, "--help").output for command in COMMANDS) + ckmerge("--help").output
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)):
+        assert option in helps, option
