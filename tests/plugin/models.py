@@ -166,9 +166,6 @@ class TwoOptimizers(Classifier):
             self.manual_backward(super().training_step(batch, batch_idx))
             optimizer.step()
 
-    def on_train_epoch_end(self) -> None:
-        super().on_train_epoch_end()
-
     def configure_optimizers(self) -> Any:
         first, *others = [m for m in self.net if list(m.parameters())]
         rest = [p for m in others for p in m.parameters()]

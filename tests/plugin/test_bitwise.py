@@ -195,14 +195,14 @@ def hooked_weight_norm(*shape: int) -> nn.Module:
     return nn.utils.weight_norm(nn.Linear(*shape))
 
 
-class Plain(Classifier):
+class OnPlateau(Classifier):
     """A monitor that the scheduler and the stopping follow."""
 
     def __init__(self) -> None:
         super().__init__(scheduler="plateau")
 
 
-def checkpoints_by_score(root: Path | None = None) -> ModelCheckpoint:
+def checkpoints_by_score() -> ModelCheckpoint:
     return ModelCheckpoint(monitor="val_loss", save_top_k=2, save_last=True, filename="{step}-{val_loss:.6f}")
 
 
@@ -214,9 +214,9 @@ TRAINERS: dict[str, dict[str, Any]] = {
         "callbacks": lambda: [SearchAtValidationEnd()],
     },
     "clipping": {"trainer": {"gradient_clip_val": 0.1}},
-    "plateau": {"model": Plain},
+    "plateau": {"model": OnPlateau},
     "early stopping": {
-        "model": Plain,
+        "model": OnPlateau,
         "trainer": {"max_epochs": 6},
         "callbacks": lambda: [EarlyStopping("val_loss", patience=1, min_delta=0.01)],
     },

@@ -22,7 +22,6 @@ from lightning_ckmerge.errors import ConfigError, MonitorError, SearchError, Uns
 from tests.plugin.models import BATCH, NUM_TRAIN, Classifier, points_loader
 from tests.plugin.runs import (
     Case,
-    Run,
     SearchAtValidationEnd,
     assert_same_run,
     assert_searched,
@@ -88,9 +87,6 @@ class Witness(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self.before = {}
-
-    def on_before_zero_grad(self, *_: Any) -> None:
-        return None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.after = {n: t.clone() for n, t in pl_module.state_dict().items()}
@@ -333,11 +329,6 @@ def test_a_search_stops_early_within_its_limit(tmp_path: Path) -> None:
     assert 0 < len(manifest["trials"]) < 500
     assert "search.timeout_s" in manifest["cost"]["stopped_early"]
     assert sum(manifest["cost"]["seconds"].values()) < 3
-
-
-def checkpoint_of(run: Run, name: str) -> dict[str, Any]:
-    loaded: dict[str, Any] = torch.load(run.root / "checkpoints" / name, weights_only=True)
-    return loaded
 
 
 def test_a_checkpoint_saved_after_training_holds_the_buffer(tmp_path: Path) -> None:
