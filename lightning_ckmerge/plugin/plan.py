@@ -74,5 +74,7 @@ def _evaluations(callback: CheckpointMergeCallback, trainer: Trainer, total_step
     if total_steps:
         interval = callback.triggers["every_n_train_steps"] or total_steps / NUM_SEARCHES
         share = most / (FORWARDS_PER_TRAINING_BATCH * interval * trainer.accumulate_grad_batches)
-        text += f", an expected {100 * share:.2g} % of the training between two searches"
+        text += f", an expected {100 * share:.3g} % of the training between two searches"
+        if cap is not None and share > cap:
+            limit += ", so searches stop early: raise `search.max_fraction_of_training`, or search or evaluate less"
     return f"{text}{limit}."
