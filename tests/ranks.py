@@ -58,7 +58,9 @@ class RankPool:
         self._processes = []
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        # Forked from a process that has imported all this and done nothing with it.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["lightning_ckmerge.plugin.callback", "torch.distributed.fsdp", "optuna"])
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -82,7 +84,8 @@ def _serve(rank: int, world_size: int, port: int, inbox: Any, outbox: Any) -> No
         WORLD_SIZE=str(world_size),
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=world_size)
     while True:
         function, args, timeout_s = inbox.get()
         faulthandler.dump_traceback_later(timeout_s, exit=True)

@@ -271,7 +271,7 @@ def _write_wave(
 class _ShardWriter:
     """One safetensors file, written and hashed a tensor at a time, in the order of ``names``.
 
-    A patient one lets ``record`` raise what the disk has raised before: other ranks need this one to go on gathering.
+    A patient one lets ``record`` raise what went wrong before: other ranks need this one to go on gathering.
     """
 
     def __init__(
@@ -280,7 +280,7 @@ class _ShardWriter:
         self._path = path
         self._patient = patient
         self._file: IO[bytes] | None = None
-        self._failure: OSError | None = None
+        self._failure: Exception | None = None
         held = set(names)
         left_out = {alias: kept for alias, kept in weights.aliases.items() if kept in held}
         header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, **left_out}}
@@ -300,7 +300,9 @@ class _ShardWriter:
         self._sha256 = hashlib.sha256()
 
     def __enter__(self) -> _ShardWriter:
-        self._append(self._prefix)
+        with self._patience():
+            self._file = self._path.open("wb")
+            self._append(self._prefix)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -309,28 +311,32 @@ class _ShardWriter:
 
     def write(self, tensor: Tensor) -> None:
         """Append the next tensor."""
-        self._append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if self._failure is not None:
+            return
+        with self._patience():
+            self._append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
     @property
     def record(self) -> FileRecord:
         """Bytes and SHA-256 of the complete file.
 
         Raises:
-            OSError: It could not be written.
+            Exception: What writing has raised.
         """
         if self._failure is not None:
             raise self._failure
         return {"bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}
 
     def _append(self, data: bytes | memoryview) -> None:
-        if self._failure is not None:
-            return
+        assert self._file is not None
         self._sha256.update(data)
+        self._file.write(data)
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
         try:
-            if self._file is None:
-                self._file = self._path.open("wb")
-            self._file.write(data)
-        except OSError as error:
+            yield
+        except Exception as error:
             if not self._patient:
                 raise
             self._failure = error

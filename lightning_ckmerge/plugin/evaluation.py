@@ -15,7 +15,6 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -294,14 +293,14 @@ def logged_names(trainer: Trainer) -> set[str]:
     return {*trainer.callback_metrics, *(n for e in results.values() if e.meta.on_epoch for n in _logged_names(e.meta))}
 
 
-def write_checkpoint(trainer: Any, path: Path) -> None:
-    """Write a checkpoint of the live weights alone, as the strategy does it. All ranks take part.
+def dump_weights(trainer: Any) -> dict[str, Any]:
+    """Return a checkpoint of the live weights alone, for ``Strategy.save_checkpoint``. All ranks take part.
 
-    ``Trainer.save_checkpoint`` does this and then waits for all ranks, where one that has failed is missing. With
+    ``Trainer.save_checkpoint`` does both, without a chance to agree in between or before the barrier after them. With
     ``weights_only=False`` an EMA callback would write its own average instead.
     """
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
-    trainer.strategy.save_checkpoint(checkpoint, path)
+    checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+    return checkpoint
 
 
 def unknown_monitor(monitor: str, logged: Iterable[str]) -> str:

@@ -33,7 +33,7 @@ from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.distributed.scatter import scatter
 from lightning_ckmerge.errors import CkmergeError, ConfigError, PeerError
 from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
-from lightning_ckmerge.plugin.evaluation import Validation, write_checkpoint
+from lightning_ckmerge.plugin.evaluation import Validation, dump_weights
 from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.plan import render_plan
 from lightning_ckmerge.plugin.pretrained import Pretrained
@@ -368,7 +368,9 @@ class MergeRun:
         return self._store.publish(manifest, weights, extras=extras, validation=self._validations, comm=self._comm)
 
     def _write_checkpoint(self, path: Path, _: dict[str, Any]) -> None:
-        write_checkpoint(self._trainer, path / "model.ckpt")
+        checkpoint = dump_weights(self._trainer)  # in which the user's hooks may fail
+        self._comm.exchange(None)
+        self._trainer.strategy.save_checkpoint(checkpoint, path / "model.ckpt")
 
     def _write_report(self, path: Path, manifest: dict[str, Any]) -> None:
         if self._comm.rank == 0:

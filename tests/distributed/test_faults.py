@@ -1,0 +1,184 @@
+"""A fault on one rank, at any stage, is every rank's: all go on training, or all raise, and nobody waits."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from lightning_ckmerge import ArtifactConfig
+from lightning_ckmerge.artifact import weights
+from lightning_ckmerge.artifact.publish import ArtifactStore
+from lightning_ckmerge.artifact.timeline import read_timeline
+from lightning_ckmerge.buffer import storage
+from lightning_ckmerge.buffer.rolling import RollingBuffer
+from lightning_ckmerge.distributed import ownership
+from lightning_ckmerge.pipeline import Merger
+from lightning_ckmerge.plugin import evaluation, run
+from lightning_ckmerge.plugin.loaders import Stoppable
+from lightning_ckmerge.plugin.standstill import Standstill
+from lightning_ckmerge.search.study import SearchStudy
+from tests.distributed.trainers import Classifier, fit, make_merge, same_trail
+from tests.ranks import RankPool
+
+
+class BoomError(OSError):
+    """The injected fault."""
+
+
+# Stage -> what is called there, and at which call it fails; each is within the first search.
+STAGES: dict[str, tuple[Any, str, int]] = {
+    "standstill": (Standstill, "__enter__", 1),
+    "snapshots": (RollingBuffer, "snapshots", 1),
+    "loaders": (evaluation.Validation, "_find_loaders", 1),
+    "first merge": (Merger, "merge", 1),
+    "later merge": (Merger, "merge", 4),
+    "publishing": (ownership, "make_buckets", 3),
+    "begin": (Standstill, "begin", 3),
+    "reading": (Stoppable, "__iter__", 2),
+    "fetching": (_BaseDataLoaderIter, "__next__", 14),
+    "batch": (evaluation, "_record", 8),
+    "manifest": (run, "build_manifest", 1),
+    "gathering": (run, "GatheredWeights", 1),
+    "weights": (weights._ShardWriter, "_append", 2),
+    "checkpoint": (run, "dump_weights", 1),
+    "restoring": (Standstill, "__exit__", 1),
+}
+# What only rank 0 does.
+FIRST_RANK_STAGES: dict[str, tuple[Any, str, int]] = {
+    "ask": (SearchStudy, "begin", 2),
+    "tell": (SearchStudy, "tell", 2),
+    "staging": (ArtifactStore, "_open_staging", 1),
+    "report": (run, "render_markdown", 1),
+    "rename": (ArtifactStore, "_move", 1),
+    "run report": (run, "render_run_markdown", 1),
+}
+
+
+class Fault:
+    """One call of one function fails on one rank."""
+
+    def __init__(self, rank: int, target: tuple[Any, str, int]) -> None:
+        self.is_here = dist.get_rank() == rank
+        self._holder, self._name, self._call = target
+        self.count, self.happened = 0, False
+
+    def __enter__(self) -> Fault:
+        self._original: Callable[..., Any] = vars(self._holder)[self._name]
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            result = self._original(*args, **kwargs) if self._name == "__exit__" else None
+            if self.is_here and self.count == self._call:
+                self.happened = True
+                raise BoomError(errno.ENOSPC, "boom")
+            return result if self._name == "__exit__" else self._original(*args, **kwargs)
+
+        setattr(self._holder, self._name, failing)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        setattr(self._holder, self._name, self._original)
+
+
+def merge_for(root: str, on_error: str, **options: Any) -> Any:
+    artifact = ArtifactConfig(max_shard_size="600B", formats=("safetensors", "ckpt"))
+    return make_merge(root, artifact=artifact, on_error=on_error, **options)
+
+
+def faults(rank: int, strategy: str, stages: list[str], on_error: str, root: str) -> dict[str, Any]:
+    """Run once a stage: the first search fails, and if training goes on, the second does not."""
+    baseline = fit(strategy, root, None)
+    results: dict[str, Any] = {}
+    for i, stage in enumerate(stages):
+        with Fault(rank, {**STAGES, **FIRST_RANK_STAGES}[stage]) as fault:
+            try:
+                found = fit(strategy, root, merge_for(f"{root}/{i}", on_error))
+                results[stage] = same_trail(found, baseline)
+            except Exception as error:
+                results[stage] = type(error).__name__
+        if fault.is_here and not fault.happened:
+            results[stage] = f"called {fault.count} times only"
+    return results
+
+
+def searches(root: Path, num_stages: int) -> list[list[int]]:
+    """The steps at which each stage's run published; nothing half-written may be there."""
+    found = []
+    for i in range(num_stages):
+        merges = root / str(i) / "merges"
+        assert not [p for p in merges.rglob("*") if p.name.startswith(".tmp-")]
+        found.append([record["step"] for record in read_timeline(merges)])
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("rank", [1, 0])
+def test_training_goes_on_and_the_next_search_succeeds(
+    ranks: RankPool, tmp_path: Path, strategy: str, rank: int
+) -> None:
+    stages = [*STAGES, *(FIRST_RANK_STAGES if rank == 0 else ())]
+    if strategy == "fsdp2":
+        stages.remove("publishing")  # nothing is held twice
+    for result in ranks.run(faults, rank, strategy, stages, "warn", str(tmp_path)):
+        assert result == dict.fromkeys(stages, True)
+    # What fails after the rename has been published all the same.
+    late = [stages.index(s) for s in ("restoring", "run report") if s in stages]
+    assert searches(tmp_path, len(stages)) == [[6, 12] if i in late else [12] for i in range(len(stages))]
+
+
+def test_all_ranks_raise(ranks: RankPool, tmp_path: Path) -> None:
+    stages = ["snapshots", "later merge", "batch", "weights"]
+    first, second = ranks.run(faults, 1, "ddp", stages, "raise", str(tmp_path))
+    assert set(first.values()) == {"PeerError"}
+    assert second == {
+        "snapshots": "BoomError",
+        "later merge": "BoomError",
+        "batch": "BoomError",
+        "weights": "ArtifactError",
+    }
+
+
+class FailsInValidation(Classifier):
+    """On rank 1, in one batch of a search."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        # The run itself validates at step 12 only.
+        if self.global_rank == 1 and self.trainer.global_step == 6 and batch_idx == 2:
+            raise BoomError("boom")
+
+
+def in_validation(root: str) -> bool:
+    found = fit(
+        "ddp", root, merge_for(root, "warn"), model=FailsInValidation, limit_val_batches=8, val_check_interval=1.0
+    )
+    baseline = fit("ddp", root, None, limit_val_batches=8, val_check_interval=1.0)
+    return same_trail(found, baseline)
+
+
+def test_a_validation_step_fails(ranks: RankPool, tmp_path: Path) -> None:
+    """`sync_dist=True` reduces over ranks when the last batch is done; one that failed must not be waited for."""
+    assert ranks.run(in_validation, str(tmp_path)) == [True, True]
+    assert [r["step"] for r in read_timeline(tmp_path / "merges")] == [12]
+
+
+def with_lost_snapshot(root: str) -> bool:
+    """The disk of rank 1 is full for its second snapshot."""
+    with Fault(1, (storage, "write_file", 2)):
+        found = fit("ddp", root, merge_for(root, "raise", every_n_train_steps=3))
+    return same_trail(found, fit("ddp", root, None))
+
+
+def test_rings_stay_alike_when_a_rank_loses_a_snapshot(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(with_lost_snapshot, str(tmp_path)) == [True, True]
+    dirpaths = sorted((tmp_path / "merges" / "buffer").iterdir())
+    first, second = ([p.name for p in sorted(d.iterdir())] for d in dirpaths)
+    assert first == second
+    assert not any("000000003-000000004" in name for name in first)
+    assert [r["step"] for r in read_timeline(tmp_path / "merges")] == [3, 6, 9, 12]
