@@ -4,13 +4,16 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo demo-fsdp2 test check clean
 
 help:  ## Show these lines.
-	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## Pretrain a small GPT, merge, and compare. ARGS=--decay-branch adds the learning-rate decay.
 	$(BIN)/python examples/demo.py $(ARGS)
+
+demo-fsdp2: $(READY)  ## Pretrain a smaller GPT, sharded over two processes.
+	OMP_NUM_THREADS=1 $(BIN)/python examples/pretrain_gpt.py fit --config examples/pretrain_gpt_fsdp2.yaml
 
 test: $(READY)  ## Run the test suite. ARGS="-k buffer" picks a part of it.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

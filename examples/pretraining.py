@@ -15,6 +15,7 @@ from gpt import GPT
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -36,6 +37,14 @@ class GPTModule(LightningModule):
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.decay_fraction = decay_fraction
+
+    def configure_model(self) -> None:
+        """Shard the model where a ``ModelParallelStrategy`` asks for it: each block on its own, and what is around."""
+        if self.device_mesh is not None and not isinstance(self.gpt, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            for block in self.gpt.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.gpt, mesh=mesh)
 
     def loss(self, windows_BT: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats a byte."""

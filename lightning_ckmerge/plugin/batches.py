@@ -17,8 +17,8 @@ class BatchRecorder:
 
     Sums and counts are float64, and padding does not count: the result does not depend on how samples are dealt out.
 
-    Ranks talk before each batch and after the last one, so that none begins a batch, or reduces its metrics, with one
-    that has failed.
+    Ranks talk before each batch and at the end of each loader, so that none begins a batch, or reduces its metrics,
+    with one that has failed.
 
     Args:
         monitor: The metric whose batches are kept.
@@ -45,7 +45,7 @@ class BatchRecorder:
         self.sizes_B: list[float] = []
         self.num_batches = 0
         self.stopped = False
-        self._all_done = False
+        self._ended: float = 0  # loaders that this rank has read to their end
 
     @property
     def is_batch_mean(self) -> bool:
@@ -55,7 +55,7 @@ class BatchRecorder:
     def begin_batch(self, *_: object) -> None:
         """Agree with the other ranks to go on."""
         if self._comm.world_size > 1:
-            self._pool(done=False)
+            self._pool()
 
     def take(self, sums: Mapping[str, tuple[float, float]], *, dataloader_idx: int, batch_idx: int) -> None:
         """Take in a batch.
@@ -78,12 +78,11 @@ class BatchRecorder:
             if name == self._monitor:
                 self._pending.append(batch)
         if self._comm.world_size == 1:
-            self._pool(done=False)
+            self._pool()
 
-    def end_batches(self, *_: object) -> None:
-        """Wait for the last batch of every rank: one that has fewer goes on answering until then."""
-        while not self._all_done:
-            self._pool(done=True)
+    def end_loader(self) -> None:
+        """Wait until every rank has read a loader to its end: one that has fewer batches goes on answering."""
+        self._wait_for(self._ended + 1)
 
     def finish(self, logged: Mapping[str, float]) -> dict[str, float]:
         """Return all metrics over all ranks.
@@ -91,13 +90,18 @@ class BatchRecorder:
         Args:
             logged: What this rank's validation logged.
         """
-        self.end_batches()
+        self._wait_for(math.inf)
         everywhere = self._comm.exchange((dict(logged), self._totals))
         return {name: _overall(name, everywhere) for name in logged}
 
-    def _pool(self, *, done: bool) -> None:
-        """Put the ranks' batches together."""
-        answers = self._comm.exchange((self._pending, done))
+    def _wait_for(self, ended: float) -> None:
+        self._ended = ended
+        while self._pool() < ended:
+            pass
+
+    def _pool(self) -> float:
+        """Put the ranks' batches together, and return how many loaders all of them have ended."""
+        answers = self._comm.exchange((self._pending, self._ended))
         self._pending = []
         for parts in itertools.zip_longest(*(pending for pending, _ in answers), fillvalue=(0.0, 0.0)):
             size = math.fsum(n for _, n in parts)
@@ -106,7 +110,7 @@ class BatchRecorder:
                 self.sizes_B.append(size)
         if self._keep_going is not None and self.values_B and not self._keep_going(self.values_B, self.sizes_B):
             self.stopped = True
-        self._all_done = all(rank_done for _, rank_done in answers)
+        return min(ended for _, ended in answers)
 
 
 def _overall(name: str, everywhere: Sequence[tuple[dict[str, float], dict[str, tuple[float, float]]]]) -> float:

@@ -35,6 +35,7 @@ PRIVATE_NAMES = {
     "loops._EvaluationLoop._max_batches": "the limits of a loop",
     "loops._EvaluationLoop._last_val_dl_reload_epoch": "keeps a loop from asking for its loaders again",
     "loops._EvaluationLoop._data_source": "asks the user for validation loaders before the run has done so",
+    "loops._EvaluationLoop._store_dataloader_outputs": "ends each loader of a loop",
     "loops._EvaluationLoop._results": "what validation_step logged, batch by batch",
     "Trainer._data_connector._prepare_dataloader": "gives own loaders the strategy's sampler",
     "Trainer.fit_loop._combined_loader": "the training loaders, for BatchNorm statistics",
@@ -214,11 +215,11 @@ class Validation:
     ) -> dict[str, float]:
         stopped = functools.partial(_has_stopped, recorder)
         loop = self._make_loop([stoppable(p, stopped) for p in parts], like or self._combined)
+        # In which metrics are reduced over ranks.
+        loop._store_dataloader_outputs = functools.partial(_end_loader, recorder, loop._store_dataloader_outputs)
         hooks: dict[str, Callable[..., None]] = {
             "on_validation_batch_start": recorder.begin_batch,
             "on_validation_batch_end": functools.partial(_record, recorder, loop),
-            # A callback's hook comes before the module's, and both before metrics are reduced over ranks.
-            "on_validation_epoch_end": recorder.end_batches,
         }
         if on_start is not None:
             hooks["on_validation_start"] = on_start
@@ -351,6 +352,11 @@ def _record(recorder: BatchRecorder, loop: Any, *hook_args: Any) -> None:
     # The hook's arguments: trainer, module, outputs, batch, batch_idx and, with several loaders, dataloader_idx.
     batch_idx, dataloader_idx = (*hook_args[4:6], 0)[:2]
     recorder.take(sums, dataloader_idx=dataloader_idx, batch_idx=batch_idx)
+
+
+def _end_loader(recorder: BatchRecorder, store_outputs: Callable[[], None]) -> None:
+    recorder.end_loader()
+    store_outputs()
 
 
 def _has_stopped(recorder: BatchRecorder) -> bool:

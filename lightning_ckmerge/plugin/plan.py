@@ -34,11 +34,13 @@ def render_plan(
 ) -> str:
     """Return the plan as a few lines of text: buffer, evaluations, expected share of the training time."""
     config = callback.buffer
+    each = f" on each of {trainer.world_size} ranks" if trainer.world_size > 1 else ""
+    memory, disk = as_size(buffer.num_bytes_in_memory), as_size(buffer.num_bytes_on_disk)
     lines = [
         f"lightning-ckmerge: up to {config.capacity} {config.snapshot} snapshots, {config.layout}, the finest of "
         f"{buffer.segment_steps} steps; space {type(space).__name__.lower()}.",
-        f"  buffer: {as_size(buffer.num_bytes_in_memory)} in memory and at most {as_size(buffer.num_bytes_on_disk)} on "
-        f"disk; a search holds {as_size(layout.num_bytes)} more. Artifacts go to {dirpath}.",
+        f"  buffer{each}: {memory} in memory and at most {disk} on disk; a search holds {as_size(layout.num_bytes)} "
+        f"more. Artifacts go to {dirpath}.",
         f"  a search: {_evaluations(callback, trainer, total_steps)}",
     ]
     return "\n".join(lines)

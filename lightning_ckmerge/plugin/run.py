@@ -215,7 +215,7 @@ class MergeRun:
         }
 
     def _say_plan(self, total_steps: int | None) -> None:
-        found = (self._buffer, self._layout, self._space, total_steps, self.dirpath)
+        found = (self._buffer, self._local_layout, self._space, total_steps, self.dirpath)
         rank_zero_info(render_plan(self.callback, self._trainer, *found))
 
     def _make_buffer(self, total_steps: int | None) -> RollingBuffer:

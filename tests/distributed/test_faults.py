@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 from torch.utils.data.dataloader import _BaseDataLoaderIter
+from torchmetrics.classification import BinaryAccuracy
 
 from lightning_ckmerge import ArtifactConfig
 from lightning_ckmerge.artifact import weights
@@ -145,26 +147,32 @@ def test_all_ranks_raise(ranks: RankPool, tmp_path: Path) -> None:
 
 
 class FailsInValidation(Classifier):
-    """On rank 1, in one batch of a search."""
+    """On rank 1, in the first or last batch of a search; metrics are reduced over ranks after the last."""
+
+    def __init__(self, failing_batch: int) -> None:
+        super().__init__()
+        self.failing_batch = failing_batch
+        self.accuracy = BinaryAccuracy()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
+        self.accuracy(self.net(batch[0]).argmax(1), batch[1])
+        self.log("val_accuracy", self.accuracy)
         # The run itself validates at step 12 only.
-        if self.global_rank == 1 and self.trainer.global_step == 6 and batch_idx == 2:
+        if self.global_rank == 1 and self.trainer.global_step == 6 and batch_idx == self.failing_batch:
             raise BoomError("boom")
 
 
-def in_validation(root: str) -> bool:
-    found = fit(
-        "ddp", root, merge_for(root, "warn"), model=FailsInValidation, limit_val_batches=8, val_check_interval=1.0
-    )
-    baseline = fit("ddp", root, None, limit_val_batches=8, val_check_interval=1.0)
+def in_validation(failing_batch: int, root: str) -> bool:
+    model = partial(FailsInValidation, failing_batch)
+    found = fit("ddp", root, merge_for(root, "warn"), model=model, limit_val_batches=8, val_check_interval=1.0)
+    baseline = fit("ddp", root, None, model=model, limit_val_batches=8, val_check_interval=1.0)
     return same_trail(found, baseline)
 
 
-def test_a_validation_step_fails(ranks: RankPool, tmp_path: Path) -> None:
-    """`sync_dist=True` reduces over ranks when the last batch is done; one that failed must not be waited for."""
-    assert ranks.run(in_validation, str(tmp_path)) == [True, True]
+@pytest.mark.parametrize("failing_batch", [0, 7])
+def test_a_validation_step_fails(ranks: RankPool, tmp_path: Path, failing_batch: int) -> None:
+    assert ranks.run(in_validation, failing_batch, str(tmp_path)) == [True, True]
     assert [r["step"] for r in read_timeline(tmp_path / "merges")] == [12]
 
 

@@ -1,0 +1,27 @@
+"""A training script, for what only Lightning's own launchers show: python -m tests.distributed.launch ddp_spawn DIR
+
+Prints what the process that called ``fit`` knows of the best artifact.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_ckmerge import EvaluationConfig
+from tests.distributed.trainers import fit, make_merge
+
+
+def main(strategy: str, root: str) -> None:
+    # No `dirpath`: it depends on the logger's version, which only the ranks find out.
+    merge = make_merge(root, dirpath=None, evaluation=EvaluationConfig(), every_n_train_steps=6)
+    run = fit(strategy, root, merge, logger=CSVLogger(root, name="logs"), max_epochs=4)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print("steps", run.trainer.global_step)
+        print("best", merge.best_artifact and merge.best_artifact.path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
