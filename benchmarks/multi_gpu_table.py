@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lightning_ckmerge import BufferConfig
-from lightning_ckmerge.plugin.plan import as_size
 from lightning_ckmerge.plugin.planning import plan_rank
+from lightning_ckmerge.report.text import size
 
 BILLIONS = (7, 70, 405)
 GPUS = (8, 64, 512)
@@ -18,10 +18,10 @@ def table() -> str:
     lines = [f"| {HEADER} |", f"|{'---|' * (HEADER.count('|') + 1)}"]
     for billions in BILLIONS:
         for num_gpus in GPUS:
-            size = billions * 10**9
-            whole = plan_rank(size, num_gpus, BufferConfig(), is_sharded=False)
-            shard = plan_rank(size, num_gpus, BufferConfig(), is_sharded=True)
-            in_memory = plan_rank(size, num_gpus, BufferConfig(storage="cpu"), is_sharded=True)
+            num_parameters = billions * 10**9
+            whole = plan_rank(num_parameters, num_gpus, BufferConfig(), is_sharded=False)
+            shard = plan_rank(num_parameters, num_gpus, BufferConfig(), is_sharded=True)
+            in_memory = plan_rank(num_parameters, num_gpus, BufferConfig(storage="cpu"), is_sharded=True)
             sizes = (
                 whole.snapshot,
                 whole.buffer_memory,
@@ -31,7 +31,7 @@ def table() -> str:
                 shard.search_memory,
                 shard.received,
             )
-            lines.append(f"| {billions} B | {num_gpus} | {' | '.join(map(as_size, sizes))} |")
+            lines.append(f"| {billions} B | {num_gpus} | {' | '.join(map(size, sizes))} |")
     return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_ckmerge.artifact.files import FileRecord, file_record
+from lightning_ckmerge.buffer.snapshot_file import FLOAT_NAMES
 from lightning_ckmerge.core.layout import TensorSpec
 from lightning_ckmerge.distributed.comm import Alone, Comm
 from lightning_ckmerge.errors import ArtifactError
@@ -29,14 +30,8 @@ from lightning_ckmerge.errors import ArtifactError
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-# The names of the safetensors format.
 DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
+    **FLOAT_NAMES,
     torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",

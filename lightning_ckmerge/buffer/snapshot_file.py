@@ -23,7 +23,8 @@ from torch import Tensor
 from lightning_ckmerge.core.layout import Flats, TensorLayout
 from lightning_ckmerge.errors import SnapshotError
 
-DTYPE_NAMES = {
+# The names of the safetensors format.
+FLOAT_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -143,7 +144,7 @@ def header(layout: TensorLayout) -> dict[str, Any]:
     for slot in layout.slots:
         stop = start + slot.numel * slot.dtype.itemsize
         entries[slot.name] = {
-            "dtype": DTYPE_NAMES[slot.dtype],
+            "dtype": FLOAT_NAMES[slot.dtype],
             "shape": list(slot.shape),
             "data_offsets": [start, stop],
         }

@@ -63,6 +63,12 @@ def lightning_package(trainer: Trainer) -> str:
     return next(root for module in modules for root in roots if module.startswith(f"{root}."))
 
 
+def uploads_checkpoints(logger: Any) -> bool:
+    """Whether a W&B or MLflow logger's own ``log_model`` lets it upload checkpoints, which it keeps to itself."""
+    # Not in PRIVATE_NAMES: these loggers need libraries that may be missing, and without the name nothing is uploaded.
+    return bool(getattr(logger, "_log_model", False))
+
+
 class Validation:
     """Scores the live weights on one half of the run's validation batches.
 

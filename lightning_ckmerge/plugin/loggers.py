@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_ckmerge.artifact.files import WEIGHTS_NAME
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.core.outcome import SearchOutcome
+from lightning_ckmerge.plugin.evaluation import uploads_checkpoints
 from lightning_ckmerge.report.figure import draw_search
 
 KEY = "merge/search"
@@ -100,7 +101,7 @@ def _to_wandb(logger: Any, artifact: Artifact, step: int) -> None:
         description=verdict["sentence"],
     )
     for name in _files(artifact):
-        if _is_weights(name) and not _uploads(logger):
+        if _is_weights(name) and not uploads_checkpoints(logger):
             entry.add_reference((artifact.path / name).as_uri(), name=name, checksum=False)
         else:
             entry.add_file(str(artifact.path / name), name=name)
@@ -112,7 +113,7 @@ def _to_mlflow(logger: Any, artifact: Artifact, step: int) -> None:
     if (figure := draw_search(artifact.manifest)) is not None:
         client.log_figure(run_id, figure, f"{folder}/search.png")
     for name in _files(artifact):
-        if _uploads(logger) or not _is_weights(name):
+        if uploads_checkpoints(logger) or not _is_weights(name):
             parent = name.rpartition("/")[0]
             client.log_artifact(run_id, str(artifact.path / name), f"{folder}/{parent}" if parent else folder)
     client.set_tag(run_id, "merge.artifact", str(artifact.path))
@@ -124,8 +125,3 @@ def _files(artifact: Artifact) -> list[str]:
 
 def _is_weights(name: str) -> bool:
     return bool(WEIGHTS_NAME.fullmatch(name)) or name == "model.ckpt" or name.startswith("hf/")
-
-
-def _uploads(logger: Any) -> bool:
-    """Weights are uploaded where the user lets the logger upload checkpoints: its own ``log_model``."""
-    return bool(getattr(logger, "_log_model", False))

@@ -13,6 +13,7 @@ from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.plugin.evaluation import limited
 from lightning_ckmerge.plugin.loaders import Split
 from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
+from lightning_ckmerge.report.text import size
 
 if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
@@ -35,29 +36,15 @@ def render_plan(
     """Return the plan as a few lines of text: buffer, evaluations, expected share of the training time."""
     config = callback.buffer
     each = f" on each of {trainer.world_size} ranks" if trainer.world_size > 1 else ""
-    memory, disk = as_size(buffer.num_bytes_in_memory), as_size(buffer.num_bytes_on_disk)
+    memory, disk = size(buffer.num_bytes_in_memory), size(buffer.num_bytes_on_disk)
     lines = [
         f"lightning-ckmerge: up to {config.capacity} {config.snapshot} snapshots, {config.layout}, the finest of "
         f"{buffer.segment_steps} steps; space {type(space).__name__.lower()}.",
-        f"  buffer{each}: {memory} in memory and at most {disk} on disk; a search holds {as_size(layout.num_bytes)} "
+        f"  buffer{each}: {memory} in memory and at most {disk} on disk; a search holds {size(layout.num_bytes)} "
         f"more. Artifacts go to {dirpath}.",
         f"  a search: {_evaluations(callback, trainer, total_steps)}",
     ]
     return "\n".join(lines)
-
-
-def as_size(num_bytes: int) -> str:
-    """Return bytes for people, in decimal units.
-
-    >>> as_size(1_234_567)
-    '1.2 MB'
-    """
-    size, unit = float(num_bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _evaluations(callback: CheckpointMergeCallback, trainer: Trainer, total_steps: int | None) -> str:
