@@ -124,9 +124,8 @@ def _sentence(
         return f"Merging does not help: no candidate beats the latest weights' {monitor} on the search half."
     if interval is None:
         return (
-            f"Unconfirmed: merging seems to gain {gain:.4g} {monitor} over the latest weights, but there are too few "
-            f"validation batches for an interval (at least {MIN_CONFIRM_BATCHES} in the confirmation half). Use more "
-            "or smaller batches."
+            f"Unconfirmed: merging seems to gain {gain:.4g} {monitor} over the latest weights, but "
+            f"{_why_no_interval(monitor, winner, latest)}"
         )
     bounds = f"95 % {interval[0]:.4g} to {interval[1]:.4g}"
     if status == "rejected":
@@ -138,3 +137,23 @@ def _sentence(
     if winner is best_anchor:
         return f"{gains}, by {winner.candidate.name}."
     return f"{gains}, and {anchor_gain:.4g} over the best anchor, {best_anchor.candidate.name}."
+
+
+def _why_no_interval(monitor: str, winner: Trial, latest: Trial) -> str:
+    if winner.confirm is None or latest.confirm is None:
+        return "no validation batches are left to confirm it. Use more or smaller batches."
+    ours_B, theirs_B = winner.confirm.values_B, latest.confirm.values_B
+    if ours_B is None or theirs_B is None:
+        return f"there are no values by batch for an interval. Log {monitor} on every validation batch."
+    if len(ours_B) != len(theirs_B):
+        return f"they were measured on {len(ours_B)} and {len(theirs_B)} batches. Log {monitor} on every one."
+    too_few = f"too few for an interval (at least {MIN_CONFIRM_BATCHES} in the confirmation half"
+    if latest.search.values_B is None:
+        return (
+            f"{monitor} is no mean over batches, and its {len(ours_B)} blocks of validation batches are {too_few}, "
+            "each of a batch or more on every rank). Use more or smaller batches."
+        )
+    return (
+        f"{len(ours_B)} validation batches are {too_few}; those that ranks evaluate side by side count as one). Use "
+        "more or smaller batches."
+    )

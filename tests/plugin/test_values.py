@@ -150,6 +150,14 @@ def test_any_logged_metric_can_be_the_monitor(
         assert all(s.metrics["val_acc"] == s.value for s in confirmed)
 
 
+def test_a_metric_that_is_no_mean_lacks_blocks_not_batches(tmp_path: Path) -> None:
+    few = EvaluationConfig(limit_batches=FEW)
+    run = fit(Case(), tmp_path, [make_merge(**HIGHEST, monitor="val_hard", evaluation=few)])
+    (manifest,) = manifests(merges_dir(run))
+    assert manifest["verdict"]["status"] == "unconfirmed"
+    assert "its 4 blocks of validation batches are too few" in manifest["verdict"]["sentence"]
+
+
 class StepsAsWell(Classifier):
     """Logs each step of its validation, so that the epoch's mean has a name of its own."""
 

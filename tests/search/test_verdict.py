@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -137,19 +138,31 @@ def test_a_search_that_the_latest_weights_win_is_rejected() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
+    ("ours", "theirs", "why"),
     [
-        (noisy(2.0, num_batches=4), noisy(3.0, num_batches=4)),
-        (noisy(2.0, num_batches=12), noisy(3.0, num_batches=11)),
-        (score(None, value=2.0), score(None, value=3.0)),
+        (noisy(2.0, num_batches=4), noisy(3.0, num_batches=4), "4 validation batches are too few for an interval"),
+        (noisy(2.0, num_batches=12), noisy(3.0, num_batches=11), "they were measured on 12 and 11 batches"),
+        (score(None, value=2.0), score(None, value=3.0), "there are no values by batch"),
     ],
     ids=["few batches", "not the same batches", "no batch values"],
 )
-def test_a_gain_without_an_interval_is_unconfirmed(ours: Score, theirs: Score) -> None:
-    found = verdict(trial("trial-4", ours), trial("latest", theirs))
+def test_a_gain_without_an_interval_is_unconfirmed(ours: Score, theirs: Score, why: str) -> None:
+    """And the sentence says what is missing."""
+    winner, latest = trial("trial-4", ours), trial("latest", theirs)
+    latest = replace(latest, search=noisy(3.0))
+    found = verdict(winner, latest)
     assert (found.status, found.interval) == ("unconfirmed", None)
     assert found.gain == pytest.approx(theirs.value - ours.value)
-    assert found.sentence.startswith("Unconfirmed: merging seems to gain")
+    assert found.sentence.startswith(f"Unconfirmed: merging seems to gain {found.gain:.4g} val_loss over the latest")
+    assert f"weights, but {why}" in found.sentence
+
+
+def test_too_few_blocks_are_called_blocks() -> None:
+    """A metric that is no mean over batches has no values by batch on the search half."""
+    winner, latest = (trial(n, noisy(level, num_batches=4)) for n, level in [("trial-4", 2.0), ("latest", 3.0)])
+    found = verdict(winner, latest)
+    assert found.status == "unconfirmed"
+    assert "val_loss is no mean over batches, and its 4 blocks of validation batches are too few" in found.sentence
 
 
 def test_the_search_half_confirms_nothing() -> None:
@@ -161,6 +174,7 @@ def test_the_search_half_confirms_nothing() -> None:
     found = verdict(winner, latest)
     assert (found.status, found.interval) == ("unconfirmed", None)
     assert found.gain == pytest.approx(1.0, abs=0.1)
+    assert "no validation batches are left to confirm it" in found.sentence
 
 
 def test_a_winner_without_a_value_on_unseen_batches_is_rejected() -> None:
