@@ -69,6 +69,10 @@ def show(artifact: ArtifactPath, as_json: Json = False) -> None:
     out.print(table(("", ""), view.facts))
     candidates = [(c.name, c.role, c.search, c.confirm, c.gain) for c in view.candidates]
     out.print(table(CANDIDATE_HEADER, candidates, title="Candidates"))
+    if view.metrics:
+        metrics = [(m.name, m.role, *m.values, m.change) for m in view.metrics]
+        title = f"All metrics, {view.metrics_half} half"
+        out.print(table(("metric", "", *view.compared, "change"), metrics, title=title))
     snapshots = [(s.steps, s.kind, s.coefficient, s.sha256) for s in view.snapshots]
     out.print(table(("steps", "kind", "coefficient", "sha256"), snapshots, title="Snapshots"))
     out.print(table(("", ""), view.cost, title="Cost"))

@@ -53,7 +53,8 @@ def metrics_section(view: View) -> list[str]:
     """Return the table of all logged metrics; nothing where there is but one."""
     if not view.metrics:
         return []
-    return [f"## All metrics, {view.metrics_half} half", table(view.metrics_header, view.metrics)]
+    rows = [(m.name, m.role, *m.values, m.change) for m in view.metrics]
+    return [f"## All metrics, {view.metrics_half} half", table(("metric", "", *view.compared, "change"), rows)]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -43,6 +43,16 @@ class CandidateRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricRow:
+    """A metric's line in the table: a value of each candidate, and the change from the first to the last of them."""
+
+    name: str
+    role: str
+    values: list[str]
+    change: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SnapshotRow:
     """A snapshot's line in the table."""
 
@@ -60,8 +70,10 @@ class View:
         status: ``accepted``, ``rejected`` or ``unconfirmed``.
         facts: Label and text of the run's main figures.
         candidates: The winner first, then the anchors from best to worst on the search half.
-        metrics: Name, and the value of each candidate in ``metrics_header``, on ``metrics_half``; no rows where
-            validation logs the monitored metric alone.
+        metrics: What validation logs, on every loader: chosen by one, shown on all. The monitored one first; no rows
+            where there is no other.
+        compared: Names of the candidates that ``metrics`` compares, from the latest weights to the winner.
+        metrics_half: The half of the batches that they were compared on.
         cost: Label and text.
         files: Name, size and short hash.
         code: How to load it; ``None`` for a record without weights.
@@ -74,8 +86,8 @@ class View:
     warnings: list[str]
     facts: list[tuple[str, str]]
     candidates: list[CandidateRow]
-    metrics_header: list[str]
-    metrics: list[tuple[str, ...]]
+    metrics: list[MetricRow]
+    compared: list[str]
     metrics_half: str
     snapshots: list[SnapshotRow]
     cost: list[tuple[str, str]]
@@ -172,15 +184,25 @@ def _candidates(manifest: Manifest) -> list[CandidateRow]:
 
 def _metrics(manifest: Manifest) -> dict[str, Any]:
     by_name = {c["name"]: c for c in [*manifest["anchors"], *manifest["trials"]]}
-    verdict = manifest["verdict"]
+    verdict, monitor = manifest["verdict"], manifest["monitor"]
     compared = [n for n in dict.fromkeys(("latest", verdict["best_anchor"], verdict["winner"])) if n in by_name]
     half = "confirm" if all(by_name[n]["confirm"] for n in compared) else "search"
     logged = [by_name[n][half]["metrics"] for n in compared]
-    names = sorted({name for metrics in logged for name in metrics})
-    rows = [(name, *(number(metrics.get(name)) for metrics in logged)) for name in names]
+    names = sorted({name for metrics in logged for name in metrics}, key=lambda name: (name != monitor, name))
+
+    def row(name: str) -> MetricRow:
+        values = [metrics.get(name) for metrics in logged]
+        first, last = values[0], values[-1]
+        return MetricRow(
+            name=name,
+            role="monitored" if name == monitor else "",
+            values=[number(value) for value in values],
+            change=MISSING if first is None or last is None else gain_text(last - first, None),
+        )
+
     return {
-        "metrics_header": ["Metric", *compared],
-        "metrics": rows if names != [manifest["monitor"]] else [],
+        "metrics": [row(name) for name in names] if names != [monitor] else [],
+        "compared": compared,
         "metrics_half": {"confirm": "confirmation", "search": "search"}[half],
     }
 

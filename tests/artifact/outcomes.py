@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from lightning_ckmerge.config import Mode
 from lightning_ckmerge.core.outcome import (
@@ -29,12 +31,17 @@ def make_outcome(
     mode: Mode = "min",
     winner_is_anchor: bool = False,
     warnings: tuple[str, ...] = (),
+    others: Mapping[str, float] = MappingProxyType({}),
 ) -> SearchOutcome:
-    """Return a search over five means and the latest weights, whose winner has ``value`` on the confirmation half."""
+    """Return a search over five means and the latest weights, whose winner has ``value`` on the confirmation half.
+
+    ``others`` are the winner's other metrics, which are higher by as much as the monitored one is worse.
+    """
     sign = 1 if mode == "min" else -1
 
     def score(worse_by: float) -> Score:
-        return Score(value=value + sign * worse_by, metrics={monitor: value + sign * worse_by}, num_batches=8)
+        metrics = {monitor: value + sign * worse_by, **{name: v + worse_by for name, v in others.items()}}
+        return Score(value=value + sign * worse_by, metrics=metrics, num_batches=8)
 
     latest = Trial(
         candidate=Candidate(name="latest", coefficients_K=(0, 0, 0, 0, 0, 1)), search=score(0.06), confirm=score(0.05)

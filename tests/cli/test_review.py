@@ -59,6 +59,13 @@ def test_show_prints_the_verdict_first_and_the_manifest_as_json(publish: Publish
     assert all(a["name"] in text for a in artifact.manifest["anchors"])
 
 
+def test_show_tells_every_metric_on_every_loader(publish: Publish) -> None:
+    artifact = publish(others={"val_loss/dataloader_idx_1": 3.0})
+    lines = [" ".join(line.split()) for line in ckmerge("show", artifact.path).output.splitlines()]
+    assert "val_loss monitored 2.0500 2.0120 2.0000 −0.0500" in lines
+    assert "val_loss/dataloader_idx_1 3.0500 3.0120 3.0000 −0.0500" in lines
+
+
 def test_names_are_shown_as_they_are(publish: Publish) -> None:
     """Square brackets are rich's markup."""
     artifact = publish(monitor="loss[bold]/x")

@@ -19,6 +19,7 @@ from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.errors import MonitorError
 from lightning_ckmerge.plugin.evaluation import Validation
 from lightning_ckmerge.plugin.loaders import confirms
+from lightning_ckmerge.report.view import build_view
 from tests.plugin.models import Classifier, TinyGPT, points_loader, tokens_loader
 from tests.plugin.runs import Case, fit, make_merge, manifests, merges_dir
 
@@ -163,6 +164,24 @@ class StepsAsWell(Classifier):
 
     def log(self, name: str, value: Any, **options: Any) -> None:
         super().log(name, value, **{**options, "on_step": name == "val_loss" or options.get("on_step")})
+
+
+def test_every_metric_on_every_loader_is_kept_of_those_that_the_verdict_compares(tmp_path: Path) -> None:
+    """Chosen by one loader's loss; a step's hook logs each metric once a loader, an epoch's once."""
+    case = Case(val=lambda: [points_loader(train=False), points_loader(train=False, shuffle=True)])
+    run = fit(case, tmp_path, [make_merge(monitor="val_loss/dataloader_idx_1", every_n_train_steps=8)])
+    (manifest,) = manifests(merges_dir(run))
+    view = build_view(manifest)
+    assert view.metrics_half == "confirmation"
+    assert {view.compared[0], view.compared[-1]} == {"latest", manifest["verdict"]["winner"]}
+    assert [(row.name, row.role) for row in view.metrics] == [
+        ("val_loss/dataloader_idx_1", "monitored"),
+        ("val_acc/dataloader_idx_0", ""),
+        ("val_acc/dataloader_idx_1", ""),
+        ("val_hard", ""),
+        ("val_loss/dataloader_idx_0", ""),
+    ]
+    assert all("–" not in (*row.values, row.change) for row in view.metrics)
 
 
 def test_batch_statistics_are_estimated_anew(tmp_path: Path) -> None:

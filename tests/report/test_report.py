@@ -108,6 +108,25 @@ def test_a_gain_is_positive_when_better(mode: Any, gain: str) -> None:
     assert row.endswith(f"| {gain} |")
 
 
+def test_what_was_chosen_by_one_metric_is_shown_on_all() -> None:
+    data = manifest(others={"val_acc/dataloader_idx_1": 0.75, "a_loss": 3.0})
+    assert [line for line in render_markdown(data).splitlines() if "val\\_" in line or "a\\_loss" in line][-3:] == [
+        "| val\\_loss | monitored | 2.0500 | 2.0120 | 2.0000 | −0.0500 |",
+        "| a\\_loss |  | 3.0500 | 3.0120 | 3.0000 | −0.0500 |",
+        "| val\\_acc/dataloader\\_idx\\_1 |  | 0.80000 | 0.76200 | 0.75000 | −0.0500 |",
+    ]
+    assert "| metric |  | latest | uniform-4 | trial-6 | change |" in render_markdown(data)
+    page = Page(render_html(data)).text
+    assert "Metric latest uniform-4 trial-6 Change val_loss monitored 2.0500 2.0120 2.0000 −0.0500 a_loss" in page
+    assert "All metrics" not in render_html(manifest()) + render_markdown(manifest())
+
+
+def test_a_metric_that_one_candidate_lacks_has_no_change() -> None:
+    data = manifest(others={"a": 3.0})
+    del data["anchors"][0]["confirm"]["metrics"]["a"]
+    assert "| a |  | – | 3.0120 | 3.0000 | – |" in render_markdown(data)
+
+
 def test_the_page_asks_nothing_of_any_network() -> None:
     page = Page(render_html(manifest(monitor=HOSTILE)))
     assert not {"script", "link", "img", "iframe", "object", "base"} & {*page.tags}
