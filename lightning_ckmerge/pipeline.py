@@ -27,6 +27,7 @@ from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.engine import Half, KeepGoing, Problem, Search, T
 from lightning_ckmerge.search.shared import SharedStudy
+from lightning_ckmerge.search.slope import Point, Progress
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
 from lightning_ckmerge.search.verdict import reach_verdict
 
@@ -108,6 +109,8 @@ class SearchJob:
         searched_s: Seconds that the run's earlier searches took.
         training_s: Seconds of training so far, searches not counted.
         previous: Coordinates of the previous search's optimum.
+        validated: Step and value of the run's own validations, at least over its last third.
+        searched: Step and value of the latest weights of its earlier searches, on the confirmation half, likewise.
         journal: The journal file that is used where ``config.storage`` is ``None``.
         shared: Other processes may work on this search at the same time.
     """
@@ -128,6 +131,8 @@ class SearchJob:
     searched_s: float
     training_s: float
     previous: Mapping[str, float] | None
+    validated: Sequence[Point]
+    searched: Sequence[Point]
     journal: Path
     on_scored: Callable[[Trial, int], None]
     agree: Callable[[Callable[[], T]], T]
@@ -241,6 +246,7 @@ def _outcome(job: SearchJob, search: Search, elapsed_s: float) -> SearchOutcome:
         search.best_anchor,
         monitor=job.monitor,
         mode=job.mode,
+        progress=_progress(job, latest),
         warnings=tuple(_warnings(job, search)),
     )
     seconds = {**search.seconds, "other": max(0.0, elapsed_s - sum(search.seconds.values()))}
@@ -264,6 +270,11 @@ def _outcome(job: SearchJob, search: Search, elapsed_s: float) -> SearchOutcome:
             stopped_early=search.stopped_early,
         ),
     )
+
+
+def _progress(job: SearchJob, latest: Trial) -> Progress:
+    now = [(job.step, latest.confirm.value)] if latest.confirm is not None else []
+    return Progress(job.step, (job.validated, [*job.searched, *now]))
 
 
 def _warnings(job: SearchJob, search: Search) -> list[str]:

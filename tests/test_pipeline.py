@@ -140,6 +140,8 @@ def make_job(run: Run, path: Path, config: SearchConfig | None = None, **options
         "searched_s": 1.0,
         "training_s": 100.0,
         "previous": None,
+        "validated": [],
+        "searched": [],
         "journal": path / "merges" / "study.journal",
         "on_scored": lambda trial, total: None,
         "agree": lambda function: function(),
@@ -169,6 +171,23 @@ def test_a_search_gives_a_whole_account(tmp_path: Path) -> None:
     assert outcome.cost.seconds.keys() == {"anchors", "trials", "confirm", "other"}
     assert outcome.cost.share_of_training == pytest.approx((1 + sum(outcome.cost.seconds.values())) / 100, rel=0.01)
     assert outcome.cost.stopped_early is None
+    run.buffer.close()
+
+
+def test_a_gain_is_told_in_steps_of_the_runs_validations_or_else_of_its_searches(tmp_path: Path) -> None:
+    run = Run()
+    before = copy.deepcopy(run.module.state_dict())
+    plain = run_search(make_job(run, tmp_path / "plain"))
+    latest = plain.anchors[0].confirm
+    assert latest is not None
+    assert plain.verdict.equivalent_steps is None
+    curve = [(60 - age, latest.value + age * plain.verdict.gain / 10) for age in (15, 10, 5)]
+    told = []
+    for name, factor in (("searched", 1), ("validated", 2)):
+        run.module.load_state_dict(before)
+        job = make_job(run, tmp_path / name, **{name: [(s, factor * v) for s, v in curve]})
+        told.append(run_search(job).verdict.equivalent_steps)
+    assert told == [10, 5]
     run.buffer.close()
 
 

@@ -124,6 +124,7 @@ def _verdict(verdict: Verdict, winner: Trial) -> dict[str, Any]:
         "best_anchor": verdict.best_anchor,
         "gain_over_best_anchor": _finite(verdict.gain_over_best_anchor),
         "interval_over_best_anchor": _interval(verdict.interval_over_best_anchor),
+        "equivalent_steps": verdict.equivalent_steps,
         "sentence": verdict.sentence,
         "warnings": list(verdict.warnings),
     }

@@ -33,6 +33,7 @@ def timeline_record(manifest: Manifest, artifact: str, validation: Sequence[Vali
         "status": verdict["status"],
         "gain": verdict["gain"],
         "interval": verdict["interval"],
+        "equivalent_steps": verdict.get("equivalent_steps"),
         "winner": verdict["winner"],
         "best_anchor": verdict["best_anchor"],
         "values": {c["name"]: c["confirm"]["value"] for c in candidates if c["confirm"]},

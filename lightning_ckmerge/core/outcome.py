@@ -79,6 +79,8 @@ class Verdict:
         best_anchor: Name of the best anchor (by the search half), the latest weights included.
         gain_over_best_anchor: Improvement over it, likewise.
         interval_over_best_anchor: Its 95 % interval.
+        equivalent_steps: Further training steps that would gain as much at the run's current slope; ``None`` where that
+            is not well known, or nothing was accepted.
         sentence: All of this for people.
         warnings: What else they should know.
     """
@@ -90,6 +92,7 @@ class Verdict:
     gain_over_best_anchor: float
     interval_over_best_anchor: tuple[float, float] | None
     sentence: str
+    equivalent_steps: int | None = None
     warnings: tuple[str, ...] = ()
 
 

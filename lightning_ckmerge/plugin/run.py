@@ -19,7 +19,6 @@ from lightning_ckmerge.artifact.history import read_history
 from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.artifact.manifest import Manifest, build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore, Extra
-from lightning_ckmerge.artifact.timeline import Validated
 from lightning_ckmerge.artifact.weights import Weights
 from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
@@ -33,6 +32,7 @@ from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.distributed.scatter import scatter
 from lightning_ckmerge.errors import CkmergeError, ConfigError, PeerError
 from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
+from lightning_ckmerge.plugin.curve import Curve
 from lightning_ckmerge.plugin.evaluation import Validation, dump_weights
 from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.plan import render_plan
@@ -81,7 +81,7 @@ class MergeRun:
         self._pretrained = Pretrained(trainer, callback.artifact) if "hf" in callback.artifact.formats else None
         self._searching = False
         self._announcer = Announcer(trainer)
-        self._validations: list[Validated] = []
+        self._curve = Curve()
         total_steps = length_of_run(trainer)
         self._schedule = Schedule(**callback.triggers, total_steps=total_steps, step=trainer.global_step)
         self._store = ArtifactStore(
@@ -102,7 +102,7 @@ class MergeRun:
             self._resume_buffer(state)
             self._schedule.load_state_dict(state["schedule"])
             self._previous = state["previous"]
-            self._validations = [(step, value) for step, value in state["validations"]]
+            self._curve.load_state_dict(state["curve"])
             self._report_buffer()
         self._say_plan(total_steps)
 
@@ -129,10 +129,10 @@ class MergeRun:
             self.search()
 
     def after_validation(self) -> None:
-        """Keep the run's own value for the reports."""
+        """Keep the run's own value."""
         value = self._trainer.callback_metrics.get(self.callback.monitor)
-        if value is not None and math.isfinite(value):
-            self._validations.append((self._trainer.global_step, float(value)))
+        if value is not None:
+            self._curve.add_validation(self.step, float(value))
 
     def after_epoch(self) -> None:
         """Search if one is due."""
@@ -207,7 +207,7 @@ class MergeRun:
             "training_s": self.training_s,
             "searched_s": self._searched_s,
             "previous": self._previous,
-            "validations": self._validations,
+            "curve": self._curve.state_dict(),
             "schedule": self._schedule.state_dict(),
             # A checkpoint holds rank 0's state alone, so that has to hold everybody's.
             "buffers": self._comm.exchange(own),
@@ -264,7 +264,7 @@ class MergeRun:
         with self._standing_still() as job:
             outcome = run_search(job)
             artifact = self._publish(outcome, job)
-        self._validations = []
+        self._curve.add_search(outcome)
         self._announce(outcome, artifact)
         self._comm.exchange(None)  # all are done, or all hear of it
         return artifact
@@ -335,6 +335,8 @@ class MergeRun:
             searched_s=self._searched_s,
             training_s=self.training_s,
             previous=self._previous,
+            validated=self._curve.validated,
+            searched=self._curve.searched,
             journal=self.dirpath / "study.journal",
             on_scored=on_scored,
             agree=partial(on_rank_zero, self._comm),
@@ -365,7 +367,9 @@ class MergeRun:
         return self._publish_manifest(manifest, weights, [*extras, self._write_report])
 
     def _publish_manifest(self, manifest: Manifest, weights: Weights | None, extras: Sequence[Extra]) -> Artifact:
-        return self._store.publish(manifest, weights, extras=extras, validation=self._validations, comm=self._comm)
+        return self._store.publish(
+            manifest, weights, extras=extras, validation=self._curve.unpublished, comm=self._comm
+        )
 
     def _write_checkpoint(self, path: Path, _: dict[str, Any]) -> None:
         checkpoint = dump_weights(self._trainer)  # in which the user's hooks may fail

@@ -11,7 +11,7 @@ from lightning_ckmerge.report import charts, run_charts
 from lightning_ckmerge.report.html import render_page
 from lightning_ckmerge.report.markdown import escape, table
 from lightning_ckmerge.report.run_charts import Record
-from lightning_ckmerge.report.text import MISSING, Manifest, count, gain_text, number, seconds
+from lightning_ckmerge.report.text import MISSING, Manifest, count, gain_text, number, seconds, steps_worth
 from lightning_ckmerge.report.view import STATUS_TITLES
 
 # What may become a link: the timeline is a file that others may have written.
@@ -143,6 +143,7 @@ def _facts(timeline: Sequence[Record], leader: Record) -> list[tuple[str, str]]:
         (f"Merged {leader['monitor']} ({leader['mode']})", number(leader["values"].get(leader["winner"]))),
         ("Latest weights, same step and batches", number(leader["values"].get("latest"))),
         ("Gain, 95 % interval", gain_text(leader["gain"], leader["interval"])),
+        *steps_worth(leader),
         ("Searches", str(len(timeline))),
         ("Time of all searches", seconds(total)),
     ]

@@ -50,6 +50,12 @@ def size(num_bytes: int) -> str:
     return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
+def steps_worth(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the fact, label and text, that a gain is worth training steps; none where a verdict does not say so."""
+    num_steps = record.get("equivalent_steps")
+    return [] if num_steps is None else [("Worth, at the current slope", f"≈ {count(num_steps)} further steps")]
+
+
 def seconds(value: float) -> str:
     """Return a duration.
 

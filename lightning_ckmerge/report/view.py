@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ckmerge.report.text import MISSING, Manifest, count, gain_text, number, seconds, size, steps
+from lightning_ckmerge.report.text import MISSING, Manifest, count, gain_text, number, seconds, size, steps, steps_worth
 
 SHORT_HASH = 12
 WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -139,6 +139,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
             f"Gain over {verdict['best_anchor']}",
             gain_text(verdict["gain_over_best_anchor"], verdict["interval_over_best_anchor"]),
         ),
+        *steps_worth(verdict),
         (f"{manifest['monitor']} ({manifest['mode']})", number(verdict["value"])),
         ("Space", f"{manifest['space']} ({at})" if at else f"{manifest['space']}, won by an anchor"),
         ("Batches, search + confirmation", batches),

@@ -13,14 +13,21 @@ from scipy.special import stdtrit  # type: ignore[import-untyped]
 from lightning_ckmerge.config import Mode
 from lightning_ckmerge.core.outcome import Score, Status, Trial, Verdict
 from lightning_ckmerge.search.racing import paired_difference
+from lightning_ckmerge.search.slope import CONFIDENCE, Progress
 
 # With fewer paired differences the t quantile alone (2.8 at 4 degrees of freedom) makes an interval worthless.
 MIN_CONFIRM_BATCHES = 5
-CONFIDENCE = 0.95
 
 
 def reach_verdict(
-    winner: Trial, latest: Trial, best_anchor: Trial, *, monitor: str, mode: Mode, warnings: tuple[str, ...] = ()
+    winner: Trial,
+    latest: Trial,
+    best_anchor: Trial,
+    *,
+    monitor: str,
+    mode: Mode,
+    progress: Progress | None = None,
+    warnings: tuple[str, ...] = (),
 ) -> Verdict:
     """Compare the winner with the latest weights and the best anchor, on the confirmation half.
 
@@ -32,6 +39,7 @@ def reach_verdict(
         best_anchor: The best anchor on the search half, the latest weights included.
         monitor: The metric's name, for the sentence.
         mode: Whether lower or higher values are better.
+        progress: The run so far, from which a gain is told in training steps.
         warnings: What else people should know.
     """
     sign = 1 if mode == "min" else -1
@@ -42,6 +50,7 @@ def reach_verdict(
         status = "unconfirmed"
     elif interval is not None and interval[0] > 0:
         status = "accepted"
+    steps = progress.steps_worth(gain, sign) if progress is not None and status == "accepted" else None
     return Verdict(
         status=status,
         gain=gain,
@@ -49,7 +58,8 @@ def reach_verdict(
         best_anchor=best_anchor.candidate.name,
         gain_over_best_anchor=anchor_gain,
         interval_over_best_anchor=anchor_interval,
-        sentence=_sentence(status, monitor, gain, interval, winner, latest, best_anchor, anchor_gain),
+        equivalent_steps=steps,
+        sentence=_sentence(status, monitor, gain, interval, winner, latest, best_anchor, anchor_gain, steps),
         warnings=warnings,
     )
 
@@ -119,6 +129,7 @@ def _sentence(
     latest: Trial,
     best_anchor: Trial,
     anchor_gain: float,
+    steps: int | None,
 ) -> str:
     if winner is latest:
         return f"Merging does not help: no candidate beats the latest weights' {monitor} on the search half."
@@ -134,6 +145,8 @@ def _sentence(
             f"better ({bounds}), which may be nothing."
         )
     gains = f"Merging gains {gain:.4g} {monitor} over the latest weights ({bounds})"
+    if steps is not None:
+        gains += f", as much as about {steps} further training steps at the current slope"
     if winner is best_anchor:
         return f"{gains}, by {winner.candidate.name}."
     return f"{gains}, and {anchor_gain:.4g} over the best anchor, {best_anchor.candidate.name}."

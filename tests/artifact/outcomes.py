@@ -93,6 +93,7 @@ def make_outcome(
             best_anchor="uniform-4",
             gain_over_best_anchor=0.012,
             interval_over_best_anchor=None if status == "unconfirmed" else (0.004, 0.02),
+            equivalent_steps=310 if status == "accepted" else None,
             sentence=f"The verdict on {monitor} is: {status}.",
             warnings=warnings,
         ),

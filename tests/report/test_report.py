@@ -95,6 +95,15 @@ def test_the_verdict_comes_first_with_its_colour() -> None:
     assert '<span class="badge rejected">Rejected</span>' in html
 
 
+def test_a_gain_is_told_in_training_steps_where_the_verdict_does() -> None:
+    fact = "Worth, at the current slope"
+    assert f"| {fact} | ≈ 310 further steps |" in render_markdown(manifest())
+    assert f"{fact} ≈ 310 further steps" in Page(render_html(manifest())).text
+    older = manifest()
+    del older["verdict"]["equivalent_steps"]
+    assert fact not in render_html(manifest(status="rejected")) + render_html(older) + render_markdown(older)
+
+
 def test_the_winner_leads_and_the_anchors_follow_from_best_to_worst() -> None:
     rows = re.findall(r'class="name">([\w-]+) <span', render_html(manifest(mode="max")))
     assert rows == ["trial-6", "uniform-4", "ema-40", "latest"]

@@ -30,6 +30,7 @@ def test_both_reports_say_whether_by_how_much_at_what_cost_and_how_to_load() -> 
         "4 searches: 2 accepted, 1 unconfirmed, 1 rejected, in 2.1 % of the training time.",
         "2.0549",
         "2.1049",
+        "≈ 310 further steps",
         "−0.0040 [−0.0240, +0.0160]",
         "45.2 s",
         'load_merged(".", model)',

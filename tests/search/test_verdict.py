@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_ckmerge.core.outcome import Candidate, Score, Trial, Verdict
+from lightning_ckmerge.search.slope import Progress
 from lightning_ckmerge.search.verdict import MIN_CONFIRM_BATCHES, paired_gain, reach_verdict, serial_inflation
 
 NUM_DRAWS = 400
@@ -110,6 +111,27 @@ def test_a_gain_on_unseen_batches_is_accepted(mode: str) -> None:
         f"Merging gains {found.gain:.4g} val_loss over the latest weights (95 % {found.interval[0]:.4g} to "
         f"{found.interval[1]:.4g}), and {found.gain_over_best_anchor:.4g} over the best anchor, ema-9."
     )
+
+
+FALLING = Progress(900, ([(700, 5.0), (800, 4.5), (900, 4.0)],))
+
+
+def test_a_gain_is_told_in_training_steps() -> None:
+    latest, winner = trial("latest", noisy(3.0)), trial("trial-4", noisy(2.5))
+    found = reach_verdict(winner, latest, latest, monitor="val_loss", mode="min", progress=FALLING)
+    assert found.equivalent_steps == pytest.approx(100, abs=5)
+    told = f"), as much as about {found.equivalent_steps} further training steps at the current slope, and "
+    assert told in found.sentence
+    assert verdict(winner, latest).equivalent_steps is None
+    assert "slope" not in verdict(winner, latest).sentence
+
+
+def test_a_gain_that_is_not_confirmed_is_worth_no_steps() -> None:
+    latest, winner = trial("latest", noisy(3.0)), trial("trial-4", noisy(3.2))
+    found = reach_verdict(winner, latest, latest, monitor="val_loss", mode="max", progress=FALLING)
+    assert found.equivalent_steps is None  # the metric falls, though it should rise
+    found = reach_verdict(winner, latest, latest, monitor="val_loss", mode="min", progress=FALLING)
+    assert (found.status, found.equivalent_steps) == ("rejected", None)
 
 
 def test_an_anchor_may_win() -> None:
