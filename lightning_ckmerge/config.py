@@ -18,6 +18,8 @@ Mode = Literal["min", "max"]
 Apply = Literal["emit", "on_train_end"]
 OnError = Literal["warn", "raise"]
 SpaceName = Literal["decay", "pairwise", "window", "simplex", "affine"]
+AnchorName = Literal["uniform", "ema", "wsm-linear", "wsm-minus-sqrt", "best-single", "greedy-soup", "metrics-weighted"]
+DEFAULT_ANCHORS: tuple[AnchorName, ...] = ("uniform", "ema")
 Layout = Literal["geometric", "uniform"]
 SnapshotKind = Literal["mean", "point"]
 StorageKind = Literal["disk", "cpu", "device"]
@@ -93,6 +95,9 @@ class SearchConfig:
         space: ``decay``, ``pairwise`` (the paper's, needs ``point`` snapshots), ``window``, ``simplex`` or ``affine``;
             or a ``Space`` object.
         n_trials: Candidates proposed by the sampler, anchors not counted; at least 1.
+        anchors: Known merges that are scored first, beside the latest weights: ``uniform``, ``ema``, ``wsm-linear``,
+            ``wsm-minus-sqrt``; and, which cost an evaluation a snapshot or more, ``best-single``, ``greedy-soup``,
+            ``metrics-weighted``.
         sampler: Any Optuna sampler; ``None``: ``GPSampler(deterministic_objective=True)``.
         seed: Seed of the default sampler.
         timeout_s: Seconds that one search may take; it stops early rather than exceed.
@@ -104,6 +109,7 @@ class SearchConfig:
 
     space: SpaceName | Space = "decay"
     n_trials: int = 16
+    anchors: list[AnchorName] = field(default_factory=lambda: [*DEFAULT_ANCHORS])
     sampler: BaseSampler | None = None
     seed: int = 0
     timeout_s: float | None = None
@@ -115,6 +121,8 @@ class SearchConfig:
         if isinstance(self.space, str):
             require_choice("search.space", self.space, get_args(SpaceName))
         require_at_least("search.n_trials", self.n_trials, 1, "The default is 16.")
+        for name in self.anchors:
+            require_choice("search.anchors", name, get_args(AnchorName))
         require_positive("search.timeout_s", self.timeout_s, "Leave it out for no limit.")
         require_fraction("search.max_fraction_of_training", self.max_fraction_of_training, "`null` sets no limit.")
 

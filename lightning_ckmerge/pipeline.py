@@ -178,6 +178,7 @@ def _search(job: SearchJob, evaluation: _Evaluation | None = None) -> Search:
         space=job.space,
         segments_K=job.merger.segments_K,
         n_trials=job.config.n_trials,
+        anchors=tuple(job.config.anchors),
         staged=job.staged,
         constraints=tuple(job.config.constraints),
         previous=job.previous,
@@ -194,7 +195,7 @@ def _search(job: SearchJob, evaluation: _Evaluation | None = None) -> Search:
         on_scored=job.on_scored,
     )
     search.run()
-    if search.stopped_early is not None and not search.anchors[1:]:
+    if search.stopped_early is not None and not (search.anchors[1:] or search.trials):
         raise SearchError(f"the search stopped {search.stopped_early}. Raise {job.allowed_by} or search less often.")
     return search
 

@@ -34,6 +34,7 @@ WRONG = [
     (BufferConfig, "bucket_size", "64", "`buffer.bucket_size` must be a positive number with a unit"),
     (SearchConfig, "space", "simplx", "`search.space` must be one of decay, pairwise, window"),
     (SearchConfig, "n_trials", 0, "`search.n_trials >= 1`"),
+    (SearchConfig, "anchors", ("swa",), "`search.anchors` must be one of uniform, ema, wsm-linear"),
     (SearchConfig, "timeout_s", 0.0, "`search.timeout_s > 0`"),
     (SearchConfig, "timeout_s", math.nan, "`search.timeout_s > 0`"),
     (SearchConfig, "max_fraction_of_training", 0.0, "`0 < search.max_fraction_of_training <= 1`"),

@@ -17,7 +17,7 @@ from optuna.samplers import RandomSampler
 from torch import Tensor, nn
 
 from lightning_ckmerge.buffer import MemoryStorage, RollingBuffer, Snapshot
-from lightning_ckmerge.config import BufferConfig, SearchConfig
+from lightning_ckmerge.config import AnchorName, BufferConfig, SearchConfig
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.segments import Segment
@@ -188,6 +188,13 @@ def test_a_gain_is_told_in_steps_of_the_runs_validations_or_else_of_its_searches
         job = make_job(run, tmp_path / name, **{name: [(s, factor * v) for s, v in curve]})
         told.append(run_search(job).verdict.equivalent_steps)
     assert told == [10, 5]
+    run.buffer.close()
+
+
+def test_the_anchors_of_the_config_are_scored(tmp_path: Path) -> None:
+    run = Run()
+    outcome = run_search(make_job(run, tmp_path, SearchConfig(n_trials=1, anchors=["wsm-minus-sqrt"])))
+    assert [t.candidate.name for t in outcome.anchors] == ["latest", "wsm-minus-sqrt"]
     run.buffer.close()
 
 
@@ -368,10 +375,13 @@ def test_a_budget_for_nothing_is_an_error_that_names_the_argument(tmp_path: Path
     run.buffer.close()
 
 
-def test_a_spent_budget_is_reported(tmp_path: Path) -> None:
-    """The latest weights and one anchor at least have been scored by then."""
+@pytest.mark.parametrize("anchors", [["uniform"], []])
+def test_a_spent_budget_is_reported(tmp_path: Path, anchors: list[AnchorName]) -> None:
+    """The latest weights and one candidate at least have been scored by then."""
     run = Run()
-    job = make_job(run, tmp_path, SearchConfig(n_trials=1000), allowed_s=1.0, allowed_by="search.timeout_s")
+    job = make_job(
+        run, tmp_path, SearchConfig(n_trials=1000, anchors=anchors), allowed_s=1.0, allowed_by="search.timeout_s"
+    )
     outcome = run_search(job)
     assert outcome.cost.stopped_early is not None
     assert "1 s that search.timeout_s allows" in outcome.cost.stopped_early

@@ -21,10 +21,11 @@ from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 from lightning_ckmerge.plugin.evaluation import length_of, limited
 from lightning_ckmerge.plugin.loaders import Split
 from lightning_ckmerge.plugin.offline import Configured
-from lightning_ckmerge.plugin.plan import FORWARDS_PER_TRAINING_BATCH, NUM_ANCHORS
+from lightning_ckmerge.plugin.plan import FORWARDS_PER_TRAINING_BATCH
 from lightning_ckmerge.plugin.run import SEGMENT_SHARE, SEGMENT_STEPS
 from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
 from lightning_ckmerge.plugin.strategies import check_supported
+from lightning_ckmerge.search.anchors import most_anchors
 
 
 @dataclass(kw_only=True)
@@ -84,7 +85,7 @@ def forecast(configured: Configured, callback: CheckpointMergeCallback) -> Forec
         num_ranks=num_ranks,
         num_parameters=sum(p.numel() for p in configured.module.parameters()),
         space=type(make_space(callback.search.space)).__name__.lower(),
-        num_candidates=NUM_ANCHORS + callback.search.n_trials,
+        num_candidates=most_anchors(callback.search.anchors, callback.buffer.capacity) + callback.search.n_trials,
         total_steps=total_steps,
         num_searches=_num_searches(callback, total_steps),
         segment_steps=segment_steps,

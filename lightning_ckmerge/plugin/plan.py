@@ -14,12 +14,11 @@ from lightning_ckmerge.plugin.evaluation import limited
 from lightning_ckmerge.plugin.loaders import Split
 from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
 from lightning_ckmerge.report.text import size
+from lightning_ckmerge.search.anchors import most_anchors
 
 if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 
-# Latest, four uniform means, three EMA shapes, the previous optimum.
-NUM_ANCHORS = 9
 # A backward pass takes about twice as long as a forward pass.
 FORWARDS_PER_TRAINING_BATCH = 3
 
@@ -48,7 +47,8 @@ def render_plan(
 
 
 def _evaluations(callback: CheckpointMergeCallback, trainer: Trainer, total_steps: int | None) -> str:
-    candidates = f"up to {NUM_ANCHORS} anchors and {callback.search.n_trials} trials"
+    num_anchors = most_anchors(callback.search.anchors, callback.buffer.capacity)
+    candidates = f"up to {num_anchors} anchors and {callback.search.n_trials} trials"
     cap = callback.search.max_fraction_of_training
     limit = f", at most {100 * cap:g} % of the training time" if cap is not None else ""
     loaders = [] if callback.evaluation.dataloader else [n for n in trainer.num_val_batches if n]
@@ -58,7 +58,7 @@ def _evaluations(callback: CheckpointMergeCallback, trainer: Trainer, total_step
     splits = [Split((), limited(n, config.limit_batches), config.confirm_fraction) for n in loaders]
     search = sum(s.num_batches("search") or 0 for s in splits)
     confirm = sum(s.num_batches("confirm") or 0 for s in splits)
-    most = search * (NUM_ANCHORS + callback.search.n_trials) + 3 * confirm
+    most = search * (num_anchors + callback.search.n_trials) + 3 * confirm
     text = f"{candidates} on {search} batches, 3 candidates on {confirm}: up to {most} forward batches"
     if total_steps:
         interval = callback.triggers["every_n_train_steps"] or total_steps / NUM_SEARCHES

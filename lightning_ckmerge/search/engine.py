@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
 
-from lightning_ckmerge.config import Constraint, Mode
+from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, Constraint, Mode
 from lightning_ckmerge.core.outcome import Candidate, Score, Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import MonitorError, SearchError
-from lightning_ckmerge.search.anchors import make_anchors
+from lightning_ckmerge.search.anchors import make_anchors, most_derived, next_anchor
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.racing import Race
 from lightning_ckmerge.search.study import SearchStudy
@@ -48,6 +48,7 @@ class Problem:
         segments_K: K segments, oldest first; the last is the latest weights.
         previous: Coordinates of the previous search's optimum.
         n_trials: The sampler's proposals.
+        anchors: Names of known merges to score first, beside the latest weights.
         staged: Whether to drop losers early, where no constraint needs all batches.
     """
 
@@ -55,6 +56,7 @@ class Problem:
     space: Space
     segments_K: tuple[Segment, ...]
     n_trials: int
+    anchors: tuple[AnchorName, ...] = DEFAULT_ANCHORS
     staged: bool = True
     constraints: tuple[Constraint, ...] = ()
     previous: Mapping[str, float] | None = None
@@ -75,7 +77,7 @@ class Search:
         open_study: Makes the study, on rank 0, once the latest weights' score is known.
         budget: What it may spend.
         agree: Runs a function on rank 0 and returns its result on every rank.
-        on_scored: Told of each scored trial and of how many are expected in all.
+        on_scored: Told of each scored trial and of how many are expected in all, at most.
     """
 
     problem: Problem
@@ -94,8 +96,8 @@ class Search:
     def run(self) -> None:
         """Score the anchors, then the sampler's trials, until they are done or the budget is spent."""
         problem = self.problem
-        anchors = make_anchors(problem.segments_K, problem.space, problem.previous)
-        self._total = len(anchors) + problem.n_trials
+        anchors = make_anchors(problem.segments_K, problem.space, problem.previous, problem.anchors)
+        self._total = len(anchors) + most_derived(problem.anchors, len(problem.segments_K)) + problem.n_trials
         self.anchors.append(self._score(anchors[0], "anchors"))
         if not math.isfinite(self.latest.search.value):
             raise SearchError(
@@ -107,6 +109,10 @@ class Search:
             if self._must_stop():
                 return
             self.anchors.append(self._score_anchor(anchor))
+        while (derived := self._next_anchor()) is not None:
+            if self._must_stop():
+                return
+            self.anchors.append(self._score_anchor(derived))
         for i in range(problem.n_trials):
             if self._must_stop():
                 return
@@ -164,6 +170,10 @@ class Search:
         self._study = self.open_study(self.latest.search)
         self._begin(self.latest.candidate)
         self._tell(self.latest)
+
+    def _next_anchor(self) -> Candidate | None:
+        problem = self.problem
+        return next_anchor(problem.segments_K, problem.space, problem.anchors, self.anchors, problem.sign)
 
     def _score_anchor(self, anchor: Candidate) -> Trial:
         known = self.agree(lambda: self._begin(anchor))

@@ -12,7 +12,7 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_ckmerge.config import Constraint
+from lightning_ckmerge.config import AnchorName, Constraint
 from lightning_ckmerge.core.outcome import Score, Trial
 from lightning_ckmerge.core.spaces import Pairwise, Window
 from lightning_ckmerge.errors import MonitorError, SearchError
@@ -232,6 +232,44 @@ def test_it_stops_before_it_exceeds_its_budget(
         f"after {min(8, num_scored)} anchors and {max(0, num_scored - 8)} trials: {num_scored + 2} s would exceed the "
         f"{allowed_s:.3g} s that `search.timeout_s` allows, {num_scored} s are spent"
     )
+
+
+def test_anchors_by_name_are_scored_first_and_count_against_the_budget(journal: Path) -> None:
+    """A soup's candidates depend on the scores of the snapshots alone, so no list of them exists before."""
+    evaluate = Paraboloid()
+    anchors: tuple[AnchorName, ...] = ("best-single", "greedy-soup", "metrics-weighted")
+    search = make_search(evaluate, journal, anchors=anchors, n_trials=1)
+    seen: list[int] = []
+    search.on_scored = lambda trial, total: seen.append(total)
+    search.run()
+    scored = names(search.anchors)
+    assert scored[:10] == ["latest", *(f"single-{100 * (k + 1)}" for k in range(9))]
+    assert scored[10:-2] == [f"greedy-soup-{i}" for i in range(9)]
+    # A power of 100 leaves the best snapshot, which is scored already.
+    assert scored[-2:] == ["metrics-weighted-1", "metrics-weighted-10"]
+    assert seen == [1 + 9 + 9 + 3 + 1] * len(search.anchors + search.trials)
+    soup = next(t for t in search.anchors if t.candidate.name == "greedy-soup-0")
+    singles = sorted(search.anchors[:10], key=lambda t: t.search.value)
+    best = {t.candidate.coefficients_K.index(1.0) for t in singles[:2]}
+    assert {k for k, c in enumerate(soup.candidate.coefficients_K) if c == 0.5} == best
+
+
+def test_the_budget_may_end_between_two_soups(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = Paraboloid()
+    clock = SimpleNamespace(monotonic=lambda: float(len(evaluate.calls)))
+    monkeypatch.setattr(engine, "time", clock)
+    budget = Budget(14.5, reason="`search.timeout_s`", reserved_batches=20, clock=clock.monotonic)
+    search = make_search(evaluate, journal, budget=budget, staged=False, anchors=("greedy-soup",))
+    search.run()
+    assert names(search.anchors)[-1] == "greedy-soup-2"
+    assert search.stopped_early is not None
+    assert search.stopped_early.startswith("after 13 anchors and 0 trials")
+
+
+def test_without_anchors_the_latest_weights_come_first(journal: Path) -> None:
+    search = make_search(Paraboloid(), journal, anchors=(), n_trials=2)
+    search.run()
+    assert names(search.anchors + search.trials) == ["latest", "trial-0", "trial-1"]
 
 
 def test_everyone_is_told_of_each_candidate(journal: Path) -> None:
