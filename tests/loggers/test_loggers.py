@@ -54,8 +54,6 @@ def test_csv_gets_the_numbers(tmp_path: Path) -> None:
 
 
 def test_tensorboard_gets_numbers_a_picture_and_the_verdict(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    pytest.importorskip("matplotlib")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path, name="", version="")
@@ -69,18 +67,22 @@ def test_tensorboard_gets_numbers_a_picture_and_the_verdict(tmp_path: Path) -> N
     assert artifact.manifest["verdict"]["sentence"].encode() in text.tensor_proto.string_val[0]
 
 
+@pytest.fixture(scope="module")
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database; making its tables takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # MLflow's own, of SQLAlchemy
 @pytest.mark.parametrize("uploads", [False, True])
-def test_mlflow_gets_numbers_a_picture_and_the_artifact(tmp_path: Path, uploads: bool) -> None:
+def test_mlflow_gets_numbers_a_picture_and_the_artifact(tmp_path: Path, mlflow_uri: str, uploads: bool) -> None:
     """Weights are copied only where the user lets the logger upload checkpoints."""
-    mlflow = pytest.importorskip("mlflow")
-    pytest.importorskip("matplotlib")
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    logger = MLFlowLogger(
-        "merging", tracking_uri=uri, log_model=uploads, artifact_location=(tmp_path / "store").as_uri()
-    )
+    from mlflow import MlflowClient
+
+    store = (tmp_path / "store").as_uri()
+    logger = MLFlowLogger(f"{uploads}", tracking_uri=mlflow_uri, log_model=uploads, artifact_location=store)
     (artifact,) = train(tmp_path, logger)
-    client = mlflow.MlflowClient(uri)
+    client = MlflowClient(mlflow_uri)
     run = client.get_run(logger.run_id)
     assert run.data.metrics.keys() >= SCALARS
     assert run.data.tags["merge.artifact"] == str(artifact.path)
@@ -92,8 +94,8 @@ def test_mlflow_gets_numbers_a_picture_and_the_artifact(tmp_path: Path, uploads:
 
 def test_wandb_gets_numbers_a_picture_and_the_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline, the run's own file holds all that a later `wandb sync` would send."""
-    wandb = pytest.importorskip("wandb")
-    pytest.importorskip("matplotlib")
+    import wandb
+
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "wandb-home"))
     monkeypatch.setenv("WANDB_SILENT", "true")
