@@ -98,7 +98,9 @@ class SearchConfig:
         anchors: Known merges that are scored first, beside the latest weights: ``uniform``, ``ema``, ``wsm-linear``,
             ``wsm-minus-sqrt``; and, which cost an evaluation a snapshot or more, ``best-single``, ``greedy-soup``,
             ``metrics-weighted``.
-        sampler: Any Optuna sampler; ``None``: ``GPSampler(deterministic_objective=True)``.
+        sampler: Any Optuna sampler; ``None``: ``GPSampler(deterministic_objective=True)``. Of our own there are
+            ``lightning_ckmerge.search.hedge.GPHedgeSampler``, the paper's, and ``...search.brent.BrentSampler``, for a
+            space of one coordinate, such as ``pairwise``.
         seed: Seed of the default sampler.
         timeout_s: Seconds that one search may take; it stops early rather than exceed.
         max_fraction_of_training: Share of the training time so far that all searches together may take, in (0, 1];

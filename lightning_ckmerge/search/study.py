@@ -97,19 +97,26 @@ class SearchStudy:
             score: Its score.
             violations: Constraint name -> by how much it is broken; 0 or less if it holds.
 
-        A value or violation that is not finite makes the trial a failed one: Optuna takes neither.
+        Optuna takes no value or violation that is not finite. In its place stands one that is worse than the worst
+        so far by as much as that is worse than the best: the sampler learns to keep away, where of a failed trial it
+        learns nothing and asks again next to it. Before there are two different ones to go by, the trial fails.
         """
         trial = self._pending.pop(name, None)
         if trial is None:  # it was told before the interruption
             return
         trial.set_user_attr("score", asdict(score))
+        told = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        sign = 1 if self._study.direction == StudyDirection.MINIMIZE else -1
+        value = sign * _finite(sign * score.value, [sign * score_from(t.user_attrs["score"]).value for t in told])
+        # Beside 0, so that what has no value counts as broken.
+        broken = {k: _finite(v, [0.0, *(t.constraints.get(k, 0.0) for t in told)]) for k, v in violations.items()}
         with quiet():
-            if not all(map(math.isfinite, (score.value, *violations.values()))):
+            if not all(map(math.isfinite, (value, *broken.values()))):
                 self._study.tell(trial, state=TrialState.FAIL)
                 return
-            for key, violation in violations.items():
+            for key, violation in broken.items():
                 trial.set_constraint(key, violation)
-            self._study.tell(trial, score.value)
+            self._study.tell(trial, value)
 
     def _name(self, backend: BaseStorage, name: str, fingerprint: str) -> str:
         taken = {s.study_name: s for s in optuna.get_all_study_summaries(backend)}
@@ -160,6 +167,17 @@ def _distribution(interval: Interval) -> BaseDistribution:
     if interval.integer:
         return IntDistribution(int(interval.low), int(interval.high), log=interval.log)
     return FloatDistribution(interval.low, interval.high, log=interval.log)
+
+
+def _finite(value: float, others: Sequence[float]) -> float:
+    """Return ``value``, or one that is worse (higher) than all others.
+
+    Where fewer than two differ nobody knows how much is much, and ``value`` stays as it is.
+    """
+    finite = [v for v in others if math.isfinite(v)]
+    if math.isfinite(value) or len(set(finite)) < 2:
+        return value
+    return max(finite) + (max(finite) - min(finite))
 
 
 def score_from(stored: Mapping[str, object]) -> Score:

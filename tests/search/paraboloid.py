@@ -22,6 +22,13 @@ SEGMENTS: tuple[Segment, ...] = with_latest(means([100] * 9))
 OPTIMUM = Decay().coefficients({"tau": 150.0, "beta": 1.0}, SEGMENTS)
 
 
+POINTS = tuple(Segment(kind="point", first_step=n * 100 + 1, last_step=n * 100 + 100) for n in range(3))
+
+
+class HaltError(Exception):
+    """Stands for a lost node."""
+
+
 @dataclass
 class Paraboloid:
     """The squared distance of the coefficients from the optimum.
@@ -107,3 +114,21 @@ def make_search(
         budget=budget or Budget(),
         agree=lambda function: function(),
     )
+
+
+def halting(num_calls: int) -> Paraboloid:
+    """Return an objective that is lost in its last call."""
+    evaluate = Paraboloid()
+
+    def change(c_K: Sequence[float], loss: float) -> float:
+        if len(evaluate.calls) == num_calls:
+            raise HaltError
+        return loss
+
+    evaluate.change = change
+    return evaluate
+
+
+def proposals(search: Search) -> list[tuple[str, dict[str, float] | None]]:
+    """Return what the sampler asked for."""
+    return [(t.candidate.name, t.candidate.coordinates) for t in search.trials]

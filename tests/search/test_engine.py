@@ -161,15 +161,31 @@ def beyond(c_K: Sequence[float], value: float) -> float:
     return math.nan if min(c_K) < 0 else value
 
 
+@pytest.mark.parametrize("mode", ["min", "max"])
 @pytest.mark.parametrize("staged", [True, False])
-def test_a_candidate_without_a_value_loses_and_fails(journal: Path, staged: bool) -> None:
-    search = make_search(Paraboloid(change=beyond), journal, staged=staged, n_trials=6)
+def test_a_candidate_without_a_value_loses_and_is_told_as_bad(journal: Path, staged: bool, mode: str) -> None:
+    sign = 1 if mode == "min" else -1
+    evaluate = Paraboloid(change=beyond, sign=sign)
+    search = make_search(evaluate, journal, staged=staged, mode=mode, n_trials=6)
     search.run()
     lost = [t for t in search.trials if math.isnan(t.search.value)]
+    told = [t for t in stored(journal).values() if t.state == TrialState.COMPLETE]
     assert lost
-    assert {stored(journal)[n].state for n in names(lost)} == {TrialState.FAIL}
+    assert set(names(lost)) <= {t.user_attrs["name"] for t in told}
+    for i, trial in enumerate(told):
+        if trial.user_attrs["name"] in names(lost):
+            finite = [sign * t.value for t in told[:i] if t.user_attrs["name"] not in names(lost)]
+            assert sign * trial.value == pytest.approx(2 * max(finite) - min(finite))
     assert math.isfinite(search.winner.search.value)
     assert min(search.winner.candidate.coefficients_K) >= 0
+
+
+def test_the_sampler_keeps_away_from_where_merges_have_no_value(tmp_path: Path) -> None:
+    """Goes red if such trials fail: nothing is learnt of them, and the optimum's neighbourhood is asked again."""
+    merges = Paraboloid(change=lambda c_K, loss: math.nan if loss < 0.01 else loss)
+    search = make_search(merges, tmp_path / "j", n_trials=12)
+    search.run()
+    assert 1 <= sum(math.isnan(t.search.value) for t in search.trials) <= 3
 
 
 @pytest.mark.parametrize("staged", [True, False])
@@ -197,13 +213,15 @@ def test_what_was_not_scored_to_its_end_does_not_win(journal: Path) -> None:
     assert search.winner in search.anchors[:3]
 
 
-def test_a_candidate_whose_constraint_has_no_value_loses_and_fails(journal: Path) -> None:
-    evaluate = Paraboloid(metrics=lambda c_K: {"other": beyond(c_K, 0.0)})
-    search = make_search(evaluate, journal, constraints=(Constraint(monitor="other"),), n_trials=6)
+def test_a_candidate_whose_constraint_has_no_value_loses_and_is_told_as_broken(journal: Path) -> None:
+    evaluate = Paraboloid(metrics=lambda c_K: {"other": beyond(c_K, c_K[0])})
+    constraints = (Constraint(monitor="other", allowance=0.5),)
+    search = make_search(evaluate, journal, constraints=constraints, n_trials=6)
     search.run()
     lost = [t for t in search.trials if math.isnan(t.search.metrics["other"])]
     assert lost
-    assert {stored(journal)[n].state for n in names(lost)} == {TrialState.FAIL}
+    assert all(stored(journal)[n].constraints["other"] > 0 for n in names(lost))
+    assert all(stored(journal)[n].value == t.search.value for n, t in zip(names(lost), lost, strict=True))
     assert not any(t.feasible for t in lost)
     assert min(search.winner.candidate.coefficients_K) >= 0
 

@@ -10,14 +10,12 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import create_trial
 
-from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Pairwise
 from lightning_ckmerge.errors import ConfigError
 from lightning_ckmerge.search.gaussian_process import GaussianProcess
 from lightning_ckmerge.search.hedge import ACQUISITIONS, GPHedgeSampler
-from tests.search.paraboloid import Paraboloid, make_search
+from tests.search.paraboloid import POINTS, Paraboloid, make_search
 
-POINTS = tuple(Segment(kind="point", first_step=n * 100 + 1, last_step=n * 100 + 100) for n in range(3))
 UNIT = {"x": FloatDistribution(0.0, 1.0)}
 
 

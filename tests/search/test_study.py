@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,13 +16,8 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
-from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
-from tests.search.paraboloid import Paraboloid, make_search
-
-
-class HaltError(Exception):
-    """Stands for a lost node."""
+from tests.search.paraboloid import HaltError, Paraboloid, halting, make_search, proposals
 
 
 class Recording(GPSampler):
@@ -45,23 +40,6 @@ def journal(tmp_path: Path) -> Path:
 def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
     monkeypatch.setattr(Recording, "proposed", [])
     return Recording(seed=0, n_startup_trials=0)
-
-
-def halting(num_calls: int) -> Paraboloid:
-    """Return an objective that is lost in its last call."""
-    evaluate = Paraboloid()
-
-    def change(c_K: Sequence[float], loss: float) -> float:
-        if len(evaluate.calls) == num_calls:
-            raise HaltError
-        return loss
-
-    evaluate.change = change
-    return evaluate
-
-
-def proposals(search: Search) -> list[tuple[str, dict[str, float] | None]]:
-    return [(t.candidate.name, t.candidate.coordinates) for t in search.trials]
 
 
 def open_study(storage: Path | str, fingerprint: str = "a", **options: Any) -> SearchStudy:
