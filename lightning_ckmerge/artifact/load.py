@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,7 +111,8 @@ def load_merged(
     Args:
         source: An artifact, its directory, a run's ``best``, or the run's ``dirpath``, which stands for its best.
         model: The LightningModule that was trained, or one with the same ``state_dict`` names.
-        strict: Refuse missing and unexpected names; another shape is refused in any case.
+        strict: Refuse missing and unexpected names. Otherwise what fits is loaded, and a warning lists what is not; no
+            name in common, or another shape, is refused in any case.
         verify: Compare each file's SHA-256 first.
 
     Raises:
@@ -128,13 +130,23 @@ def load_merged(
         ],
         "on the meta device": sorted(name for name in names & state.keys() if state[name].is_meta),
     }
-    if strict:
-        faults["missing from the artifact"] = sorted(state.keys() - names)
-        faults["unexpected by the model"] = sorted(names - state.keys())
-    if found := "; ".join(f"{fault}: {_listed(items)}" for fault, items in faults.items() if items):
+    apart = {
+        "missing from the artifact": sorted(state.keys() - names),
+        "unexpected by the model": sorted(names - state.keys()),
+    }
+    if strict or not names & state.keys():
+        faults.update(apart)
+    if found := _described(faults):
         raise ArtifactError(
             f"the weights of {artifact.path} must fit {type(model).__name__}, got names {found}. Build the model with "
             "the hyperparameters of the run (and call its `configure_model()`), or pass `strict=False` for names alone."
+        )
+    if left_out := _described(apart):
+        warnings.warn(
+            f"Loaded {len(names & state.keys())} of the {len(state)} tensors of {type(model).__name__} from "
+            f"{artifact.path}, as `strict=False` allows. Left out are names {left_out}. What is missing keeps its "
+            "value.",
+            stacklevel=2,
         )
     model.load_state_dict(stored, strict=False)
     return artifact
@@ -189,7 +201,10 @@ def _is_extra_state(name: str) -> bool:
     return name.rpartition(".")[2] == "_extra_state"
 
 
-def _listed(items: Iterable[str]) -> str:
-    items = list(items)
+def _described(names: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{what}: {_listed(items)}" for what, items in names.items() if items)
+
+
+def _listed(items: Sequence[str]) -> str:
     rest = f" and {len(items) - NUM_LISTED} more" if len(items) > NUM_LISTED else ""
     return ", ".join(items[:NUM_LISTED]) + rest

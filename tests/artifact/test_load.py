@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,29 @@ def test_a_model_that_does_not_fit_is_told_why_and_left_as_it_was(
 
 def test_names_may_differ_unless_strict_but_shapes_may_not(publish: Publish) -> None:
     trained, model = randomised(1), Renamed()
+    before = model.norm2.weight.clone()
     artifact = publish(weights=tensors_of(trained))
-    load_merged(artifact, model, strict=False)
+    with pytest.warns(UserWarning, match="Loaded 3 of the 8 tensors of Renamed") as caught:
+        load_merged(artifact, model, strict=False)
+    [said] = [str(w.message) for w in caught]
+    assert "missing from the artifact: norm2.bias, norm2.num_batches_tracked, norm2.running_mean" in said
+    assert "unexpected by the model: norm.bias, norm.num_batches_tracked, norm.running_mean" in said
+    assert caught[0].filename == __file__
     assert torch.equal(model.wte.weight, trained.wte.weight)
+    assert torch.equal(model.norm2.weight, before)
     with pytest.raises(ArtifactError, match="of another shape"):
         load_merged(artifact, TiedModel(width=5), strict=False)
+
+
+def test_a_model_without_a_name_in_common_is_refused_in_any_case(publish: Publish) -> None:
+    with pytest.raises(ArtifactError, match="missing from the artifact: bias, weight; unexpected by the model: head"):
+        load_merged(publish(), nn.Linear(2, 2), strict=False)
+
+
+def test_what_fits_is_loaded_without_a_word(publish: Publish) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_merged(publish(), TiedModel(), strict=False)
 
 
 def test_a_record_says_that_its_search_was_rejected(publish: Publish) -> None:
