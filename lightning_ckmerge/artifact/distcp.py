@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from lightning_ckmerge.core.layout import TensorSpec
+from lightning_ckmerge.artifact.files import METADATA_NAME
+from lightning_ckmerge.core.layout import tensor_spec
 from lightning_ckmerge.errors import ArtifactError
 
-METADATA_NAME = ".metadata"
 ALLOWED = {
     "collections": {"OrderedDict"},
     "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
@@ -71,14 +71,15 @@ class DistributedWeights(Mapping[str, Tensor]):
                 f"{entries_found} in {path}. Name the entry with `--key`."
             )
         self.specs = {
-            name.removeprefix(self._prefix): TensorSpec(tuple(entry.size), entry.properties.dtype)
+            name.removeprefix(self._prefix): tensor_spec(entry.size, entry.properties.dtype)
             for name, entry in found.items()
         }
+        self._dtypes = {name.removeprefix(self._prefix): entry.properties.dtype for name, entry in found.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         spec = self.specs[name]
         full = f"{self._prefix}{name}"
-        state: dict[str, Any] = {full: torch.empty(spec.shape, dtype=spec.dtype)}
+        state: dict[str, Any] = {full: torch.empty(spec.shape, dtype=self._dtypes[name])}
         try:
             with warnings.catch_warnings():
                 # torch remarks that there is no process group, which is what `no_dist` says.

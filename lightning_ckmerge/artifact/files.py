@@ -7,27 +7,40 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from lightning_ckmerge.errors import ArtifactError
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
+MANIFEST_NAME = "manifest.json"
+METADATA_NAME = ".metadata"  # of a distributed checkpoint
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 TEMPORARY_NAME = re.compile(r"\.tmp-(step=\d{9,}(-v\d+)?|best|best\.json|report\.(html|md))-[0-9a-f]{8}")
 
 FileRecord = dict[str, Any]
 
 
-def file_record(path: Path) -> FileRecord:
-    """Return a file's ``bytes`` and ``sha256``, as the manifest lists them."""
+def file_record(path: Path, on_bytes: Callable[[int], None] = lambda num_bytes: None) -> FileRecord:
+    """Return a file's ``bytes`` and ``sha256``, as the manifest lists them.
+
+    Args:
+        path: The file.
+        on_bytes: Told of the bytes of each piece that was read; what it raises ends the reading.
+    """
     sha256 = hashlib.sha256()
-    num_bytes = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            sha256.update(chunk)
-            num_bytes += len(chunk)
-    return {"bytes": num_bytes, "sha256": sha256.hexdigest()}
+    total = 0
+    # One piece of memory for all: fresh memory costs as much as the hashing.
+    chunk = memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while num_bytes := file.readinto(chunk):
+            sha256.update(chunk[:num_bytes])
+            total += num_bytes
+            on_bytes(num_bytes)
+    return {"bytes": total, "sha256": sha256.hexdigest()}
 
 
 def list_files(directory: Path) -> list[str]:

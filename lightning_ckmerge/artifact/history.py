@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_ckmerge.artifact.files import inside
+from lightning_ckmerge.artifact.files import MANIFEST_NAME, inside
 from lightning_ckmerge.artifact.load import best_target
-from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lightning_ckmerge.artifact.manifest import Manifest, read_manifest
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME, read_timeline
 from lightning_ckmerge.errors import ArtifactError
 

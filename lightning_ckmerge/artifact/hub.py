@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lightning_ckmerge.artifact.files import FileRecord
-from lightning_ckmerge.artifact.weights import Weights, write_weights
-from lightning_ckmerge.core.layout import TensorSpec
-from lightning_ckmerge.distributed.comm import Comm
+from lightning_ckmerge.core.specs import TensorSpec
 from lightning_ckmerge.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_ckmerge.artifact.weights import Weights
+    from lightning_ckmerge.distributed.comm import Comm
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
@@ -64,6 +67,9 @@ def write_hub(
     Returns:
         Bytes and SHA-256 of each file of weights.
     """
+    # Merging checkpoints of this kind needs no torch.
+    from lightning_ckmerge.artifact.weights import write_weights
+
     if comm is None or comm.rank == 0:
         (directory / CARD_NAME).write_text(card, encoding="utf-8")
     return write_weights(directory, weights, max_shard_size, comm)

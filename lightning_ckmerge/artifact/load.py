@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_ckmerge.artifact.files import WEIGHTS_NAME, file_record, inside
-from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lightning_ckmerge.artifact.files import MANIFEST_NAME, WEIGHTS_NAME, file_record, inside
+from lightning_ckmerge.artifact.manifest import Manifest, read_manifest
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.errors import ArtifactError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lightning_ckmerge.artifact.weights import StoredWeights
+    from lightning_ckmerge.artifact.stored import StoredWeights
 
 BEST_NAME = "best"
 POINTER_NAME = "best.json"
@@ -77,7 +77,7 @@ class Artifact:
                 f"({verdict['sentence']}). Load another artifact, or go on with the latest weights."
             )
         # Reviewing artifacts needs no torch, which takes seconds to import.
-        from lightning_ckmerge.artifact.weights import StoredWeights
+        from lightning_ckmerge.artifact.stored import StoredWeights
 
         names = sorted(name for name in self.manifest["files"] if WEIGHTS_NAME.fullmatch(name))
         return StoredWeights([inside(self.path, name) for name in names])
@@ -124,9 +124,9 @@ def load_merged(
     names = {name for name in stored if not _is_extra_state(name)}
     faults = {
         "of another shape": [
-            f"{name} {stored.shape(name)} for {tuple(state[name].shape)}"
+            f"{name} {stored.spec(name).shape} for {tuple(state[name].shape)}"
             for name in sorted(names & state.keys())
-            if stored.shape(name) != tuple(state[name].shape)
+            if stored.spec(name).shape != tuple(state[name].shape)
         ],
         "on the meta device": sorted(name for name in names & state.keys() if state[name].is_meta),
     }

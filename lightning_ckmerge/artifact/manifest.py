@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from functools import cache
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
+from lightning_ckmerge.artifact.files import MANIFEST_NAME
+from lightning_ckmerge.artifact.software import software
 from lightning_ckmerge.core.outcome import Score, SearchOutcome, Trial, Verdict
 from lightning_ckmerge.errors import ArtifactError
 
 SCHEMA_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-DISTRIBUTIONS = {
-    "lightning_ckmerge": "lightning-ckmerge",
-    "torch": "torch",
-    "lightning": "lightning",
-    "optuna": "optuna",
-    "safetensors": "safetensors",
-}
 
 Manifest = dict[str, Any]
 
@@ -162,18 +155,6 @@ def _interval(interval: tuple[float, float] | None) -> list[float] | None:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def software() -> dict[str, str | None]:
-    """Return the versions of what an artifact depends on; ``None`` for what is not installed."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name, distribution in DISTRIBUTIONS.items():
-        try:
-            versions[name] = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            # Run from a source tree, or beside the `pytorch_lightning` package instead of `lightning`.
-            versions[name] = None
-    return versions
 
 
 def _find_not_finite(node: object, path: str) -> tuple[str, float] | None:

@@ -1,4 +1,4 @@
-"""Merges checkpoints on disk into a new directory, a tensor at a time, and records how.
+"""Merges checkpoints on disk into a new directory, block by block, and records how.
 
 Letters: K checkpoints, oldest first.
 """
@@ -6,6 +6,7 @@ Letters: K checkpoints, oldest first.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -15,20 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lightning_ckmerge.artifact.files import FileRecord, file_record, fsync, fsync_tree, list_files
-from lightning_ckmerge.artifact.manifest import software
+from lightning_ckmerge.artifact.shards import write_blocks
+from lightning_ckmerge.artifact.software import software
 from lightning_ckmerge.artifact.sources import Source
-from lightning_ckmerge.artifact.weights import write_weights
-from lightning_ckmerge.core.layout import TensorSpec
-from lightning_ckmerge.core.mixing import mix_tensors, slerp_tensors
+from lightning_ckmerge.core.blockwise import mix_blocks, prepare_to_mix
+from lightning_ckmerge.core.specs import TENSOR_TYPES, TensorSpec
 from lightning_ckmerge.errors import ArtifactError, ConfigError
 
 RECIPE_NAME = "recipe.json"
 RECIPE_KEY = "ckmerge_recipe"
 NUM_LISTED = 5
+BLOCK_BYTES = 1 << 20
 
 Recipe = dict[str, Any]
 
@@ -47,15 +46,9 @@ class Method:
     weights_K: tuple[float, ...]
     schedule: str | None = None
 
-    def merge(self, tensors_K: Sequence[Tensor]) -> Tensor:
-        """Return the merge of K floating tensors."""
-        if self.name == "slerp":
-            return slerp_tensors(tensors_K[0], tensors_K[1], self.weights_K[1])
-        return mix_tensors(tensors_K, self.weights_K)
-
 
 class MergedWeights:
-    """The merge of K checkpoints; a tensor is computed when it is asked for.
+    """The merge of K checkpoints; a block is computed when it is asked for.
 
     Integer and boolean tensors are the newest checkpoint's. Names that share a tensor in every checkpoint go on to.
 
@@ -89,26 +82,74 @@ class MergedWeights:
         """Bytes of all tensors that will be written."""
         return sum(spec.nbytes for name, spec in self.specs.items() if name not in self.aliases)
 
-    def gather(self, name: str) -> Tensor:
-        """Return a merged tensor."""
+    def prepare(self) -> None:
+        """Load what the arithmetic needs: a tenth of a second to two, in which something else can be done."""
+        floating = {
+            s.specs[name].dtype for s in self._sources_K for name, spec in self.specs.items() if spec.is_floating
+        }
+        if self._method.name == "linear" and len(self._sources_K) > 1:
+            prepare_to_mix(floating)
+
+    def blocks(self, name: str) -> Iterator[memoryview]:
+        """Yield a merged tensor's bytes; asking for the next block overwrites the last one."""
         spec = self.specs[name]
-        if spec.dtype.is_floating_point:
-            merged = self._method.merge([s.weights[name] for s in self._sources_K])
-        elif spec.dtype.is_complex:
-            parts_K = [torch.view_as_real(s.weights[name].to(spec.dtype).resolve_conj()) for s in self._sources_K]
-            merged = torch.view_as_complex(self._method.merge(parts_K))
+        if spec.is_complex or (spec.is_floating and self._method.name == "slerp"):
+            yield self._whole(name)
         else:
-            merged = self._sources_K[-1].weights[name]
+            sources_K = self._sources_K if spec.is_floating else self._sources_K[-1:]
+            yield from self._mixed(name, sources_K)
         self._on_tensor(spec.nbytes)
-        return merged
+
+    def _mixed(self, name: str, sources_K: Sequence[Source]) -> Iterator[memoryview]:
+        """Yield the weighted mean of a tensor over some checkpoints; over one, its own bytes."""
+        specs_K = [s.specs[name] for s in sources_K]
+        spec = self.specs[name]
+        numel = spec.nbytes // spec.itemsize
+        step = BLOCK_BYTES // max(s.itemsize for s in specs_K)
+        for start in range(0, numel, step):
+            num = min(step, numel - start)
+            blocks_K = [m[: num * s.itemsize] for m, s in zip(self._memory_K, specs_K, strict=False)]
+            for source, block, s in zip(sources_K, blocks_K, specs_K, strict=True):
+                source.reader.read_into(name, start * s.itemsize, block)
+            if len(blocks_K) == 1:
+                yield blocks_K[0]
+                continue
+            target = self._memory_K[-1][: num * spec.itemsize]
+            mix_blocks(blocks_K, [s.dtype for s in specs_K], self._method.weights_K, target, spec.dtype)
+            yield target
+
+    @functools.cached_property
+    def _memory_K(self) -> list[memoryview]:
+        """A block a checkpoint, and one for their mean: fresh memory for each tensor would take longer to get."""
+        return [memoryview(bytearray(BLOCK_BYTES)) for _ in range(len(self._sources_K) + 1)]
+
+    def _whole(self, name: str) -> memoryview:
+        import torch
+
+        from lightning_ckmerge.artifact.weights import raw_bytes
+        from lightning_ckmerge.core.layout import DTYPES
+        from lightning_ckmerge.core.mixing import mix_tensors, slerp_tensors
+
+        tensors_K = [s.weights[name] for s in self._sources_K]
+        if self.specs[name].is_complex:
+            dtype = DTYPES[self.specs[name].dtype]
+            tensors_K = [torch.view_as_real(t.to(dtype).resolve_conj()) for t in tensors_K]
+        if self._method.name == "slerp":
+            return raw_bytes(slerp_tensors(tensors_K[0], tensors_K[1], self._method.weights_K[1]))
+        return raw_bytes(mix_tensors(tensors_K, self._method.weights_K))
 
     def _spec(self, name: str) -> TensorSpec:
         specs = [s.specs[name] for s in self._sources_K]
-        dtype = specs[-1].dtype
-        if dtype.is_floating_point or dtype.is_complex:
-            for spec in specs:
-                dtype = torch.promote_types(dtype, spec.dtype)
-        return TensorSpec(specs[-1].shape, dtype)
+        newest = specs[-1]
+        if len({s.dtype for s in specs}) == 1 or not (newest.is_floating or newest.is_complex):
+            return newest
+        if unknown := [s for s in specs if s.dtype not in TENSOR_TYPES]:
+            return unknown[0]  # writing refuses it
+        import torch
+
+        from lightning_ckmerge.core.layout import DTYPES, tensor_spec
+
+        return tensor_spec(newest.shape, functools.reduce(torch.promote_types, [DTYPES[s.dtype] for s in specs]))
 
 
 def write_merge(
@@ -128,7 +169,7 @@ def write_merge(
     """
     with new_directory(out) as staging:
         header = {RECIPE_KEY: json.dumps(recipe, separators=(",", ":"))}
-        files = write_weights(staging, merged, max_shard_size, metadata=header)
+        files = write_blocks(staging, merged, max_shard_size, header)
         for path in copies:
             shutil.copyfile(path, staging / path.name)
         complete = {**recipe, "files": records(staging, files)}
@@ -214,7 +255,7 @@ def _check_alike(source: Source, newest: Source) -> None:
             name
             for name in source.specs.keys() & newest.specs.keys()
             if source.specs[name].shape != newest.specs[name].shape
-            or source.specs[name].dtype.is_floating_point != newest.specs[name].dtype.is_floating_point
+            or source.specs[name].is_floating != newest.specs[name].is_floating
         },
     }
     found = [f"{listed(names)} {fault}" for fault, names in faults.items() if names]

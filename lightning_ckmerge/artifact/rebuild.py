@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_ckmerge.artifact.files import file_record
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.sources import Source
-from lightning_ckmerge.artifact.weights import StoredWeights
+from lightning_ckmerge.artifact.stored import StoredWeights
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.errors import SnapshotError
 
@@ -58,7 +58,7 @@ def rebuild(
     """
     stored = artifact.tensors()
     kept_K, c_K = _kept(artifact, buffer, latest, checkpoints)
-    names = [n for n in stored if all(n in kept for kept in kept_K) and stored.dtype(n).is_floating_point]
+    names = [n for n in stored if all(n in kept for kept in kept_K) and stored.spec(n).is_floating]
     _require_whole(artifact, names, kept_K)
     different = []
     for done, name in enumerate(names, start=1):

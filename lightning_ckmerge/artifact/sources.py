@@ -1,6 +1,7 @@
 """Checkpoints of several formats, opened for merging: names and shapes at once, a tensor when it is asked for.
 
 Lightning's and torch's files are mapped by ``torch.load(weights_only=True)``, which builds tensors and plain data only.
+PyTorch is imported only where a format needs it.
 """
 
 from __future__ import annotations
@@ -11,18 +12,23 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
-from lightning_ckmerge.artifact.distcp import METADATA_NAME, DistributedWeights
-from lightning_ckmerge.artifact.files import WEIGHTS_NAME, FileRecord, inside
-from lightning_ckmerge.artifact.load import Artifact
-from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
-from lightning_ckmerge.artifact.weights import INDEX_NAME, SINGLE_NAME, StoredWeights, find_aliases
-from lightning_ckmerge.core.layout import TensorSpec
+from lightning_ckmerge.artifact.files import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    METADATA_NAME,
+    SINGLE_NAME,
+    WEIGHTS_NAME,
+    FileRecord,
+    inside,
+)
+from lightning_ckmerge.artifact.stored import StoredWeights
+from lightning_ckmerge.core.specs import TensorSpec
 from lightning_ckmerge.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 STEP = re.compile(r"(?:step|iter|checkpoint)[=_-]?(\d+)", flags=re.IGNORECASE)
@@ -34,6 +40,13 @@ FORMATS = (
 )
 
 
+class Reader(Protocol):
+    """Gives out tensors' bytes."""
+
+    def read_into(self, name: str, start: int, block: memoryview) -> None:
+        """Fill a block with a tensor's bytes from ``start`` on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One checkpoint.
@@ -42,6 +55,7 @@ class Source:
         path: The file or directory.
         kind: ``torch``, ``safetensors``, ``huggingface``, ``distributed`` or ``artifact``.
         weights: Its tensors by name, read when asked for.
+        reader: The same as bytes.
         specs: Shapes and dtypes by name.
         aliases: Names that share another name's tensor.
         files: The files that hold the weights.
@@ -51,6 +65,7 @@ class Source:
     path: Path
     kind: str
     weights: Mapping[str, Tensor]
+    reader: Reader
     specs: Mapping[str, TensorSpec]
     aliases: Mapping[str, str]
     files: tuple[Path, ...]
@@ -81,6 +96,27 @@ class SourceWeights:
         return self._weights[name]
 
 
+class WholeReader:
+    """Bytes of tensors that are loaded whole; the last one is kept.
+
+    Args:
+        weights: The tensors.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self._weights = weights
+        self._last: tuple[str, memoryview] | None = None
+
+    def read_into(self, name: str, start: int, block: memoryview) -> None:
+        """Fill a block with a tensor's bytes from ``start`` on."""
+        if self._last is None or self._last[0] != name:
+            from lightning_ckmerge.artifact.weights import raw_bytes
+
+            self._last = None
+            self._last = name, raw_bytes(self._weights[name])
+        block[:] = self._last[1][start : start + len(block)]
+
+
 def open_source(path: Path, key: str | None = None) -> Source:
     """Open one checkpoint.
 
@@ -98,6 +134,8 @@ def open_source(path: Path, key: str | None = None) -> Source:
     if (path / METADATA_NAME).is_file():
         return _open_distributed(path, key)
     if (path / MANIFEST_NAME).is_file():
+        from lightning_ckmerge.artifact.load import Artifact
+
         artifact = Artifact.open(path)
         artifact.tensors()  # refuses a record without weights
         names = sorted(name for name in artifact.manifest["files"] if WEIGHTS_NAME.fullmatch(name))
@@ -132,6 +170,11 @@ def _looks_like_one(path: Path) -> bool:
 
 
 def _open_torch(path: Path, key: str | None) -> Source:
+    import torch
+
+    from lightning_ckmerge.artifact.weights import find_aliases
+    from lightning_ckmerge.core.layout import tensor_spec
+
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -146,13 +189,14 @@ def _open_torch(path: Path, key: str | None) -> Source:
             f"{str(error).splitlines()[0]}. Restore it from a copy."
         ) from error
     state = _entry(content, key, path)
-    weights = {name: t for name, t in state.items() if isinstance(t, Tensor)}
+    weights = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
     step = content.get("global_step") if isinstance(content, Mapping) else None
     return Source(
         path=path,
         kind="torch",
         weights=weights,
-        specs={name: TensorSpec(tuple(t.shape), t.dtype) for name, t in weights.items()},
+        reader=WholeReader(weights),
+        specs={name: tensor_spec(t.shape, t.dtype) for name, t in weights.items()},
         aliases=find_aliases(weights),
         files=(path,),
         step=step if isinstance(step, int) else _named_step(path),
@@ -161,12 +205,14 @@ def _open_torch(path: Path, key: str | None) -> Source:
 
 def _entry(content: Any, key: str | None, path: Path) -> Mapping[str, Any]:
     """Return the part of a torch file that holds the weights."""
+    import torch
+
     if isinstance(content, Mapping):
         keys = [key] if key else [LIGHTNING_KEYS[0]]
         for name in keys:
             if isinstance(content.get(name), Mapping):
                 return {str(n): t for n, t in content[name].items()}
-        if key is None and any(isinstance(t, Tensor) for t in content.values()):
+        if key is None and any(isinstance(t, torch.Tensor) for t in content.values()):
             return {str(n): t for n, t in content.items()}
     entries = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
     raise ArtifactError(
@@ -181,7 +227,8 @@ def _open_safetensors(path: Path, kind: str, files: Sequence[Path], step: int | 
         path=path,
         kind=kind,
         weights=weights,
-        specs={name: TensorSpec(weights.shape(name), weights.dtype(name)) for name in weights},
+        reader=weights,
+        specs={name: weights.spec(name) for name in weights},
         aliases=weights.aliases,
         files=tuple(files),
         step=_named_step(path) if step is None else step,
@@ -189,6 +236,8 @@ def _open_safetensors(path: Path, kind: str, files: Sequence[Path], step: int | 
 
 
 def _open_distributed(path: Path, key: str | None) -> Source:
+    from lightning_ckmerge.artifact.distcp import DistributedWeights
+
     # Lightning writes what is no tensor beside the shards.
     is_lightning = (path / "meta.pt").is_file()
     weights = DistributedWeights(path, (key,) if key else LIGHTNING_KEYS if is_lightning else ("",))
@@ -196,6 +245,7 @@ def _open_distributed(path: Path, key: str | None) -> Source:
         path=path,
         kind="distributed",
         weights=weights,
+        reader=WholeReader(weights),
         specs=weights.specs,
         aliases={},
         files=tuple(sorted(p for p in path.iterdir() if p.suffix == ".distcp" or p.name == METADATA_NAME)),

@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_ckmerge.buffer.archive import lost
-from lightning_ckmerge.buffer.snapshot_file import FLOAT_NAMES, check_digest
+from lightning_ckmerge.buffer.snapshot_file import check_digest
 from lightning_ckmerge.buffer.state import BufferState
 from lightning_ckmerge.buffer.storage import DiskStorage, Stored
 from lightning_ckmerge.core.boxes import Box, split_name, whole
-from lightning_ckmerge.core.layout import Slot, TensorLayout
+from lightning_ckmerge.core.layout import DTYPE_NAMES, Slot, TensorLayout
 from lightning_ckmerge.errors import SnapshotError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -150,7 +150,7 @@ class _OldFiles:
             self._checked.add(part.rank)
         file = self._files[part.rank]
         found = file.get_slice(part.key).get_dtype()
-        if found != FLOAT_NAMES[dtype]:
+        if found != DTYPE_NAMES[dtype]:
             raise SnapshotError(f"a snapshot must be of the buffer's precision, got {found} for {part.key!r}.")
         tensor: Tensor = file.get_tensor(part.key)
         return tensor.reshape(-1) if flatten else tensor

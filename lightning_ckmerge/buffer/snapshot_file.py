@@ -20,18 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.core.layout import Flats, TensorLayout
+from lightning_ckmerge.core.layout import DTYPE_NAMES, Flats, TensorLayout
 from lightning_ckmerge.errors import SnapshotError
 
-# The names of the safetensors format.
-FLOAT_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
 # A multiple of every itemsize, and a cache line: mapped tensors are aligned as allocated ones are.
 ALIGNMENT = 64
 CHUNK_BYTES = 1 << 20
@@ -144,7 +135,7 @@ def header(layout: TensorLayout) -> dict[str, Any]:
     for slot in layout.slots:
         stop = start + slot.numel * slot.dtype.itemsize
         entries[slot.name] = {
-            "dtype": FLOAT_NAMES[slot.dtype],
+            "dtype": DTYPE_NAMES[slot.dtype],
             "shape": list(slot.shape),
             "data_offsets": [start, stop],
         }

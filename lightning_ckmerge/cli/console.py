@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -95,15 +97,22 @@ def progress(label: str, total: int | None, *, is_bytes: bool = False) -> Iterat
 
 
 def hash_files(paths: Sequence[Path], label: str) -> dict[Path, dict[str, Any]]:
-    """Return bytes and SHA-256 of each file, with a bar."""
+    """Return bytes and SHA-256 of each file, hashed side by side, with a bar."""
     from lightning_ckmerge.artifact.files import file_record
 
-    found = {}
+    stopped = threading.Event()
     with progress(label, sum(path.stat().st_size for path in paths), is_bytes=True) as advance:
-        for path in paths:
-            found[path] = file_record(path)
-            advance(found[path]["bytes"])
-    return found
+
+        def on_bytes(num_bytes: int) -> None:
+            if stopped.is_set():
+                raise KeyboardInterrupt
+            advance(num_bytes)
+
+        with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="ckmerge-hash") as pool:
+            try:
+                return dict(zip(paths, pool.map(lambda path: file_record(path, on_bytes), paths), strict=True))
+            finally:
+                stopped.set()
 
 
 @contextlib.contextmanager

@@ -114,7 +114,8 @@ def _find_model(source: Source, config_dir: Path, prefix: str | None) -> tuple[s
 
 
 def _card(source: Source) -> str:
-    from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, read_manifest
+    from lightning_ckmerge.artifact.files import MANIFEST_NAME
+    from lightning_ckmerge.artifact.manifest import read_manifest
     from lightning_ckmerge.artifact.offline import RECIPE_NAME
     from lightning_ckmerge.report.card import render_card, render_merge_card, render_source_card
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,10 +39,10 @@ def merge(
     max_shard_size: MaxShardSize = "5GB",
     as_json: Json = False,
 ) -> None:
-    """Merge checkpoints on disk into a new directory of safetensors, a tensor at a time.
+    """Merge checkpoints on disk into a new directory of safetensors, block by block.
 
-    Memory stays at a few of the largest tensors. Integers come from the newest checkpoint, shared tensors stay shared.
-    The recipe, with the inputs' SHA-256, is written to recipe.json and into each file's header.
+    Memory stays at a few MB (slerp: at a few of the largest tensors). Integers come from the newest checkpoint, shared
+    tensors stay shared. The recipe, with the inputs' SHA-256, is written to recipe.json and into each file's header.
 
     \b
     Examples:
@@ -58,8 +59,11 @@ def merge(
     method = _method(weights, schedule, len(checkpoints))
     require_absent(out)
     sources_K = [open_source(path, key) for path in checkpoints]
-    MergedWeights(sources_K, method)  # refuses what does not fit, before anything is hashed
+    # Refuses what does not fit, before anything is hashed.
+    preparing = threading.Thread(target=MergedWeights(sources_K, method).prepare)
+    preparing.start()
     records = hash_files([file for source in sources_K for file in source.files], "Hashing the checkpoints")
+    preparing.join()
     recipe = build_recipe(sources_K, method, [s.named(records) for s in sources_K])
     total = sum(spec.nbytes for spec in sources_K[-1].specs.values())
     with progress("Merging", total, is_bytes=True) as advance:

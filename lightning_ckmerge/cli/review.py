@@ -94,7 +94,7 @@ def report(
       ckmerge report runs/gpt/merges --open
       ckmerge report runs/gpt/merges/best > merge.md
     """
-    from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
+    from lightning_ckmerge.artifact.files import MANIFEST_NAME
 
     is_artifact = (directory / MANIFEST_NAME).is_file()
     markdown, page = _search_report(directory) if is_artifact else _run_report(directory)

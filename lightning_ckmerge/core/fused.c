@@ -3,8 +3,8 @@
 
    A tensor is float32 or bfloat16; sums are float32. m: elements; k: terms beside the base. */
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
+
+#include "bf16.h"
 
 #if !defined(__FMA__) && !defined(__ARM_FEATURE_FMA)
 #error "without FMA instructions fmaf is slow, and PyTorch rounds twice"
@@ -15,26 +15,6 @@
 #define BLOCK 1024
 /* Rows a power of two apart would compete for the same cache sets. */
 #define ROW (BLOCK + 16)
-
-typedef float f32;
-typedef uint16_t bf16;
-
-static inline float up_f32(f32 x) { return x; }
-static inline f32 down_f32(float x) { return x; }
-
-static inline float up_bf16(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float result;
-    memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-static inline bf16 down_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    int is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    return is_nan ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
 
 /* The number of terms is known to the compiler, so that all of them are read side by side. */
 #define KERNEL(T, K) \

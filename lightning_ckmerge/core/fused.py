@@ -10,22 +10,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import os
-import shlex
-import subprocess
-import tempfile
 from array import array
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lightning_ckmerge.core.compiler import NoCompilerError, compile_library
 from lightning_ckmerge.core.merge import base_index, merge_tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
-FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-std=gnu11", "-shared", "-fPIC")
-COMPILE_TIMEOUT_S = 120
 # Pieces are dealt out over threads; this many elements take a millisecond or so.
 PIECE_NUMEL = 1 << 20
 logger = logging.getLogger(__name__)
@@ -63,17 +57,11 @@ class Kernel:
     """``fused.c`` as a function.
 
     Raises:
-        OSError: There is no compiler, or what it made cannot be loaded.
-        subprocess.SubprocessError: It refused.
+        NoCompilerError: There is no compiler for this processor.
     """
 
     def __init__(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="ckmerge-") as dirpath:
-            library = Path(dirpath) / "fused.so"
-            source = Path(__file__).with_name("fused.c")
-            command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, str(source), "-o", str(library), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
-            self._merge = ctypes.CDLL(str(library)).merge
+        self._merge = compile_library("fused.c").merge
         self._merge.restype = None
 
     def __call__(self, pieces: Pieces, c_K: Sequence[float], first: int = 0, last: int | None = None) -> None:
@@ -104,9 +92,7 @@ def load_kernel() -> Kernel | None:
         if gives_the_same_bits(kernel):
             return kernel
         reason = "this processor rounds otherwise than PyTorch"
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr.decode(errors="replace").strip().splitlines() or [str(error)])[0]
-    except (OSError, subprocess.SubprocessError) as error:
+    except NoCompilerError as error:
         reason = str(error)
     logger.warning(
         "Merging at full speed needs a C compiler for this processor, got: %s. Float32 merges take about twice as "

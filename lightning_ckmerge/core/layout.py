@@ -6,7 +6,6 @@ memory are the same bytes, and a file can be mapped instead of read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,21 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_ckmerge.core.specs import TENSOR_TYPES, TensorSpec
+
 Role = Literal["parameter", "buffer"]
 Flats = dict[torch.dtype, Tensor]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What must be known of a whole tensor to write it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, own_name) for name, (own_name, _) in TENSOR_TYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,3 +105,12 @@ def storage_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 def as_real(tensor: Tensor) -> Tensor:
     """Return ``tensor``, or a real view with a last dimension of 2 if it is complex."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def tensor_spec(shape: Sequence[int], dtype: torch.dtype) -> TensorSpec:
+    """Return the description of a tensor.
+
+    >>> tensor_spec((2, 3), torch.bfloat16)
+    TensorSpec(shape=(2, 3), dtype='BF16', itemsize=2)
+    """
+    return TensorSpec(tuple(shape), DTYPE_NAMES.get(dtype, str(dtype)), dtype.itemsize)

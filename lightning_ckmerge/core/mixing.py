@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_ckmerge.core.blockwise import total_weight
+from lightning_ckmerge.core.layout import DTYPES
 from lightning_ckmerge.core.merge import BLOCK_NUMEL
 from lightning_ckmerge.errors import SnapshotError
 
@@ -37,7 +39,7 @@ def mix_tensors(tensors_K: Sequence[Tensor], w_K: Sequence[float]) -> Tensor:
     sources_K, out = _prepare(tensors_K)
     dtype = _working_dtype(out)
     coefficients_K = torch.tensor(w_K, dtype=dtype)
-    total = coefficients_K.sum()
+    total = coefficients_K.sum() if dtype == torch.float64 else total_weight(w_K)
     for start in range(0, out.numel(), BLOCK_NUMEL):
         block = slice(start, start + BLOCK_NUMEL)
         mixed = torch.zeros(out[block].shape, dtype=dtype)
@@ -45,6 +47,14 @@ def mix_tensors(tensors_K: Sequence[Tensor], w_K: Sequence[float]) -> Tensor:
             mixed.addcmul_(source[block].to(dtype), coefficient)
         out[block] = mixed.div_(total)
     return out.view(tensors_K[0].shape)
+
+
+def mix_bytes(
+    blocks_K: Sequence[memoryview], types_K: Sequence[str], w_K: Sequence[float], target: memoryview, target_type: str
+) -> None:
+    """Fill ``target`` with what ``mix_tensors`` returns; the arguments are those of ``mix_blocks``."""
+    tensors_K = [torch.frombuffer(block, dtype=DTYPES[t]) for block, t in zip(blocks_K, types_K, strict=True)]
+    torch.frombuffer(target, dtype=DTYPES[target_type]).copy_(mix_tensors(tensors_K, w_K))
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_ckmerge.core.layout import TensorSpec
+from lightning_ckmerge.core.layout import tensor_spec
+from lightning_ckmerge.core.specs import TensorSpec
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.flat_shards import clean_name, flat_shards
 from lightning_ckmerge.distributed.ownership import local_part
@@ -44,8 +45,7 @@ class GatheredWeights:
         return whole
 
     def _spec(self, name: str, tensor: Tensor) -> TensorSpec:
-        shape = self._flat[name].shape if name in self._flat else tuple(tensor.shape)
-        return TensorSpec(shape, tensor.dtype)
+        return tensor_spec(self._flat[name].shape if name in self._flat else tensor.shape, tensor.dtype)
 
     def _find_aliases(self) -> dict[str, str]:
         """By rank 0's addresses: elsewhere a shard may be empty."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_ckmerge.artifact.sources import find_sources, open_source
+from lightning_ckmerge.core.layout import tensor_spec
 from lightning_ckmerge.errors import ArtifactError
 from tests.artifact.conftest import Publish, tensors_of
 from tests.cli.checkpoints import STEPS, WRITERS, model_at, write_all, write_distributed, write_hub, write_lightning
@@ -31,7 +32,7 @@ def test_every_format_holds_the_same_weights_and_steps(tmp_path: Path, kind: str
         assert source.specs.keys() == source.weights.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(source.weights[name], tensor), name
-            assert (source.specs[name].shape, source.specs[name].dtype) == (tuple(tensor.shape), tensor.dtype)
+            assert source.specs[name] == tensor_spec(tensor.shape, tensor.dtype)
         assert all(file.is_file() for file in source.files)
 
 

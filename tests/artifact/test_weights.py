@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_ckmerge.artifact.files import file_record
-from lightning_ckmerge.artifact.weights import DTYPE_NAMES, LocalWeights, StoredWeights, write_weights
+from lightning_ckmerge.artifact.stored import StoredWeights
+from lightning_ckmerge.artifact.weights import LocalWeights, write_weights
+from lightning_ckmerge.core.layout import DTYPES
 from lightning_ckmerge.errors import ArtifactError
 
 LARGE = 1 << 30
@@ -23,7 +25,7 @@ def bits(tensor: Tensor) -> list[int]:
 def odd_weights() -> dict[str, Tensor]:
     """One tensor of every dtype, and the shapes and strides that trip writers."""
     generator = torch.Generator().manual_seed(0)
-    weights = {str(d): torch.randint(0, 2, (3, 5), generator=generator).to(d) for d in DTYPE_NAMES}
+    weights = {str(d): torch.randint(0, 2, (3, 5), generator=generator).to(d) for d in DTYPES.values()}
     dense = torch.randn(6, 4, generator=generator)
     return {
         **weights,
@@ -89,7 +91,7 @@ def test_tied_weights_are_written_once_and_read_by_each_name(tmp_path: Path, max
     assert len(stored) == 4
     for name, tensor in weights.items():
         assert torch.equal(stored[name], tensor)
-        assert stored.shape(name) == tensor.shape
+        assert stored.spec(name).shape == tensor.shape
     metadata = [safe_open(path, framework="pt").metadata() for path in paths]
     assert {"wte.weight": "head.weight"}.items() <= {k: v for m in metadata for k, v in m.items()}.items()
     if len(paths) > 1:

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_ckmerge import ArtifactConfig, EvaluationConfig, load_merged
-from lightning_ckmerge.artifact import weights as weights_module
 from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.artifact.shards import ShardWriter
 from lightning_ckmerge.artifact.weights import LocalWeights, write_weights
 from lightning_ckmerge.distributed.comm import Ranks
 from lightning_ckmerge.distributed.gather import GatheredWeights
@@ -95,7 +95,7 @@ def test_files_equal_those_of_one_process(
 def failing_write(directory: str) -> tuple[str, str]:
     """The disk of rank 1 is full in its second shard; it goes on gathering."""
     comm = Ranks()
-    original, count = weights_module._ShardWriter._append, 0
+    original, count = ShardWriter._append, 0
 
     def failing(self: Any, data: Any) -> None:
         nonlocal count
@@ -104,7 +104,7 @@ def failing_write(directory: str) -> tuple[str, str]:
             raise OSError(errno.ENOSPC, "full")
         original(self, data)
 
-    weights_module._ShardWriter._append = failing  # type: ignore[method-assign]
+    ShardWriter._append = failing  # type: ignore[method-assign]
     try:
         write_weights(Path(directory), GatheredWeights(make_model("fsdp2"), comm), 3000, comm)
     except OSError as error:
@@ -113,7 +113,7 @@ def failing_write(directory: str) -> tuple[str, str]:
     except PeerError as error:
         return type(error).__name__, comm.exchange("well")[0]
     finally:
-        weights_module._ShardWriter._append = original  # type: ignore[method-assign]
+        ShardWriter._append = original  # type: ignore[method-assign]
         comm.close()
     return "nothing", ""
 

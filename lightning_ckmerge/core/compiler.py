@@ -1,0 +1,40 @@
+"""C code of this directory as a library for this process: compiled in a moment, kept nowhere."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-std=gnu11", "-shared", "-fPIC")
+COMPILE_TIMEOUT_S = 120
+
+
+class NoCompilerError(Exception):
+    """There is no C compiler, it refused, or what it made cannot be loaded; says why in a line."""
+
+
+def compile_library(name: str) -> ctypes.CDLL:
+    """Return the functions of one of the C files beside this one.
+
+    Args:
+        name: The file's name. The compiler is ``cc``, or the environment variable ``CC``.
+
+    Raises:
+        NoCompilerError: It cannot be had.
+    """
+    source = Path(__file__).with_name(name)
+    try:
+        with tempfile.TemporaryDirectory(prefix="ckmerge-") as dirpath:
+            library = Path(dirpath) / "library.so"
+            command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS, str(source), "-o", str(library), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
+            return ctypes.CDLL(str(library))
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        raise NoCompilerError(lines[0] if lines else str(error)) from error
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NoCompilerError(str(error)) from error
