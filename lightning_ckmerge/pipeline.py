@@ -90,7 +90,8 @@ class Merger:
                 first_step=s.segment.first_step,
                 last_step=s.segment.last_step,
                 num_updates=s.segment.num_updates,
-                sha256=s.sha256,
+                sha256=None if s.files_sha256 else s.sha256,
+                files_sha256=s.files_sha256,
             )
             for s in self.snapshots_K
         )

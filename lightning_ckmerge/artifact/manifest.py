@@ -14,7 +14,7 @@ from jsonschema.exceptions import best_match
 
 from lightning_ckmerge.artifact.files import MANIFEST_NAME
 from lightning_ckmerge.artifact.software import software
-from lightning_ckmerge.core.outcome import Score, SearchOutcome, Trial, Verdict
+from lightning_ckmerge.core.outcome import Score, SearchOutcome, SnapshotRecord, Trial, Verdict
 from lightning_ckmerge.errors import ArtifactError
 
 SCHEMA_VERSION = 1
@@ -40,7 +40,7 @@ def build_manifest(outcome: SearchOutcome) -> Manifest:
         "verdict": _verdict(outcome.verdict, winner),
         "space": outcome.space,
         "coordinates": winner.candidate.coordinates,
-        "snapshots": [dict(vars(s)) for s in outcome.snapshots_K],
+        "snapshots": [_snapshot(s) for s in outcome.snapshots_K],
         "coefficients": list(winner.candidate.coefficients_K),
         "anchors": [trial(t) for t in outcome.anchors],
         "trials": [trial(t) for t in outcome.trials],
@@ -138,6 +138,12 @@ def _trial(trial: Trial, latest: Trial, sign: int) -> dict[str, Any]:
         "confirm": _score(trial.confirm) if trial.confirm else None,
         "feasible": trial.feasible,
     }
+
+
+def _snapshot(snapshot: SnapshotRecord) -> dict[str, Any]:
+    record = dict(vars(snapshot))
+    files_sha256 = record.pop("files_sha256")
+    return {**record, "files_sha256": list(files_sha256)} if files_sha256 else record
 
 
 def _score(score: Score) -> dict[str, Any]:

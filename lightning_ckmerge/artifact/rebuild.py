@@ -5,7 +5,7 @@ Letters: K snapshots, oldest first; the last is the latest weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_ckmerge.artifact.files import file_record
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.sources import Source
-from lightning_ckmerge.artifact.stored import StoredWeights
+from lightning_ckmerge.buffer.parts import Shapes, SnapshotParts
+from lightning_ckmerge.core.boxes import whole
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.errors import SnapshotError
 
@@ -48,7 +49,7 @@ def rebuild(
 
     Args:
         artifact: Holds weights.
-        buffer: The run's snapshots; found by their SHA-256.
+        buffer: The run's snapshots, of all ranks; found by their SHA-256.
         latest: The latest weights at that step, which no buffer keeps.
         checkpoints: What an offline search merged; found by their SHA-256 likewise.
         on_tensor: Told of the tensors done, and of how many there are.
@@ -79,7 +80,8 @@ def _kept(
     artifact: Artifact, buffer: Path, latest: Mapping[str, Tensor] | None, checkpoints: Sequence[Source]
 ) -> tuple[list[Mapping[str, Tensor]], list[float]]:
     """Return the snapshots that count, and their coefficients. Leaving out zeros changes no bit of a merge."""
-    manifest = artifact.manifest
+    manifest, stored = artifact.manifest, artifact.tensors()
+    shapes = {name: stored.spec(name).shape for name in stored}
     kept_K: list[Mapping[str, Tensor]] = []
     c_K: list[float] = []
     missing = []
@@ -87,9 +89,11 @@ def _kept(
     for snapshot, c in pairs[:-1]:
         if c == 0:
             continue
-        found = _find(buffer, checkpoints, snapshot["last_step"], snapshot["sha256"])
-        if found is None:
-            missing.append(f"steps {snapshot['first_step']}-{snapshot['last_step']} (coefficient {c:.4g})")
+        hashes = snapshot.get("files_sha256", [snapshot["sha256"]])
+        found = _find(buffer, checkpoints, snapshot["last_step"], hashes, shapes)
+        if isinstance(found, int):
+            files = f", {found} of {len(hashes)} files" if found else ""
+            missing.append(f"steps {snapshot['first_step']}-{snapshot['last_step']} (coefficient {c:.4g}{files})")
         else:
             kept_K.append(found)
             c_K.append(c)
@@ -108,28 +112,50 @@ def _kept(
 
 
 def _find(
-    buffer: Path, checkpoints: Sequence[Source], last_step: int, sha256: str | None
-) -> Mapping[str, Tensor] | None:
-    """Return the weights of the file with this hash; its name or step only narrows the search."""
-    for path in sorted(buffer.rglob(f"*-{last_step:09d}-*.safetensors")) if sha256 else ():
-        if file_record(path)["sha256"] == sha256:
-            return StoredWeights([path])
-    for source in checkpoints if sha256 else ():
-        if source.step == last_step and [file_record(path)["sha256"] for path in source.files] == [sha256]:
+    buffer: Path, checkpoints: Sequence[Source], last_step: int, hashes: Sequence[str | None], shapes: Shapes
+) -> Mapping[str, Tensor] | int:
+    """Return the weights of the files with these hashes, else how many of them are there.
+
+    A file's name, or a checkpoint's step, only narrows the search.
+    """
+    for source in checkpoints:
+        if source.step == last_step and [file_record(path)["sha256"] for path in source.files] == hashes:
             return source.weights
-    return None
+    candidates = sorted(buffer.rglob(f"*-{last_step:09d}-*.safetensors")) if any(hashes) else []
+    by_hash = {file_record(path)["sha256"]: path for path in candidates}
+    paths = [by_hash[h] for h in hashes if h in by_hash]
+    return _Whole(paths, shapes) if len(paths) == len(hashes) else len(paths)
+
+
+class _Whole(Mapping[str, Tensor]):
+    """A snapshot's tensors, each put together from the parts in its files when it is asked for."""
+
+    def __init__(self, paths: Sequence[Path], shapes: Shapes) -> None:
+        self._parts = SnapshotParts(paths, None, shapes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self:
+            raise KeyError(name)
+        return self._parts.assemble(name, whole(self._parts.shape(name)), self._parts.dtype(name))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts.names)
+
+    def __len__(self) -> int:
+        return len(self._parts.names)
 
 
 def _require_whole(artifact: Artifact, names: list[str], kept_K: list[Mapping[str, Tensor]]) -> None:
     stored = artifact.tensors()
     partial = [n for n in names if any(kept[n].shape != stored[n].shape for kept in kept_K)]
-    # The parts of a tensor that several ranks share carry their place in their name.
-    parts = [n for kept in kept_K for n in kept if n not in stored]
-    if partial or parts or not names:
+    others = [n for kept in kept_K for n in kept if n not in stored]
+    if partial or others or not names:
         raise SnapshotError(
-            "a rebuild needs whole tensors in the snapshots, got "
-            f"{(partial or parts or ['none of the names of the artifact'])[0]!r}. The manifest names the snapshots of "
-            "rank 0, which holds parts of the model in a run of several ranks; check the hashes alone."
+            "a rebuild needs whole tensors of the artifact's model in the snapshots, got "
+            f"{(partial or others or ['none of its names'])[0]!r}. Check the hashes alone."
         )
 
 

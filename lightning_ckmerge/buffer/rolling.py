@@ -41,12 +41,14 @@ class Snapshot:
     Args:
         segment: The steps that it stands for.
         sha256: Of its file; ``None`` if it never was one.
+        files_sha256: Of the files of all ranks, by rank, where there are several; ``sha256`` is of this rank's.
         tensors: The weights, in the order of the model's layout, in the stored precision. To be read only, and only
             until the buffer's next ``update``; those of a file are read from the disk as they are used.
     """
 
     segment: Segment
     sha256: str | None
+    files_sha256: tuple[str, ...] = ()
     tensors: list[Tensor] = field(repr=False, compare=False)
 
 

@@ -98,13 +98,19 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotRecord:
-    """A snapshot as the manifest names it; ``sha256`` is ``None`` for one that never was a file."""
+    """A snapshot as the manifest names it.
+
+    Args:
+        sha256: Of its file; ``None`` for one that never was a file, or is several.
+        files_sha256: Of each of several files: one a rank, by rank, or a checkpoint's.
+    """
 
     kind: Literal["mean", "point"]
     first_step: int
     last_step: int
     num_updates: int
     sha256: str | None
+    files_sha256: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -211,13 +211,15 @@ class OfflineRun(MergeRun):
     def _common_snapshots(self) -> list[Snapshot]:
         """The checkpoints but the newest, which is in the module."""
         steps = [0, *(s.step or 0 for s in self._sources)]
+        hashes = [tuple(file_record(path)["sha256"] for path in s.files) for s in self._sources[:-1]]
         return [
             Snapshot(
                 segment=Segment(kind="point", first_step=before + 1, last_step=step),
-                sha256=file_record(source.files[0])["sha256"] if len(source.files) == 1 else None,
+                sha256=files[0] if len(files) == 1 else None,
+                files_sha256=files if len(files) > 1 else (),
                 tensors=[as_real(source.weights[slot.name]) for slot in self._layout.slots],
             )
-            for source, (before, step) in zip(self._sources[:-1], pairwise(steps), strict=False)
+            for source, files, (before, step) in zip(self._sources[:-1], hashes, pairwise(steps), strict=False)
         ]
 
     def _make_job(self, merger: Merger, *others: Any) -> SearchJob:

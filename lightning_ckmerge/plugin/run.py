@@ -7,6 +7,7 @@ import math
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,9 +287,13 @@ class MergeRun:
         """The snapshots that no rank has lost."""
         own = self._buffer.snapshots()
         self._report_buffer()
-        everywhere = set.intersection(*(set(segments) for segments in self._comm.exchange([s.segment for s in own])))
-        self._buffer.keep(everywhere)
-        return [s for s in own if s.segment in everywhere]
+        everywhere = self._comm.exchange({s.segment: s.sha256 for s in own})
+        common = set.intersection(*map(set, everywhere))
+        self._buffer.keep(common)
+        if len(everywhere) == 1:
+            return own
+        files = {segment: tuple(f for rank in everywhere if (f := rank[segment]) is not None) for segment in common}
+        return [replace(s, files_sha256=files[s.segment]) for s in own if s.segment in common]
 
     def _make_validation(self) -> Validation:
         name = self.callback.evaluation.dataloader

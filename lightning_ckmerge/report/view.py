@@ -114,7 +114,7 @@ def build_view(manifest: Manifest) -> View:
                 kind=snapshot["kind"],
                 steps=steps(snapshot),
                 coefficient=number(c, "+.4f"),
-                sha256=(snapshot["sha256"] or MISSING)[:SHORT_HASH],
+                sha256=_hashes(snapshot),
             )
             for snapshot, c in zip(manifest["snapshots"], manifest["coefficients"], strict=True)
         ],
@@ -144,6 +144,12 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("Space", f"{manifest['space']} ({at})" if at else f"{manifest['space']}, won by an anchor"),
         ("Batches, search + confirmation", batches),
     ]
+
+
+def _hashes(snapshot: dict[str, Any]) -> str:
+    hashes: list[str] = snapshot.get("files_sha256", [snapshot["sha256"] or MISSING])
+    others = f" +{len(hashes) - 1}" if len(hashes) > 1 else ""
+    return hashes[0][:SHORT_HASH] + others
 
 
 def _candidates(manifest: Manifest) -> list[CandidateRow]:

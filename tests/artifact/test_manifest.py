@@ -50,6 +50,18 @@ def test_every_outcome_is_read_back_as_it_was_written(
     assert manifest.keys() == KEYS
 
 
+def test_a_snapshot_of_several_files_names_them_all(tmp_path: Path) -> None:
+    """And one of a single file says what it always said."""
+    outcome = make_outcome()
+    one, *others = outcome.snapshots_K
+    several = replace(one, sha256=None, files_sha256=("ab" * 32, "cd" * 32))
+    manifest = {**build_manifest(replace(outcome, snapshots_K=(several, *others))), "files": {}}
+    write_manifest(tmp_path, manifest)
+    first, second, *_ = read_manifest(tmp_path)["snapshots"]
+    assert (first["sha256"], first["files_sha256"]) == (None, ["ab" * 32, "cd" * 32])
+    assert second.keys() == {"kind", "first_step", "last_step", "num_updates", "sha256"}
+
+
 def test_what_the_winner_was_and_scored_can_be_found() -> None:
     manifest = complete(value=1.5)
     assert (manifest["verdict"]["winner"], manifest["verdict"]["value"]) == ("trial-6", 1.5)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import optuna
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from lightning_ckmerge import load_merged
 from lightning_ckmerge.artifact.files import file_record
@@ -81,6 +83,26 @@ def test_the_artifact_can_be_rebuilt_from_the_checkpoints(checkpoints: Path, tmp
     assert ckmerge_json(*args)["rebuild"]["state"] == "equal"
     calls = load_merged(artifact, Wandering()).tensors()["calls"]
     assert torch.equal(calls, open_source(last).weights["calls"])
+
+
+def test_a_checkpoint_of_several_files_is_rebuilt_from_all_of_them(checkpoints: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(checkpoints, own)
+    *_, before, last = find_sources(own)[: len(STEPS)]
+    weights = {n: t.clone() for n, t in open_source(before).weights.items()}
+    before.unlink()
+    sharded = own / f"step={STEPS[-2]}"
+    sharded.mkdir()
+    for name, tensor in weights.items():
+        save_file({name: tensor}, sharded / f"{name}.safetensors")
+    index = {"metadata": {}, "weight_map": {name: f"{name}.safetensors" for name in weights}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    artifact = ckmerge_json(*search_args(own, tmp_path))["artifact"]
+    snapshot = ckmerge_json("show", artifact)["snapshots"][-2]
+    assert snapshot["sha256"] is None
+    assert snapshot["files_sha256"] == [file_record(p)["sha256"] for p in sorted(sharded.glob("*.safetensors"))]
+    args = ("verify", artifact, "--rebuild", "--checkpoints", own, "--latest", last)
+    assert ckmerge_json(*args)["rebuild"]["state"] == "equal"
 
 
 def test_a_search_goes_on_where_it_was_stopped(checkpoints: Path, tmp_path: Path) -> None:

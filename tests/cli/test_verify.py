@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_ckmerge.artifact.files import file_record
+from lightning_ckmerge.core.boxes import Box, part_name, whole
 from lightning_ckmerge.core.merge import merge_tensor
 from tests.artifact.conftest import Publish, TiedModel, tensors_of
 from tests.artifact.outcomes import LAST_STEPS, make_outcome
@@ -145,13 +148,67 @@ def test_latest_weights_that_count_must_be_named(publish: Publish, tmp_path: Pat
     assert ckmerge_json(*args)["rebuild"]["state"] == "equal"
 
 
-def test_a_rank_s_share_is_no_model(kept: Kept) -> None:
-    """In a run of several ranks the manifest names rank 0's files, which hold parts."""
-    manifest = json.loads((kept.artifact.path / "manifest.json").read_text())
-    for snapshot, path in zip(manifest["snapshots"], kept.paths(), strict=False):
-        state = {f"{n}[0:1]" if n == "head.weight" else n: t for n, t in load_file(path).items()}
-        save_file(state, path)
-        snapshot["sha256"] = file_record(path)["sha256"]
-    (kept.artifact.path / "manifest.json").write_text(json.dumps(manifest))
+def deal_out(kept: Kept, cut: Callable[[Tensor], list[Box]]) -> None:
+    """Spread each snapshot over the files of several ranks, whose BatchNorm statistics differ, as DDP's do."""
+    path = kept.artifact.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for snapshot, file in zip(manifest["snapshots"], kept.paths(), strict=False):
+        states: list[dict[str, Tensor]] = [{}, {}]
+        for name, tensor in load_file(file).items():
+            if name.startswith("norm."):
+                states[0][name], states[1][name] = tensor, tensor + 1
+                continue
+            for state, box in zip(states, cut(tensor), strict=True):
+                state[part_name(name, box, tensor.shape)] = piece(tensor, box)
+        snapshot["files_sha256"] = []
+        for rank, state in enumerate(states):
+            directory = kept.buffer / f"rank={rank:05d}-of-00002"
+            directory.mkdir(exist_ok=True)
+            save_file(state, directory / file.name)
+            snapshot["files_sha256"].append(file_record(directory / file.name)["sha256"])
+        snapshot["sha256"] = None
+        file.unlink()
+    path.write_text(json.dumps(manifest))
+
+
+def piece(tensor: Tensor, box: Box) -> Tensor:
+    """A box of a tensor, or, with one range for several dimensions, of the flattened tensor."""
+    found = tensor if len(box.ranges_D) == tensor.dim() else tensor.reshape(-1)
+    return found[box.within(whole(found.shape))].contiguous()
+
+
+CUTS: dict[str, Callable[[Tensor], list[Box]]] = {
+    "rows": lambda t: [Box(((0, 1), (0, t.shape[1]))), Box(((1, t.shape[0]), (0, t.shape[1])))],
+    "columns": lambda t: [Box(((0, t.shape[0]), (0, 2))), Box(((0, t.shape[0]), (2, t.shape[1])))],
+    "flat": lambda t: [Box(((0, 5),)), Box(((5, t.numel()),))],
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_the_parts_of_several_ranks_are_put_together(kept: Kept, cut: str) -> None:
+    deal_out(kept, CUTS[cut])
+    found = ckmerge_json("verify", kept.artifact.path, "--rebuild")["rebuild"]
+    assert (found["state"], found["compared"]) == ("equal", len(kept.names))
+    assert " +1" in ckmerge("show", kept.artifact.path).output
+
+
+def test_what_one_rank_kept_is_no_snapshot(kept: Kept) -> None:
+    deal_out(kept, CUTS["rows"])
+    files = sorted((kept.buffer / "rank=00001-of-00002").iterdir())
+    damage(files[1])
     found = ckmerge_json("verify", kept.artifact.path, "--rebuild", code=1)["rebuild"]
-    assert "snapshots of rank 0" in found["reason"]
+    assert found["state"] == "impossible"
+    assert re.search(r"steps \d+-\d+ \(coefficient [-\d.]+, 1 of 2 files\)", found["reason"])
+
+
+def test_parts_that_do_not_make_a_whole_are_no_snapshot(kept: Kept) -> None:
+    """Nothing is guessed: the second rank's file is the first's again."""
+    deal_out(kept, CUTS["rows"])
+    path = kept.artifact.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for snapshot in manifest["snapshots"][:-1]:
+        snapshot["files_sha256"][1] = snapshot["files_sha256"][0]
+    path.write_text(json.dumps(manifest))
+    found = ckmerge_json("verify", kept.artifact.path, "--rebuild", code=1)["rebuild"]
+    assert found["state"] == "impossible"
+    assert "whole tensors" in found["reason"]

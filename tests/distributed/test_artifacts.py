@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ckmerge import ArtifactConfig, EvaluationConfig, load_merged
 from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.artifact.rebuild import rebuild
 from lightning_ckmerge.artifact.shards import ShardWriter
 from lightning_ckmerge.artifact.weights import LocalWeights, write_weights
 from lightning_ckmerge.distributed.comm import Ranks
@@ -162,6 +163,21 @@ def test_a_checkpoint_holds_the_same_weights(ranks: RankPool, tmp_path: Path, st
     state = torch.load(path, weights_only=True)["state_dict"]
     assert state.keys() == set(merged)
     assert all(torch.equal(state[n], merged[n]) for n in state)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_merge_is_rebuilt_from_what_all_ranks_kept(ranks: RankPool, tmp_path: Path, strategy: str) -> None:
+    """DDP's ranks keep rows of some parameters, and BatchNorm statistics of their own; FSDP2's keep their shards."""
+    ranks.run(trained, strategy, str(tmp_path))
+    artifact = Artifact.open(tmp_path / "merges" / "step=000000012")
+    *files, latest = [s.get("files_sha256") for s in artifact.manifest["snapshots"]]
+    assert [len(set(hashes)) for hashes in files] == [2] * len(files)
+    assert latest is None
+    built = rebuild(artifact, tmp_path / "merges" / "buffer")
+    assert not built.different
+    integers = [n for n in artifact.tensors() if n.endswith("num_batches_tracked")]
+    assert list(built.not_compared) == integers
+    assert built.num_compared == len(artifact.tensors()) - len(integers) > 0
 
 
 def applied(strategy: str, root: str) -> dict[str, Tensor]:

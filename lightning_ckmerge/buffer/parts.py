@@ -1,0 +1,144 @@
+"""One snapshot, spread over the files of several ranks, and put together again.
+
+Every file names its parts by their place in the whole tensor (``core/boxes.py``). What does not cover a tensor element
+for element is an error, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import KeysView, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightning_ckmerge.buffer.snapshot_file import check_digest
+from lightning_ckmerge.core.boxes import Box, split_name, whole
+from lightning_ckmerge.core.layout import DTYPE_NAMES, DTYPES
+from lightning_ckmerge.errors import SnapshotError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor in a rank's file."""
+
+    rank: int
+    key: str
+    box: Box
+
+
+class SnapshotParts:
+    """The files of one snapshot, a rank each. A file's SHA-256 is checked before anything of it is used.
+
+    Args:
+        paths: The files, by rank.
+        sha256s: Of each; ``None``: they have been compared.
+        shapes: Every tensor of the model, by name, with its whole shape as it is stored.
+        first: The rank whose parts come first. Ranks need not agree on buffers outside shards.
+
+    Raises:
+        SnapshotError: A file cannot be read, or names a part that is none.
+    """
+
+    def __init__(self, paths: Sequence[Path], sha256s: Sequence[str] | None, shapes: Shapes, first: int = 0) -> None:
+        self._paths = paths
+        self._unchecked = dict(enumerate(sha256s or ()))
+        self._shapes = shapes
+        self._files: list[Any] = [_open(path) for path in paths]
+        self._parts: dict[str, list[_Part]] = {}
+        for rank in sorted(range(len(paths)), key=lambda r: (r != first, r)):
+            for key in self._files[rank].keys():  # noqa: SIM118 - not a mapping
+                name, box = split_name(key, self._files[rank].get_slice(key).get_shape())
+                self._parts.setdefault(name, []).append(_Part(rank, key, box))
+
+    @property
+    def names(self) -> KeysView[str]:
+        """The tensors of which there is a part."""
+        return self._parts.keys()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the precision in which a tensor is stored."""
+        part = self._parts[name][0]
+        return DTYPES[self._files[part.rank].get_slice(part.key).get_dtype()]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the least shape that holds all of a tensor's parts.
+
+        Raises:
+            SnapshotError: They cannot be parts of one tensor.
+        """
+        known = self._shapes.get(name, ())
+        bounds = [tuple(stop for _, stop in part.box.ranges_D) for part in self._parts[name]]
+        # A part of what FSDP1 has flattened has one dimension.
+        shaped = [b for b in bounds if len(b) == len(known)] or bounds
+        if len({len(b) for b in shaped}) > 1:
+            raise SnapshotError(f"the parts of a tensor must have its dimensions, got others for {name!r}.")
+        found = tuple(map(max, zip(*shaped, strict=True)))
+        return tuple(known) if found == (whole(known).numel,) else found
+
+    def check_model(self) -> None:
+        """Raise ``SnapshotError`` unless the files hold the model's tensors, of its shapes."""
+        if wrong := self._parts.keys() ^ self._shapes.keys():
+            raise SnapshotError(f"a snapshot must hold the model's tensors, got a difference in {min(wrong)!r}.")
+        if wrong := {name for name, shape in self._shapes.items() if self.shape(name) != shape}:
+            raise SnapshotError(f"a snapshot must have the model's shapes, got another one for {min(wrong)!r}.")
+
+    def assemble(self, name: str, box: Box, dtype: torch.dtype) -> Tensor:
+        """Return a part of one tensor, put together from the files' parts.
+
+        Raises:
+            SnapshotError: They do not cover it, are of another precision, or a file is not what was written.
+        """
+        result = torch.empty(box.shape, dtype=dtype)
+        missing = torch.ones(box.shape, dtype=torch.bool)
+        for part in self._parts[name]:
+            if not missing.any():
+                break
+            self._copy(part, name, box, result, missing)
+        if missing.any():
+            raise SnapshotError(f"a snapshot's files must hold all of a tensor, got a part of {name!r}.")
+        return result
+
+    def _copy(self, part: _Part, name: str, box: Box, result: Tensor, missing: Tensor) -> None:
+        source: Box | None = part.box
+        target: Box | None = box
+        flatten = len(part.box.ranges_D) != len(box.ranges_D)
+        if flatten:
+            # One of both is a range of a flattened tensor; the other can be compared with it if it is whole.
+            shape = self._shapes[name]
+            source, target = _flat(part.box, shape), _flat(box, shape)
+            result, missing = result.view(-1), missing.view(-1)
+        common = target.intersection(source) if source is not None and target is not None else None
+        if common is not None and source is not None and target is not None:
+            result[common.within(target)] = self._read(part, result.dtype, flatten)[common.within(source)]
+            missing[common.within(target)] = False
+
+    def _read(self, part: _Part, dtype: torch.dtype, flatten: bool) -> Tensor:
+        if part.rank in self._unchecked:
+            check_digest(self._paths[part.rank], self._unchecked[part.rank])
+            del self._unchecked[part.rank]
+        file = self._files[part.rank]
+        found = file.get_slice(part.key).get_dtype()
+        if found != DTYPE_NAMES[dtype]:
+            raise SnapshotError(f"a snapshot must be of the buffer's precision, got {found} for {part.key!r}.")
+        tensor: Tensor = file.get_tensor(part.key)
+        return tensor.reshape(-1) if flatten else tensor
+
+
+def _flat(box: Box, shape: Sequence[int]) -> Box | None:
+    """Return a range of the flattened tensor; ``None`` if the box is not one."""
+    if len(box.ranges_D) == 1:
+        return box
+    return whole((whole(shape).numel,)) if box == whole(shape) else None
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise SnapshotError(f"a snapshot's file must be readable, got {error} for {path}.") from error
