@@ -25,6 +25,7 @@ SnapshotKind = Literal["mean", "point"]
 StorageKind = Literal["disk", "cpu", "device"]
 BufferDtype = Literal["float32", "bfloat16", "float16"]
 ArtifactFormat = Literal["safetensors", "ckpt", "hf"]
+AtLowRate = Literal["skip", "search"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,9 @@ class SearchConfig:
         timeout_s: Seconds that one search may take; it stops early rather than exceed.
         max_fraction_of_training: Share of the training time so far that all searches together may take, in (0, 1];
             ``None``: no such limit.
+        at_low_lr: What becomes of a scheduled search, the last one too, while the learning rate is still rising, or has
+            fallen below 10 % of its peak over the buffer's snapshots, so that little is to be expected: ``skip`` or
+            ``search``.
         constraints: Other logged metrics that may not get worse than the latest weights' by more than stated.
         storage: Optuna storage URL; ``None``: a journal file beside the artifacts.
     """
@@ -116,6 +120,7 @@ class SearchConfig:
     seed: int = 0
     timeout_s: float | None = None
     max_fraction_of_training: float | None = 0.05
+    at_low_lr: AtLowRate = "skip"
     constraints: list[Constraint] = field(default_factory=list)
     storage: str | None = None
 
@@ -126,6 +131,7 @@ class SearchConfig:
         for name in self.anchors:
             require_choice("search.anchors", name, get_args(AnchorName))
         require_positive("search.timeout_s", self.timeout_s, "Leave it out for no limit.")
+        require_choice("search.at_low_lr", self.at_low_lr, get_args(AtLowRate))
         require_fraction("search.max_fraction_of_training", self.max_fraction_of_training, "`null` sets no limit.")
 
 

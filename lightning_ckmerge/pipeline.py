@@ -112,6 +112,7 @@ class SearchJob:
         previous: Coordinates of the previous search's optimum.
         validated: Step and value of the run's own validations, at least over its last third.
         searched: Step and value of the latest weights of its earlier searches, on the confirmation half, likewise.
+        notes: What people should know of the moment of this search; they lead the verdict's warnings.
         journal: The journal file that is used where ``config.storage`` is ``None``.
         shared: Other processes may work on this search at the same time.
     """
@@ -134,6 +135,7 @@ class SearchJob:
     previous: Mapping[str, float] | None
     validated: Sequence[Point]
     searched: Sequence[Point]
+    notes: Sequence[str]
     journal: Path
     on_scored: Callable[[Trial, int], None]
     agree: Callable[[Callable[[], T]], T]
@@ -281,7 +283,9 @@ def _progress(job: SearchJob, latest: Trial) -> Progress:
 
 def _warnings(job: SearchJob, search: Search) -> list[str]:
     z_D = search.winner.candidate.coordinates
-    found = job.space.warnings(z_D, job.merger.segments_K) if z_D is not None else []
+    found = list(job.notes)
+    if z_D is not None:
+        found += job.space.warnings(z_D, job.merger.segments_K)
     if search.stopped_early is not None:
         found.append(f"The search stopped {search.stopped_early}.")
     if not job.validation.can_confirm():

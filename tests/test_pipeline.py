@@ -142,6 +142,7 @@ def make_job(run: Run, path: Path, config: SearchConfig | None = None, **options
         "previous": None,
         "validated": [],
         "searched": [],
+        "notes": [],
         "journal": path / "merges" / "study.journal",
         "on_scored": lambda trial, total: None,
         "agree": lambda function: function(),

@@ -158,6 +158,12 @@ class RollingBuffer:
             snapshots.append(Snapshot(segment=self._progress.segment("mean"), sha256=None, tensors=self._means))
         return snapshots
 
+    def first_step(self) -> int | None:
+        """Return the first step that a snapshot stands for; ``None`` if there is nothing to merge."""
+        self._writer.flush()
+        entries = self._archive.entries
+        return entries[0].segment.first_step if entries else self._progress.first_step
+
     def keep(self, segments: Collection[Segment]) -> None:
         """Drop the snapshots of other segments, which another rank has lost: rings that differ pool other pairs."""
         self._writer.flush()

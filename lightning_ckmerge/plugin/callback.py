@@ -44,7 +44,8 @@ class CheckpointMergeCallback(Callback):
         every_n_train_steps: Optimizer steps between searches.
         every_n_epochs: Epochs between searches.
         train_time_interval: Training time between searches.
-        search_on_train_end: Whether to search when ``fit`` ends, also by EarlyStopping or Ctrl-C.
+        search_on_train_end: Whether to search when ``fit`` ends, also by EarlyStopping or Ctrl-C. Not after a decay of
+            the learning rate, unless ``search.at_low_lr`` says so.
         buffer: What the buffer keeps.
         search: How a search spends its trials.
         evaluation: On what candidates are scored.

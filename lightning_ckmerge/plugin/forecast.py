@@ -22,7 +22,7 @@ from lightning_ckmerge.plugin.evaluation import length_of, limited
 from lightning_ckmerge.plugin.loaders import Split
 from lightning_ckmerge.plugin.offline import Configured
 from lightning_ckmerge.plugin.plan import FORWARDS_PER_TRAINING_BATCH
-from lightning_ckmerge.plugin.run import SEGMENT_SHARE, SEGMENT_STEPS
+from lightning_ckmerge.plugin.run_length import finest_segment
 from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
 from lightning_ckmerge.plugin.strategies import check_supported
 from lightning_ckmerge.search.anchors import most_anchors
@@ -75,9 +75,7 @@ def forecast(configured: Configured, callback: CheckpointMergeCallback) -> Forec
     _configure_model(configured, warnings)
     layout = TensorLayout(Ownership(configured.module, Alone()).owned())
     total_steps = _total_steps(trainer, loaders.get("train"))
-    segment_steps = callback.buffer.every_n_train_steps or (
-        max(1, round(SEGMENT_SHARE * total_steps)) if total_steps else SEGMENT_STEPS
-    )
+    segment_steps = finest_segment(callback.buffer, total_steps)
     buffer = _buffer(callback, layout, segment_steps)
     dirpath = Path(callback.dirpath) if callback.dirpath is not None else Path(trainer.default_root_dir)
     plan = Forecast(

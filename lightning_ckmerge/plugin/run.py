@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_ckmerge.artifact.files import replace_text
-from lightning_ckmerge.artifact.history import read_history
 from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.artifact.manifest import Manifest, build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore, Extra
@@ -39,19 +37,15 @@ from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.plan import render_plan
 from lightning_ckmerge.plugin.pretrained import Pretrained
 from lightning_ckmerge.plugin.progress import OnScored, search_progress
+from lightning_ckmerge.plugin.rates import LearningRates, rates_of
+from lightning_ckmerge.plugin.reports import write_run_report, write_search_report
 from lightning_ckmerge.plugin.resume import Leftovers, buffer_dirpath, fingerprint, resume_buffer
+from lightning_ckmerge.plugin.run_length import finest_segment, length_of_run
 from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.standstill import Standstill
-from lightning_ckmerge.report.html import render_html
-from lightning_ckmerge.report.markdown import render_markdown
-from lightning_ckmerge.report.run import render_run_html, render_run_markdown
 
 if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
-
-# Length of the finest segment: this share of a run of known length, else so many steps to begin with.
-SEGMENT_SHARE = 0.01
-SEGMENT_STEPS = 25
 
 
 class MergeRun:
@@ -83,6 +77,7 @@ class MergeRun:
         self._searching = False
         self._announcer = Announcer(trainer)
         self._curve = Curve()
+        self._rates = LearningRates()
         total_steps = length_of_run(trainer)
         self._schedule = Schedule(**callback.triggers, total_steps=total_steps, step=trainer.global_step)
         self._store = ArtifactStore(
@@ -104,6 +99,7 @@ class MergeRun:
             self._schedule.load_state_dict(state["schedule"])
             self._previous = state["previous"]
             self._curve.load_state_dict(state["curve"])
+            self._rates.load_state_dict(state["rates"])
             self._report_buffer()
         self._say_plan(total_steps)
 
@@ -126,8 +122,10 @@ class MergeRun:
         self._leftovers.remove()
         self._buffer.update(self._layout.order(self._ownership.owned()), step)
         self._report_buffer()
+        if step - self._rates.step >= self._buffer.segment_steps:
+            self._rates.record(step, rates_of(self._trainer.optimizers))
         if due:
-            self.search()
+            self._search_as_scheduled()
 
     def after_validation(self) -> None:
         """Keep the run's own value."""
@@ -138,12 +136,12 @@ class MergeRun:
     def after_epoch(self) -> None:
         """Search if one is due."""
         if self._schedule.due_at_epoch_end(self._trainer.current_epoch):
-            self.search()
+            self._search_as_scheduled()
 
     def at_end(self) -> None:
         """Search once more, unless the last step has been searched or a search was interrupted."""
         if self.callback.search_on_train_end and not self._searching and self._buffer_has_moved():
-            self.search()
+            self._search_as_scheduled()
 
     def search(self) -> Artifact | None:
         """Search, publish, restore and log; ``None`` if the search was skipped or failed, on this rank or another."""
@@ -209,6 +207,7 @@ class MergeRun:
             "searched_s": self._searched_s,
             "previous": self._previous,
             "curve": self._curve.state_dict(),
+            "rates": self._rates.state_dict(),
             "schedule": self._schedule.state_dict(),
             # A checkpoint holds rank 0's state alone, so that has to hold everybody's.
             "buffers": self._comm.exchange(own),
@@ -221,8 +220,6 @@ class MergeRun:
 
     def _make_buffer(self, total_steps: int | None) -> RollingBuffer:
         config = self.callback.buffer
-        given = config.every_n_train_steps
-        steps = given or (max(1, round(SEGMENT_SHARE * total_steps)) if total_steps else SEGMENT_STEPS)
         device = self._trainer.strategy.root_device
         storage: Storage = (
             DiskStorage(buffer_dirpath(self.dirpath, self._comm.rank, self._comm.world_size))
@@ -235,8 +232,8 @@ class MergeRun:
             storage,
             device=device,
             run_id=self._run_id,
-            segment_steps=steps,
-            double_segments=given is None and total_steps is None,
+            segment_steps=finest_segment(config, total_steps),
+            double_segments=config.every_n_train_steps is None and total_steps is None,
         )
 
     def _buffer_has_moved(self) -> bool:
@@ -259,6 +256,24 @@ class MergeRun:
         if self._schedule.train_time_interval is None:
             return due
         return self._comm.exchange(due)[0]  # clocks differ
+
+    def _search_as_scheduled(self) -> None:
+        """Search, unless the learning rate says that there is little to find."""
+        objection = self._objection()
+        if objection is None or self.callback.search.at_low_lr == "search":
+            self.search()
+            return
+        self._schedule.searched_step = self.step
+        self._last_artifact = None  # which is not of these weights
+        rank_zero_info(
+            f"No merge search at step {self.step}: {objection}. `search.at_low_lr: search` searches all the same."
+        )
+
+    def _objection(self) -> str | None:
+        """Why a search has little to find at this step."""
+        self._rates.record(self.step, rates_of(self._trainer.optimizers))
+        first_step = self._buffer.first_step() or self.step
+        return self._comm.exchange(self._rates.objection(first_step))[0]
 
     def _search_and_publish(self) -> Artifact:
         """Everything between two identical states of the run."""
@@ -322,6 +337,7 @@ class MergeRun:
             if recalibrate:
                 validation.recalibrate(recalibrate)
 
+        objection = self._objection()
         allowed_s, allowed_by = self._allowance()
         return SearchJob(
             name=f"{self._run_id}-step={self.step:09d}",
@@ -342,6 +358,7 @@ class MergeRun:
             previous=self._previous,
             validated=self._curve.validated,
             searched=self._curve.searched,
+            notes=[f"{objection[0].upper()}{objection[1:]}."] if objection else [],
             journal=self.dirpath / "study.journal",
             on_scored=on_scored,
             agree=partial(on_rank_zero, self._comm),
@@ -383,18 +400,14 @@ class MergeRun:
 
     def _write_report(self, path: Path, manifest: dict[str, Any]) -> None:
         if self._comm.rank == 0:
-            (path / "report.md").write_text(render_markdown(manifest), encoding="utf-8")
-            (path / "report.html").write_text(render_html(manifest), encoding="utf-8")
+            write_search_report(path, manifest)
 
     def _write_run_report(self) -> None:
         """Show the run's searches so far. What is published stays so, whatever an older file makes of this."""
         if self._comm.rank != 0:
             return
         try:
-            history = read_history(self.dirpath)
-            found = (history.timeline, history.manifests, history.best)
-            replace_text(self.dirpath / "report.md", render_run_markdown(*found))
-            replace_text(self.dirpath / "report.html", render_run_html(*found))
+            write_run_report(self.dirpath)
         except (CkmergeError, OSError) as error:
             rank_zero_warn(f"The run's report was not written: {_explained(error)}")
 
@@ -407,18 +420,6 @@ class MergeRun:
             rank_zero_warn(warning)
         self._write_run_report()
         self._announcer.announce(outcome, artifact, self._searched_s)
-
-
-def length_of_run(trainer: Trainer) -> int | None:
-    """Return the run's optimizer steps, ``None`` where only training will tell."""
-    steps = trainer.estimated_stepping_batches
-    if not math.isfinite(steps) or steps < 1:
-        return None
-    by_steps_alone = trainer.max_steps == steps
-    # By hand, each optimizer's step counts; `max_steps` counts them all already.
-    per_batch = 1 if trainer.lightning_module.automatic_optimization or by_steps_alone else len(trainer.optimizers)
-    total = int(steps) * max(1, per_batch)
-    return total if trainer.max_steps == -1 else min(total, trainer.max_steps)
 
 
 def _explained(error: Exception) -> str:

@@ -1,0 +1,30 @@
+"""Writes the reports of a search and of the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning_ckmerge.artifact.files import replace_text
+from lightning_ckmerge.artifact.history import read_history
+from lightning_ckmerge.report.html import render_html
+from lightning_ckmerge.report.markdown import render_markdown
+from lightning_ckmerge.report.run import render_run_html, render_run_markdown
+
+
+def write_search_report(path: Path, manifest: dict[str, Any]) -> None:
+    """Write the report of a search into its artifact, which lies at ``path``."""
+    (path / "report.md").write_text(render_markdown(manifest), encoding="utf-8")
+    (path / "report.html").write_text(render_html(manifest), encoding="utf-8")
+
+
+def write_run_report(dirpath: Path) -> None:
+    """Write the report of the searches so far.
+
+    Raises:
+        ArtifactError: An older file is damaged.
+    """
+    history = read_history(dirpath)
+    found = (history.timeline, history.manifests, history.best)
+    replace_text(dirpath / "report.md", render_run_markdown(*found))
+    replace_text(dirpath / "report.html", render_run_html(*found))
