@@ -28,6 +28,7 @@ from lightning_ckmerge.plugin.run import MergeRun
 from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.strategies import check_supported
 from lightning_ckmerge.plugin.whereabouts import Whereabouts
+from lightning_ckmerge.search.study import open_storage
 
 
 class CheckpointMergeCallback(Callback):
@@ -134,7 +135,7 @@ class CheckpointMergeCallback(Callback):
         """Refuse what cannot be served, before anything is spent."""
         if stage != "fit":
             return
-        check_supported(trainer)
+        _check_served(trainer, self.search.storage)
         # Loggers of several ranks may count several versions.
         dirpath = trainer.strategy.broadcast(_resolve_dirpath(trainer, self.dirpath))
         callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009 - set where mypy cannot see it
@@ -215,6 +216,19 @@ class CheckpointMergeCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until training starts."""
         self._state = state_dict or None
+
+
+def _check_served(trainer: Trainer, storage: str | None) -> None:
+    """Raise, on all ranks, unless the strategy can be served and rank 0 can open the storage."""
+    check_supported(trainer)
+    fault = None
+    if storage is not None and trainer.is_global_zero:
+        try:
+            open_storage(storage)
+        except ConfigError as error:
+            fault = str(error)
+    if fault := trainer.strategy.broadcast(fault):
+        raise ConfigError(fault)
 
 
 def _resolve_dirpath(trainer: Trainer, dirpath: str | Path | None) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from optuna.trial import TrialState
 from lightning_ckmerge.config import Mode
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
+from lightning_ckmerge.errors import ConfigError
 
 # Anchors in the space count as start-up trials, so a plain `decay` search draws one random point.
 NUM_STARTUP_TRIALS = 4
@@ -60,7 +62,7 @@ class SearchStudy:
         self._pending: dict[str, optuna.Trial] = {}
         direction = StudyDirection.MINIMIZE if mode == "min" else StudyDirection.MAXIMIZE
         with quiet():
-            backend = _open_storage(storage)
+            backend = open_storage(storage)
             self._study = optuna.create_study(
                 storage=backend,
                 study_name=self._name(backend, name, fingerprint),
@@ -149,18 +151,42 @@ def make_sampler(sampler: BaseSampler | None, seed: int) -> BaseSampler:
         return GPSampler(seed=seed, n_startup_trials=NUM_STARTUP_TRIALS, deterministic_objective=True)
 
 
-def _open_storage(storage: Path | str) -> BaseStorage:
+def open_storage(storage: Path | str) -> BaseStorage:
+    """Return an Optuna storage, which is created where it does not exist.
+
+    Args:
+        storage: Path of a journal file, or any Optuna storage URL.
+
+    Raises:
+        ConfigError: The URL's driver is not installed, or there is no such database.
+    """
     if isinstance(storage, str):
-        for _ in range(NUM_ATTEMPTS - 1):
-            # Processes that are started together may all try to create the tables; the others' lie there by then.
-            with contextlib.suppress(Exception):
-                return optuna.storages.get_storage(storage)
-            time.sleep(ATTEMPT_S)
-        return optuna.storages.get_storage(storage)
+        return _open_url(storage)
     storage.parent.mkdir(parents=True, exist_ok=True)
     # An open-based lock works on file systems without links.
     lock = JournalFileOpenLock(str(storage))
     return JournalStorage(JournalFileBackend(str(storage), lock_obj=lock))
+
+
+def _open_url(url: str) -> BaseStorage:
+    for attempts_left in reversed(range(NUM_ATTEMPTS)):
+        try:
+            return optuna.storages.get_storage(url)
+        except ImportError as error:
+            raise _refused(url, error, "Install that driver, or name another one: `postgresql+psycopg2://`.") from error
+        # Processes that are started together may all try to create the tables; the others' lie there by then.
+        except Exception as error:
+            if not attempts_left:
+                raise _refused(url, error, "Check the URL, and that the server runs.") from error
+            time.sleep(ATTEMPT_S)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _refused(url: str, error: Exception, remedy: str) -> ConfigError:
+    # Neither user nor password belongs in a log.
+    shown = re.sub("://.*@", "://...@", url).partition("?")[0]
+    reason = str(error.__cause__ or error).partition("\n")[0]
+    return ConfigError(f"`search.storage` must be a database that Optuna can open, got {shown}: {reason}. {remedy}")
 
 
 def _distribution(interval: Interval) -> BaseDistribution:

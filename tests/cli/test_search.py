@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lightning_ckmerge import load_merged
 from lightning_ckmerge.artifact.files import file_record
 from lightning_ckmerge.artifact.sources import find_sources, open_source
 from tests.cli.commands import ckmerge, ckmerge_json
+from tests.cli.postgres import PG_CTL, postgres
 from tests.cli.runs import EVERY, NUM_STEPS, PointsData, Wandering, train, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -133,15 +135,27 @@ def start(args: list[object], cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-def test_processes_share_one_search(checkpoints: Path, tmp_path: Path) -> None:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty database."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/study.db"
+    elif PG_CTL is None:
+        pytest.skip("no PostgreSQL server on this machine")
+    else:
+        with postgres() as url:
+            yield url
+
+
+def test_processes_share_one_search(checkpoints: Path, tmp_path: Path, database: str) -> None:
     """In processes of their own, from another directory, as on several devices."""
-    args = search_args(checkpoints, tmp_path, "--n-trials", 8, "--storage", f"sqlite:///{tmp_path}/study.db", "--json")
+    args = search_args(checkpoints, tmp_path, "--n-trials", 8, "--storage", database, "--json")
     processes = [start(args, tmp_path), start([*args, "--worker"], tmp_path)]
     outputs = [p.communicate(timeout=200) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], outputs
     assert json.loads(outputs[0][0])["verdict"]["status"] == "accepted"
     assert json.loads(outputs[1][0])["scored"] >= 1
-    study = optuna.load_study(study_name=None, storage=f"sqlite:///{tmp_path}/study.db")
+    study = optuna.load_study(study_name=None, storage=database)
     trials = [t for t in study.trials if t.user_attrs["name"].startswith("trial-")]
     assert 8 <= len(trials) <= 9
     assert [p.name for p in (tmp_path / "merges").glob("step=*")] == [f"step={NUM_STEPS:09d}"]
@@ -172,6 +186,12 @@ def test_a_merge_that_does_not_help_is_a_finding(checkpoints: Path, tmp_path: Pa
     [
         (("--monitor", "loss"), {}, "Logged are: val_loss"),
         (("--last", "1"), {}, "needs two checkpoints"),
+        (
+            ("--storage", "mysql://a:secret@b/c"),
+            {},
+            "got mysql://...@b/c: No module named 'MySQLdb'. Install that driver",
+        ),
+        (("--storage", "sqlite:////dev/null/x"), {}, "unable to open database file. Check the URL"),
         ((), {"trainer": {"max_stepz": 1}}, "max_stepz"),
         ((), {"search": {"n_trials": 0}}, "`search.n_trials >= 1` must hold"),
         (("--model-class", "tests.cli.runs.Gone"), {}, "import path, got 'tests.cli.runs.Gone'"),

@@ -20,9 +20,11 @@ from lightning.pytorch.strategies import (
 )
 from torch.utils.data import DataLoader
 
-from lightning_ckmerge.errors import UnsupportedError
+from lightning_ckmerge import SearchConfig
+from lightning_ckmerge.errors import ConfigError, UnsupportedError
 from lightning_ckmerge.plugin.strategies import WHAT_WORKS, check_supported
 from tests.distributed.trainers import Classifier, fit, make_merge, points, published, same_trail
+from tests.ranks import RankPool
 
 
 def trainer_with(strategy: Any) -> Any:
@@ -117,3 +119,19 @@ def test_ddp_with_one_rank(tmp_path: Path) -> None:
     assert same_trail(run, fit("ddp", str(tmp_path), None, devices=1))
     assert len(published(tmp_path)) >= 2
     assert not list((tmp_path / "merges" / "buffer").glob("rank=*"))
+
+
+def refused(root: str) -> tuple[str, bool]:
+    merge = make_merge(root, search=SearchConfig(storage="mysql://user:secret@server/studies"))
+    with pytest.raises(ConfigError) as error:
+        fit("ddp", root, merge)
+    return str(error.value), (Path(root) / "merges").exists()
+
+
+def test_a_storage_that_rank_zero_cannot_open_is_refused_on_all(ranks: RankPool, tmp_path: Path) -> None:
+    """Before training, and without a word of the password. Goes red if a rank waits for one that has given up."""
+    first, second = ranks.run(refused, str(tmp_path))
+    assert first == second
+    message, has_begun = first
+    assert "mysql://...@server/studies: No module named 'MySQLdb'. Install that driver" in message
+    assert not has_begun
