@@ -30,5 +30,5 @@ clean:  ## Remove the virtual environment and the caches.
 # Installed again only when a requirement changed.
 $(READY): pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[cli,test,dev,loggers]'
+	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[adapters,cli,test,dev,loggers]'
 	touch $@

@@ -26,6 +26,7 @@ StorageKind = Literal["disk", "cpu", "device"]
 BufferDtype = Literal["float32", "bfloat16", "float16"]
 ArtifactFormat = Literal["safetensors", "ckpt", "hf"]
 AtLowRate = Literal["skip", "search"]
+AdapterMerge = Literal["factors", "products"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,12 +175,16 @@ class ArtifactConfig:
 
     Args:
         formats: ``safetensors`` (always written) and, on request, ``ckpt`` (a weights-only Lightning checkpoint) and
-            ``hf`` (a directory that ``from_pretrained`` opens, of the transformers model inside the module).
+            ``hf`` (a directory that ``from_pretrained`` opens, of the transformers or PEFT model inside the module).
         max_shard_size: Largest weights file, such as ``"5GB"`` or ``"500MB"``; larger models are sharded.
+        adapters: How LoRA layers of PEFT are merged, for the search and the artifact alike. ``factors``: ``A`` and
+            ``B`` are averaged each, the rank stays. ``products``: the sum of the products ``B A``, exactly, which has
+            the rank of all merged snapshots together.
     """
 
     formats: tuple[ArtifactFormat, ...] = ("safetensors",)
     max_shard_size: str = "5GB"
+    adapters: AdapterMerge = "factors"
 
     def __post_init__(self) -> None:
         # YAML has no tuples: jsonargparse may hand over a list.
@@ -187,6 +192,12 @@ class ArtifactConfig:
         for name in self.formats:
             require_choice("artifact.formats", name, get_args(ArtifactFormat))
         parse_size(self.max_shard_size, "artifact.max_shard_size")
+        require_choice("artifact.adapters", self.adapters, get_args(AdapterMerge))
+        if self.adapters == "products" and "ckpt" in self.formats:
+            raise ConfigError(
+                '`artifact.adapters` "products" gives LoRA layers another rank, which no checkpoint of the module can '
+                f'hold, got `artifact.formats` {", ".join(self.formats)}. Leave "ckpt" out; "hf" holds them.'
+            )
 
 
 def parse_size(size: str, name: str = "size") -> int:

@@ -17,7 +17,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lightning_ckmerge.buffer.rolling import Snapshot
-from lightning_ckmerge.config import Mode, SearchConfig
+from lightning_ckmerge.config import AdapterMerge, Mode, SearchConfig
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.merge_plan import MergePlan
 from lightning_ckmerge.core.outcome import Cost, EvaluationRecord, Score, SearchOutcome, SnapshotRecord, Trial
@@ -115,6 +115,7 @@ class SearchJob:
         notes: What people should know of the moment of this search; they lead the verdict's warnings.
         journal: The journal file that is used where ``config.storage`` is ``None``.
         shared: Other processes may work on this search at the same time.
+        adapters: How adapters are merged; ``None``: there are none.
     """
 
     name: str
@@ -140,6 +141,7 @@ class SearchJob:
     on_scored: Callable[[Trial, int], None]
     agree: Callable[[Callable[[], T]], T]
     shared: bool = False
+    adapters: AdapterMerge | None = None
 
 
 def run_search(job: SearchJob) -> SearchOutcome:
@@ -230,6 +232,7 @@ def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
         "constraints": [asdict(c) for c in job.config.constraints],
         "sampler": type(sampler).__qualname__,
         "monitor": [job.monitor, job.mode],
+        "adapters": job.adapters,
     }
     open_study = partial(SharedStudy, n_trials=job.config.n_trials) if job.shared else SearchStudy
     return open_study(

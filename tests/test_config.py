@@ -47,6 +47,7 @@ WRONG = [
     (EvaluationConfig, "confirm_fraction", 1.0, "`0 < evaluation.confirm_fraction < 1`"),
     (EvaluationConfig, "confirm_fraction", math.nan, "`0 < evaluation.confirm_fraction < 1`"),
     (EvaluationConfig, "recalibrate_batches", -1, "`evaluation.recalibrate_batches >= 0`"),
+    (ArtifactConfig, "adapters", "product", "`artifact.adapters` must be one of factors, products"),
     (ArtifactConfig, "formats", ("onnx",), "`artifact.formats` must be one of safetensors, ckpt"),
     (ArtifactConfig, "max_shard_size", "5", "`artifact.max_shard_size` must be a positive number with a unit"),
 ]
@@ -150,3 +151,8 @@ def test_any_text_is_a_size_or_refused(text: str) -> None:
 def test_a_config_error_is_ours_and_a_value_error() -> None:
     assert issubclass(ConfigError, CkmergeError)
     assert issubclass(ConfigError, ValueError)
+
+
+def test_products_of_adapters_fit_no_checkpoint() -> None:
+    with pytest.raises(ConfigError, match='Leave "ckpt" out'):
+        ArtifactConfig(adapters="products", formats=("safetensors", "ckpt"))

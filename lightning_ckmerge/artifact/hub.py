@@ -1,12 +1,14 @@
-"""Directories that Hugging Face's ``from_pretrained`` opens, written without its libraries."""
+"""Directories that ``from_pretrained`` of Hugging Face's transformers and PEFT opens, written without them."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning_ckmerge.artifact.files import FileRecord
+from lightning_ckmerge.artifact.files import FileRecord, inside
 from lightning_ckmerge.core.specs import TensorSpec
 from lightning_ckmerge.errors import ArtifactError
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 # Small files that belong to a model and hold no weights: config, tokenizer, processor, chat template, remote code.
 SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
 NOT_COPIED = {"recipe.json", "manifest.json"}
@@ -73,6 +77,57 @@ def write_hub(
     if comm is None or comm.rank == 0:
         (directory / CARD_NAME).write_text(card, encoding="utf-8")
     return write_weights(directory, weights, max_shard_size, comm)
+
+
+class RenamedWeights:
+    """Some of a model's weights under other names.
+
+    Args:
+        weights: All weights.
+        names: What to call them, each with the name that it has. Tied ones are written once a name.
+    """
+
+    def __init__(self, weights: Weights, names: Mapping[str, str]) -> None:
+        self._weights = weights
+        self._names = names
+        self.specs: Mapping[str, TensorSpec] = {new: weights.specs[old] for new, old in names.items()}
+        self.aliases: Mapping[str, str] = {}
+
+    def gather(self, name: str) -> Tensor:
+        """Return a whole tensor. A collective: all ranks ask for the same names in the same order."""
+        return self._weights.gather(self._names[name])
+
+
+def write_adapters(
+    directory: Path, weights: Weights, exported: Mapping[str, Any], card: str, comm: Comm | None = None
+) -> None:
+    """Write what ``PeftModel.from_pretrained`` opens: each adapter's weights and config, and a card. A collective.
+
+    As in PEFT, the adapter ``default`` lies in the directory itself, others in one of their name.
+
+    Args:
+        directory: Exists where rank 0 is.
+        weights: Hold the adapters.
+        exported: By adapter its ``config``, and its ``tensors``: PEFT's names, each with that in ``weights``.
+        card: The model card's text.
+        comm: The ranks; ``None``: a process alone.
+    """
+    # Likewise.
+    from lightning_ckmerge.artifact.weights import write_weights
+    from lightning_ckmerge.distributed.comm import Alone
+
+    comm = comm or Alone()
+    for adapter, parts in exported.items():
+        out = directory if adapter == "default" else inside(directory, adapter)
+        if comm.rank == 0:
+            out.mkdir(exist_ok=True)
+            text = json.dumps(parts["config"], indent=2, sort_keys=True) + "\n"
+            (out / ADAPTER_CONFIG_NAME).write_text(text, encoding="utf-8")
+        comm.exchange(None)
+        renamed = RenamedWeights(weights, parts["tensors"])
+        write_weights(out, renamed, sys.maxsize, comm, single_name=ADAPTER_WEIGHTS_NAME)
+    if comm.rank == 0:
+        (directory / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def find_prefix(names: Collection[str], required: Collection[str]) -> str:

@@ -108,6 +108,9 @@ def load_merged(
     Everything is checked before the first weight changes. The model keeps its device, dtype and tied weights. Its extra
     state (``_extra_state``) is not demanded.
 
+    The artifact of a run with PEFT's adapters does not hold their frozen base, which stays as the model has it. Where
+    products were merged, LoRA layers get the merge's rank.
+
     Args:
         source: An artifact, its directory, a run's ``best``, or the run's ``dirpath``, which stands for its best.
         model: The LightningModule that was trained, or one with the same ``state_dict`` names.
@@ -118,20 +121,26 @@ def load_merged(
     Raises:
         ArtifactError: There is no artifact, it is damaged, it holds no weights, or they do not fit the model.
     """
+    # As above: reviewing artifacts needs no torch.
+    from lightning_ckmerge.core.adapters import fits, give_ranks
+
     artifact = source if isinstance(source, Artifact) else Artifact.open(source, verify=verify)
     stored = artifact.tensors()
     state = {name: value for name, value in model.state_dict().items() if not _is_extra_state(name)}
     names = {name for name in stored if not _is_extra_state(name)}
+    adapters = artifact.manifest.get("adapters", {"merge": "factors", "left_out": []})
+    shapes = {name: (stored.spec(name).shape, tuple(state[name].shape)) for name in sorted(names & state.keys())}
+    at_any_rank = adapters["merge"] == "products"
     faults = {
         "of another shape": [
-            f"{name} {stored.spec(name).shape} for {tuple(state[name].shape)}"
-            for name in sorted(names & state.keys())
-            if stored.spec(name).shape != tuple(state[name].shape)
+            f"{name} {theirs} for {own}"
+            for name, (theirs, own) in shapes.items()
+            if not fits(name, theirs, own, at_any_rank=at_any_rank)
         ],
         "on the meta device": sorted(name for name in names & state.keys() if state[name].is_meta),
     }
     apart = {
-        "missing from the artifact": sorted(state.keys() - names),
+        "missing from the artifact": sorted(state.keys() - names - {*adapters["left_out"]}),
         "unexpected by the model": sorted(names - state.keys()),
     }
     if strict or not names & state.keys():
@@ -148,6 +157,8 @@ def load_merged(
             "value.",
             stacklevel=2,
         )
+    if at_any_rank:
+        give_ranks(model, {name: theirs for name, (theirs, _) in shapes.items()})
     model.load_state_dict(stored, strict=False)
     return artifact
 

@@ -16,6 +16,7 @@ from lightning_ckmerge.artifact.files import file_record
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.sources import Source
 from lightning_ckmerge.buffer.parts import Shapes, SnapshotParts
+from lightning_ckmerge.core.adapters import fits, side_of, stack
 from lightning_ckmerge.core.boxes import whole
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.errors import SnapshotError
@@ -64,9 +65,7 @@ def rebuild(
     different = []
     for done, name in enumerate(names, start=1):
         expected = stored[name]
-        built = torch.empty_like(expected, memory_format=torch.contiguous_format)
-        # As for a buffer: parameters are finite, so that for them it makes no difference.
-        merge_tensor(built, [kept[name] for kept in kept_K], c_K, "buffer")
+        built = _merged(name, [kept[name] for kept in kept_K], c_K, expected)
         if not _same_bits(built, expected):
             different.append(name)
         on_tensor(done, len(names))
@@ -74,6 +73,18 @@ def rebuild(
     covered = {stored.aliases.get(name, name) for name in names}
     rest = sorted(name for name in stored if stored.aliases.get(name, name) not in covered)
     return Rebuilt(num_compared=len(names), different=tuple(different), not_compared=tuple(rest))
+
+
+def _merged(name: str, tensors_K: Sequence[Tensor], c_K: Sequence[float], like: Tensor) -> Tensor:
+    """Return one tensor of the merge, in the shape and precision of ``like``."""
+    side = side_of(name)
+    if side is not None and like.shape != tensors_K[0].shape:
+        # Products were merged: in the model's precision first, as it held each snapshot.
+        return stack(side, [t.to(like.dtype) for t in tensors_K], c_K)
+    built = torch.empty_like(like, memory_format=torch.contiguous_format)
+    # As for a buffer: parameters are finite, so that for them it makes no difference.
+    merge_tensor(built, tensors_K, c_K, "buffer")
+    return built
 
 
 def _kept(
@@ -150,8 +161,16 @@ class _Whole(Mapping[str, Tensor]):
 
 def _require_whole(artifact: Artifact, names: list[str], kept_K: list[Mapping[str, Tensor]]) -> None:
     stored = artifact.tensors()
-    partial = [n for n in names if any(kept[n].shape != stored[n].shape for kept in kept_K)]
-    others = [n for kept in kept_K for n in kept if n not in stored]
+    adapters = artifact.manifest.get("adapters", {"merge": "factors", "left_out": []})
+    at_any_rank = adapters["merge"] == "products"
+
+    def is_whole(name: str, tensor: Tensor) -> bool:
+        return fits(name, tuple(tensor.shape), stored.spec(name).shape, at_any_rank=at_any_rank)
+
+    partial = [n for n in names if not all(is_whole(n, kept[n]) for kept in kept_K)]
+    # A checkpoint holds the base of adapters too.
+    known = {*stored, *adapters["left_out"]}
+    others = [n for kept in kept_K for n in kept if n not in known]
     if partial or others or not names:
         raise SnapshotError(
             "a rebuild needs whole tensors of the artifact's model in the snapshots, got "

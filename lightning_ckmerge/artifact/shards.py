@@ -66,8 +66,8 @@ def write_blocks(
     return {**records, **write_index(directory, weights, shards)}
 
 
-def plan_shards(weights: Described, max_shard_size: int) -> dict[str, list[str]]:
-    """Return the tensors' names by file, in the order in which the file holds them.
+def plan_shards(weights: Described, max_shard_size: int, single_name: str = SINGLE_NAME) -> dict[str, list[str]]:
+    """Return the tensors' names by file, in the order in which the file holds them; one file is ``single_name``.
 
     Raises:
         ArtifactError: safetensors cannot hold one of the tensors.
@@ -88,7 +88,7 @@ def plan_shards(weights: Described, max_shard_size: int) -> dict[str, list[str]]
         shards[-1].append(name)
         num_bytes += spec.nbytes
     count = len(shards)
-    files = [SINGLE_NAME] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    files = [single_name] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     # Wide types first, as safetensors sorts them, so that every tensor is aligned when the file is mapped.
     return {
         file: sorted(names, key=lambda name: (-weights.specs[name].itemsize, name))

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.artifact.files import FileRecord
+from lightning_ckmerge.artifact.files import SINGLE_NAME, FileRecord
 from lightning_ckmerge.artifact.shards import Described, ShardWriter, plan_shards, write_index
 from lightning_ckmerge.core.layout import tensor_spec
 from lightning_ckmerge.distributed.comm import Alone, Comm
@@ -57,6 +57,7 @@ def write_weights(
     max_shard_size: int,
     comm: Comm | None = None,
     metadata: Mapping[str, str] | None = None,
+    single_name: str = SINGLE_NAME,
 ) -> dict[str, FileRecord]:
     """Write ``weights`` into ``directory``, and return each written file's bytes and SHA-256, on every rank.
 
@@ -69,12 +70,13 @@ def write_weights(
         max_shard_size: Bytes above which the model is split; a larger tensor has a shard of its own.
         comm: The ranks; ``None``: a process alone.
         metadata: Texts for the header of each file.
+        single_name: Of the file, if there is only one.
 
     Raises:
         ArtifactError: safetensors cannot hold one of the tensors.
     """
     comm = comm or Alone()
-    shards = plan_shards(weights, max_shard_size)
+    shards = plan_shards(weights, max_shard_size, single_name)
     files = list(shards)
     writers = [rank for rank, sees in enumerate(comm.exchange(directory.is_dir())) if sees]
     records: dict[str, FileRecord] = {}

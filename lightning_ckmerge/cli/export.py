@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -37,6 +37,7 @@ def export(
     """Write a directory that Hugging Face's `from_pretrained` opens: weights, config, tokenizer, model card.
 
     The model is found among the LightningModule's names by its config (with transformers installed), or by --prefix.
+    An artifact of PEFT's adapters needs neither: it becomes what `PeftModel.from_pretrained` opens.
 
     \b
     Examples:
@@ -52,6 +53,9 @@ def export(
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     require_absent(out)
     opened = open_source(_resolved(source), key)
+    if adapters := _adapters_of(opened):
+        _export_adapters(opened, adapters, out, as_json)
+        return
     config_dir = _config_directory(opened, config_from)
     found, kept = _find_model(opened, config_dir, prefix)
     with progress("Exporting", sum(s.nbytes for s in opened.specs.values()), is_bytes=True) as advance:
@@ -65,6 +69,37 @@ def export(
         print_json({**summary, "files": list_files(out)})
     else:
         console().print(f"{out}: {len(weights.specs)} tensors under {found!r}, config from {config_dir}")
+
+
+def _adapters_of(source: Source) -> dict[str, Any] | None:
+    """What the manifest says about adapters, where the source is an artifact that holds them alone."""
+    from lightning_ckmerge.artifact.files import MANIFEST_NAME
+    from lightning_ckmerge.artifact.manifest import read_manifest
+
+    return read_manifest(source.path).get("adapters") if (source.path / MANIFEST_NAME).is_file() else None
+
+
+def _export_adapters(source: Source, adapters: dict[str, Any], out: Path, as_json: bool) -> None:
+    """Config and names are in the manifest."""
+    from lightning_ckmerge.artifact.files import list_files
+    from lightning_ckmerge.artifact.hub import write_adapters
+    from lightning_ckmerge.artifact.offline import new_directory
+    from lightning_ckmerge.artifact.sources import SourceWeights
+    from lightning_ckmerge.errors import ArtifactError
+
+    exported = adapters["peft"]
+    if not exported:
+        raise ArtifactError(
+            f"the manifest must say how PEFT saves the adapters, got none of its names in {source.path}. Load the "
+            "artifact with `load_merged`, and save the model with PEFT."
+        )
+    with new_directory(out) as staging:
+        write_adapters(staging, SourceWeights(source), exported, _card(source))
+    num_tensors = sum(len(parts["tensors"]) for parts in exported.values())
+    if as_json:
+        print_json({"out": str(out), "adapters": list(exported), "tensors": num_tensors, "files": list_files(out)})
+    else:
+        console().print(f"{out}: {num_tensors} tensors of {', '.join(exported)}, for `PeftModel.from_pretrained`")
 
 
 def _resolved(path: Path) -> Path:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_ckmerge.core.adapters import frozen_base, left_out
 from lightning_ckmerge.core.layout import tensor_spec
 from lightning_ckmerge.core.specs import TensorSpec
 from lightning_ckmerge.distributed.comm import Comm
@@ -15,7 +16,7 @@ from lightning_ckmerge.distributed.ownership import local_part
 
 
 class GatheredWeights:
-    """The tensors of a module's ``state_dict``; entries that are none are left out.
+    """The tensors of a module's ``state_dict`` but the frozen base of adapters; entries that are none are left out.
 
     Args:
         module: The LightningModule, its shards in place.
@@ -27,6 +28,11 @@ class GatheredWeights:
         self._flat = {s.name: s for s in flat_shards(module)}
         self._parameters = {clean_name(n) for n, _ in module.named_parameters(remove_duplicate=False)}
         self._tensors = entries(module, has_flat=bool(self._flat))
+        buffers = {clean_name(n) for n, _ in module.named_buffers(remove_duplicate=False)}
+        base = {clean_name(n) for n in frozen_base(module)}
+        self.left_out = left_out(self._tensors, self._parameters | buffers, base)
+        for name in self.left_out:
+            del self._tensors[name]
         self.specs = {n: self._spec(n, t) for n, t in self._tensors.items()}
         self.aliases = self._find_aliases()
 

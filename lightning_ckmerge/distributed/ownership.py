@@ -7,6 +7,8 @@ Three kinds of tensors:
 - Parameters that every rank holds (DDP): the bytes are dealt out evenly, cut along dimension 0; owners merge, and
   broadcast the result in buckets.
 - Buffers outside shards: each rank's own, since ranks need not agree on them (BatchNorm statistics).
+
+The frozen base of PEFT's adapters is nobody's: it stays as it is, so snapshots and merges do without it.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lightning_ckmerge.core.adapters import frozen_base
 from lightning_ckmerge.core.boxes import Box, part_name, whole
 from lightning_ckmerge.core.layout import OwnedTensor, Role, as_real
 from lightning_ckmerge.distributed.buckets import make_buckets
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.flat_shards import FlatShard, clean_name, flat_shards
-from lightning_ckmerge.errors import UnsupportedError
+from lightning_ckmerge.errors import SnapshotError, UnsupportedError
 
 DEFAULT_BUCKET_BYTES = 64 << 20
 
@@ -71,6 +74,8 @@ class Ownership:
         self._fsdp2 = [m for m in module.modules() if isinstance(m, FSDPModule)]
         self.settle()
         self._places = list(_places(module))
+        base = {id(parameter) for parameter in frozen_base(module).values()}
+        self._frozen = {name for name, _, holder, key in self._places if id(holder[key]) in base}
         flat = {s.name: s for s in flat_shards(module)}
         self._flat_shapes = {s.name: s.shape for s in flat.values()}
         self.is_sharded = bool(flat) or any(isinstance(holder[key], DTensor) for _, _, holder, key in self._places)
@@ -78,7 +83,7 @@ class Ownership:
         self._pieces = [
             piece
             for name, role, holder, key in self._places
-            if not (self.is_replicated and role == "parameter")
+            if name not in self._frozen and not (self.is_replicated and role == "parameter")
             for piece in _own_part(name, role, holder[key], flat.get(name))
         ]
         self._shares: list[list[Piece]] = []
@@ -90,7 +95,17 @@ class Ownership:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that any rank owns a part of, by name, with its whole shape as it is stored."""
         shapes = {n: (*t.shape, 2) if t.is_complex() else tuple(t.shape) for n, _, t in self._tensors()}
-        return {n: shape for n, shape in {**shapes, **self._flat_shapes}.items() if math.prod(shape)}
+        shapes.update(self._flat_shapes)
+        return {n: shape for n, shape in shapes.items() if math.prod(shape) and n not in self._frozen}
+
+    def check_frozen(self) -> None:
+        """Raise ``SnapshotError`` if a base that snapshots do without is being trained."""
+        thawed = [n for n, _, t in self._tensors() if n in self._frozen and t.requires_grad]
+        if thawed:
+            raise SnapshotError(
+                f"the base of an adapter must stay frozen, got {len(thawed)} of its tensors that are trained now, such "
+                f"as {thawed[0]!r}, and are in no snapshot. Thaw them before `fit` starts, so that they are."
+            )
 
     def settle(self) -> None:
         """Bring FSDP2's shards into place: after a forward pass without gradients the root's stay gathered."""
@@ -98,7 +113,7 @@ class Ownership:
             module.reshard()
 
     def local(self) -> list[OwnedTensor]:
-        """Return all tensors, or this rank's shards of them, as they are now."""
+        """Return all tensors, a frozen base's too, or this rank's shards of them, as they are now."""
         return [OwnedTensor(name=n, role=r, tensor=local_part(t)) for n, r, t in self._tensors()]
 
     def owned(self) -> list[OwnedTensor]:
@@ -139,7 +154,7 @@ class Ownership:
                 yield name, role, tensor
 
     def _replicated(self) -> list[tuple[str, Tensor]]:
-        return [(name, tensor) for name, role, tensor in self._tensors() if role == "parameter"]
+        return [(n, t) for n, role, t in self._tensors() if role == "parameter" and n not in self._frozen]
 
 
 def local_part(tensor: Tensor) -> Tensor:

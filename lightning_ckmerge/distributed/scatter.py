@@ -19,10 +19,12 @@ def scatter(module: nn.Module, whole: Mapping[str, Tensor]) -> None:
 
     Args:
         module: Changed in place; its shards are in place.
-        whole: Read a tensor at a time.
+        whole: Read a tensor at a time. What it lacks, such as the frozen base of adapters, stays as it is.
     """
     flat = {s.name: s for s in flat_shards(module)}
     for name, tensor in entries(module, has_flat=bool(flat)).items():
+        if name not in whole:
+            continue
         source = whole[name]
         if name in flat:
             tensor.copy_(source.reshape(-1)[flat[name].start : flat[name].stop].view(tensor.shape))

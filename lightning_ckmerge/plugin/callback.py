@@ -89,6 +89,11 @@ class CheckpointMergeCallback(Callback):
                 f"`search.space` {type(make_space(search.space)).__name__.lower()} needs {needed} snapshots, got "
                 f"`buffer.snapshot` {buffer.snapshot!r}. Set it to {needed!r}, or search another space."
             )
+        if apply == "on_train_end" and artifact.adapters == "products":
+            raise ConfigError(
+                '`apply` "on_train_end" would give the module\'s LoRA layers another rank, got `artifact.adapters` '
+                '"products". Use "factors", or load the artifact after training.'
+            )
         self.triggers: dict[str, Any] = {
             "every_n_train_steps": every_n_train_steps,
             "every_n_epochs": every_n_epochs,

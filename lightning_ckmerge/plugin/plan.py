@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +32,13 @@ def render_plan(
     space: Space,
     total_steps: int | None,
     dirpath: Path,
+    *,
+    merged: Collection[str] | None = None,
 ) -> str:
-    """Return the plan as a few lines of text: buffer, evaluations, expected share of the training time."""
+    """Return the plan as a few lines of text: buffer, evaluations, expected share of the training time.
+
+    ``merged`` names the tensors of ``layout`` that are buffered, where the frozen base of adapters is not.
+    """
     config = callback.buffer
     each = f" on each of {trainer.world_size} ranks" if trainer.world_size > 1 else ""
     memory, disk = size(buffer.num_bytes_in_memory), size(buffer.num_bytes_on_disk)
@@ -43,6 +49,13 @@ def render_plan(
         f"more. Artifacts go to {dirpath}.",
         f"  a search: {_evaluations(callback, trainer, total_steps)}",
     ]
+    if merged is not None:
+        chosen = [slot for slot in layout.slots if slot.name in merged]
+        num_bytes = sum(slot.numel * slot.dtype.itemsize for slot in chosen)
+        lines.append(
+            f"  adapters: {len(chosen)} of {len(layout.slots)} tensors, {size(num_bytes)} of {size(layout.num_bytes)}, "
+            f"are buffered and merged ({callback.artifact.adapters}); the frozen base stays as it is."
+        )
     return "\n".join(lines)
 
 

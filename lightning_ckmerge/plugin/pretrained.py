@@ -1,4 +1,7 @@
-"""The transformers model inside a LightningModule, found without importing transformers, and written for its users."""
+"""The pretrained model inside a LightningModule, or its adapters, written for the users of transformers and PEFT.
+
+Both are found without importing these libraries.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lightning_ckmerge.artifact.hub import HubWeights, write_hub
+from lightning_ckmerge.artifact.hub import HubWeights, write_adapters, write_hub
 from lightning_ckmerge.artifact.manifest import Manifest
 from lightning_ckmerge.artifact.weights import Weights
 from lightning_ckmerge.config import ArtifactConfig, parse_size
@@ -29,49 +32,59 @@ class Pretrained:
     Args:
         trainer: The Trainer, inside ``fit``.
         config: For the size of shards.
+        has_adapters: Write the adapters that the manifest describes, not the model.
 
     Raises:
         ConfigError: There is none, or there are several side by side.
     """
 
-    def __init__(self, trainer: Trainer, config: ArtifactConfig) -> None:
+    def __init__(self, trainer: Trainer, config: ArtifactConfig, *, has_adapters: bool) -> None:
         self._owners = (trainer.lightning_module, getattr(trainer, "datamodule", None))
         self._max_shard_size = parse_size(config.max_shard_size)
-        self._path, self._model = _find(trainer.lightning_module)
+        self._found = None if has_adapters else _find(trainer.lightning_module)
 
     def write(self, directory: Path, manifest: Manifest, *, weights: Weights, comm: Comm) -> None:
         """Write ``hf/``: weights, config, tokenizer or processor, model card. A collective.
 
         Args:
             directory: The artifact's.
-            manifest: For the card.
+            manifest: For the card, and for what it says about adapters.
             weights: All of the LightningModule's.
             comm: The ranks.
         """
         out = directory / DIRECTORY_NAME
         if comm.rank == 0:
             out.mkdir()
-            self._write_config(out)
+            self._write_processors(out)
+            if self._found is not None:
+                _write_config(self._found[1], out)
         comm.exchange(None)
+        if self._found is None:
+            write_adapters(out, weights, manifest["adapters"]["peft"], render_card(manifest), comm)
+            return
+        path, model = self._found
         # The model's own order: of tied names it lists the one that it loads first.
-        kept = [clean_name(name) for name, _ in [*self._model.named_parameters(), *self._model.named_buffers()]]
-        hub = HubWeights(weights, f"{self._path}." if self._path else "", kept)
+        kept = [clean_name(name) for name, _ in [*model.named_parameters(), *model.named_buffers()]]
+        hub = HubWeights(weights, f"{path}." if path else "", kept)
         write_hub(out, hub, render_card(manifest), self._max_shard_size, comm)
 
-    def _write_config(self, out: Path) -> None:
-        config: Any = copy.deepcopy(self._model.config)
-        config.architectures = [_class_name(self._model)]
-        dtype = next((p.dtype for p in self._model.parameters() if p.is_floating_point()), torch.float32)
-        setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
-        config.save_pretrained(out)
-        generation: Any = getattr(self._model, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(out)
+    def _write_processors(self, out: Path) -> None:
         for owner in self._owners:
             for name in PROCESSORS:
                 processor: Any = getattr(owner, name, None)
                 if hasattr(processor, "save_pretrained"):
                     processor.save_pretrained(out)
+
+
+def _write_config(model: Any, out: Path) -> None:
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [_class_name(model)]
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
+    config.save_pretrained(out)
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(out)
 
 
 def _find(module: nn.Module) -> tuple[str, nn.Module]:

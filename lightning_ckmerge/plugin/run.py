@@ -31,6 +31,7 @@ from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.distributed.scatter import scatter
 from lightning_ckmerge.errors import CkmergeError, ConfigError, PeerError
 from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
+from lightning_ckmerge.plugin.adapters import Load, find_adapters
 from lightning_ckmerge.plugin.curve import Curve
 from lightning_ckmerge.plugin.evaluation import Validation, dump_weights
 from lightning_ckmerge.plugin.loggers import Announcer
@@ -73,7 +74,14 @@ class MergeRun:
         self._own_loaders: Any = None
         self._previous: dict[str, float] | None = None
         self._last_artifact: Artifact | None = None
-        self._pretrained = Pretrained(trainer, callback.artifact) if "hf" in callback.artifact.formats else None
+        self._adapters = find_adapters(
+            self._module, callback.artifact, self._comm, is_sharded=self._ownership.is_sharded
+        )
+        self._pretrained = (
+            Pretrained(trainer, callback.artifact, has_adapters=self._adapters is not None)
+            if "hf" in callback.artifact.formats
+            else None
+        )
         self._searching = False
         self._announcer = Announcer(trainer)
         self._curve = Curve()
@@ -216,7 +224,8 @@ class MergeRun:
 
     def _say_plan(self, total_steps: int | None) -> None:
         found = (self._buffer, self._local_layout, self._space, total_steps, self.dirpath)
-        rank_zero_info(render_plan(self.callback, self._trainer, *found))
+        merged = self._ownership.shapes.keys() if self._adapters is not None else None
+        rank_zero_info(render_plan(self.callback, self._trainer, *found, merged=merged))
 
     def _make_buffer(self, total_steps: int | None) -> RollingBuffer:
         config = self.callback.buffer
@@ -277,6 +286,7 @@ class MergeRun:
 
     def _search_and_publish(self) -> Artifact:
         """Everything between two identical states of the run."""
+        self._ownership.check_frozen()
         with self._standing_still() as job:
             outcome = run_search(job)
             artifact = self._publish(outcome, job)
@@ -295,8 +305,24 @@ class MergeRun:
             latest = self._layout.order(self._ownership.select(standstill.weights))
             targets = self._layout.order(self._ownership.owned())
             merger = Merger(self._layout, targets, self._common_snapshots(), latest, self.step)
-            with search_progress(trainer, self.step, 1 if self.callback.mode == "min" else -1) as on_scored:
-                yield self._make_job(merger, validation, standstill, on_scored)
+            with (
+                self._merging(merger) as load,
+                search_progress(trainer, self.step, 1 if self.callback.mode == "min" else -1) as on_scored,
+            ):
+                yield self._make_job(merger, validation, standstill, load, on_scored)
+
+    def _merging(self, merger: Merger) -> contextlib.AbstractContextManager[Load]:
+        """Yield what writes a merge into the module, on all ranks."""
+
+        def load(c_K: Sequence[float]) -> None:
+            merger.merge(c_K)
+            self._comm.exchange(None)  # nobody has failed: publishing cannot be left half done
+            self._ownership.publish()
+            self._ownership.settle()
+
+        if self._adapters is None:
+            return contextlib.nullcontext(load)
+        return self._adapters.merging(load, len(merger.snapshots_K))
 
     def _common_snapshots(self) -> list[Snapshot]:
         """The snapshots that no rank has lost."""
@@ -324,16 +350,13 @@ class MergeRun:
         return Validation(self._trainer, callback, callback.evaluation, callback.monitor, self._comm, self._own_loaders)
 
     def _make_job(
-        self, merger: Merger, validation: Validation, standstill: Standstill, on_scored: OnScored
+        self, merger: Merger, validation: Validation, standstill: Standstill, merge: Load, on_scored: OnScored
     ) -> SearchJob:
         callback = self.callback
         recalibrate = callback.evaluation.recalibrate_batches
 
         def load(c_K: Sequence[float]) -> None:
-            merger.merge(c_K)
-            self._comm.exchange(None)  # nobody has failed: publishing cannot be left half done
-            self._ownership.publish()
-            self._ownership.settle()
+            merge(c_K)
             if recalibrate:
                 validation.recalibrate(recalibrate)
 
@@ -362,6 +385,7 @@ class MergeRun:
             journal=self.dirpath / "study.journal",
             on_scored=on_scored,
             agree=partial(on_rank_zero, self._comm),
+            adapters=self._adapters.merge if self._adapters is not None else None,
         )
 
     def _allowance(self) -> tuple[float | None, str]:
@@ -377,6 +401,8 @@ class MergeRun:
     def _publish(self, outcome: SearchOutcome, job: SearchJob) -> Artifact:
         """Write the winner, which is merged into the module for that, or the record alone of a rejected search."""
         manifest = build_manifest(outcome)
+        if self._adapters is not None:
+            manifest["adapters"] = self._adapters.describe(manifest["coefficients"])
         if not on_rank_zero(self._comm, lambda: self._store.keeps_weights(manifest)):
             return self._publish_manifest(manifest, None, [self._write_report])
         job.begin()

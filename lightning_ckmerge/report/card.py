@@ -10,13 +10,15 @@ from lightning_ckmerge.report.view import SHORT_HASH, build_view
 
 FRONT_MATTER = """\
 ---
-library_name: transformers
+library_name: {library}
 tags:
 - merge
 - checkpoint-merging
 - lightning-ckmerge
 ---
 """
+MODEL = FRONT_MATTER.format(library="transformers")
+ADAPTER = FRONT_MATTER.format(library="peft")
 
 
 def render_card(manifest: Manifest) -> str:
@@ -31,7 +33,7 @@ def render_card(manifest: Manifest) -> str:
     names = sorted({name for half in halves for name in winner[half]["metrics"]})
     snapshots = [(s.steps, s.kind, s.coefficient, s.sha256) for s in view.snapshots]
     sections = [
-        f"{FRONT_MATTER}\n# {view.title}",
+        f"{ADAPTER if 'adapters' in manifest else MODEL}\n# {view.title}",
         f"**{view.badge}.** {escape(view.sentence)}",
         *(f"> Note: {escape(warning)}" for warning in view.warnings),
         "The weights are a linear combination of snapshots of one training run, found by `lightning-ckmerge`.",
@@ -67,7 +69,7 @@ def render_merge_card(recipe: dict[str, Any]) -> str:
     ]
     how = f"{recipe['method']} ({recipe['schedule']})" if recipe["schedule"] else recipe["method"]
     sections = [
-        f"{FRONT_MATTER}\n# Merge of {len(rows)} checkpoints",
+        f"{MODEL}\n# Merge of {len(rows)} checkpoints",
         f"Merged by `ckmerge merge`, {escape(how)}. No validation data was used: nothing is claimed about its quality.",
         "## Recipe",
         table(("checkpoint", "step", "coefficient", "sha256"), rows),
@@ -80,7 +82,7 @@ def render_merge_card(recipe: dict[str, Any]) -> str:
 def render_source_card(name: str, step: int | None) -> str:
     """Return the card of a checkpoint that was exported as it is."""
     at = "" if step is None else f", step {step}"
-    return f"{FRONT_MATTER}\n# {escape(name)}\n\nExported by `ckmerge export` from the checkpoint {escape(name)}{at}.\n"
+    return f"{MODEL}\n# {escape(name)}\n\nExported by `ckmerge export` from the checkpoint {escape(name)}{at}.\n"
 
 
 def _winner(manifest: Manifest) -> dict[str, Any]:

@@ -23,6 +23,10 @@ LOAD_CHECKPOINT = """\
 model = YourModule.load_from_checkpoint("{path}/model.ckpt")
 """
 
+ADAPTERS = {
+    "factors": "averaged, tensor by tensor; the frozen base is not in the artifact",
+    "products": "LoRA's products merged exactly; the frozen base is not in the artifact",
+}
 STATUS_TITLES = {
     "accepted": "Accepted",
     "rejected": "Rejected",
@@ -143,6 +147,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         (f"{manifest['monitor']} ({manifest['mode']})", number(verdict["value"])),
         ("Space", f"{manifest['space']} ({at})" if at else f"{manifest['space']}, won by an anchor"),
         ("Batches, search + confirmation", batches),
+        *([("Adapters", ADAPTERS[manifest["adapters"]["merge"]])] if "adapters" in manifest else []),
     ]
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import numpy as np
@@ -23,6 +23,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_ckmerge import ArtifactConfig, BufferConfig, EvaluationConfig
+from lightning_ckmerge.config import AdapterMerge
+from tests.plugin.lora import Adapted
 from tests.plugin.models import (
     Classifier,
     Points,
@@ -261,6 +263,15 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "every format": {"merge": {"artifact": ArtifactConfig(formats=("safetensors", "ckpt"))}},
     "tqdm": {"trainer": {"enable_progress_bar": True}, "callbacks": lambda: [pl.callbacks.TQDMProgressBar()]},
     "rich": {"trainer": {"enable_progress_bar": True}, "callbacks": lambda: [pl.callbacks.RichProgressBar()]},
+    **{
+        f"lora {kind}": {
+            "model": Adapted,
+            "train": partial(tokens_loader, train=True),
+            "val": partial(tokens_loader, train=False),
+            "merge": {"artifact": ArtifactConfig(formats=("safetensors", "hf"), adapters=kind)},
+        }
+        for kind in get_args(AdapterMerge)
+    },
     "fit's own interval": {"merge": {"every_n_train_steps": None}},
 }
 

@@ -1,0 +1,280 @@
+"""PEFT's adapters alone are buffered, merged and published; products are merged exactly, and the artifact says so."""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightning_ckmerge import ArtifactConfig, CheckpointMergeCallback, load_merged
+from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.errors import ArtifactError, ConfigError, SnapshotError
+from tests.cli.commands import ckmerge, ckmerge_json
+from tests.cli.transformers_models import Language, gpt2
+from tests.plugin.lora import NUM_TRAINED, RANK, Adapted, adapted, logits, make_merge, train
+from tests.plugin.models import tokens_loader
+
+peft: Any = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+KINDS = ("factors", "products")
+FORMATS = ("safetensors", "hf")
+
+
+class Published:
+    """A run's artifact, and the snapshots that it is the merge of, each as a whole model."""
+
+    def __init__(self, root: Path, kind: Any, **options: Any) -> None:
+        self.make = partial(adapted, **options)
+        self.module = self.fresh()
+        train(self.module, make_merge(root, artifact=ArtifactConfig(formats=FORMATS, adapters=kind)))
+        self.artifact = Artifact.open(next((root / "merges").glob("step=*")))
+        self.buffer = root / "merges" / "buffer"
+
+    @property
+    def weighted(self) -> list[tuple[float, dict[str, Tensor]]]:
+        """Coefficients that are not 0, each with its snapshot's tensors."""
+        manifest = self.artifact.manifest
+        files = [next(self.buffer.glob(f"*-{s['last_step']:09d}-point.safetensors")) for s in manifest["snapshots"]]
+        found = [(c, load_file(f)) for c, f in zip(manifest["coefficients"], files, strict=True) if c]
+        assert len(found) > 1
+        return found
+
+    def fresh(self) -> Adapted:
+        return Adapted(self.make())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Published]:
+    return {kind: Published(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+
+
+def trained_names(module: pl.LightningModule) -> set[str]:
+    return {n for n, p in module.named_parameters() if p.requires_grad}
+
+
+def test_snapshots_and_artifact_hold_what_is_trained_and_no_base(runs: dict[str, Published]) -> None:
+    trained = trained_names(Adapted())
+    assert len(trained) == NUM_TRAINED
+    model_bytes = sum(p.nbytes for p in Adapted().parameters())
+    for run in runs.values():
+        files = sorted(run.buffer.iterdir())
+        assert len(files) == 4
+        for file in files:
+            assert set(load_file(file)) == trained
+            assert file.stat().st_size < model_bytes / 8
+        # The counter is no parameter: it is the latest weights'.
+        assert set(run.artifact.tensors()) == trained | {"seen"}
+
+
+def test_factors_are_averaged_each(runs: dict[str, Published]) -> None:
+    run = runs["factors"]
+    stored = run.artifact.tensors()
+    for name in trained_names(Adapted()):
+        expected = sum(c * tensors[name] for c, tensors in run.weighted)
+        torch.testing.assert_close(stored[name], expected, msg=name)
+
+
+def merged_into_base(run: Published) -> Any:
+    """A GPT-2 without adapters, its weights the sum of what PEFT's own ``merge_and_unload`` makes of each snapshot."""
+    total: dict[str, Any] = {}
+    for c, tensors in run.weighted:
+        module = run.fresh()
+        module.load_state_dict(tensors, strict=False)
+        for name, tensor in module.net["lm"].merge_and_unload().state_dict().items():
+            total[name] = total.get(name, 0) + c * tensor
+    model = gpt2()
+    # The embedding has an adapter, and the head, which is tied to its base, has none.
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    del total["lm_head.weight"]
+    model.load_state_dict(total, strict=False)
+    return model
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_products_are_merged_exactly(tmp_path: Path, runs: dict[str, Published], rslora: bool) -> None:
+    """Goes red if factors are averaged, a coefficient is missing, or the scaling changes with the rank."""
+    run = Published(tmp_path, "products", use_rslora=True) if rslora else runs["products"]
+    expected = logits(merged_into_base(run))
+    module = run.fresh()
+    load_merged(run.artifact, module)
+    torch.testing.assert_close(logits(module.net["lm"]), expected, rtol=1e-4, atol=1e-5)
+    averaged = run.fresh()
+    averaged.load_state_dict({n: sum(c * t[n] for c, t in run.weighted) for n in run.weighted[0][1]}, strict=False)
+    assert not torch.allclose(logits(averaged.net["lm"]), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_manifest_says_how_and_the_reports_too(runs: dict[str, Published], kind: str) -> None:
+    run = runs[kind]
+    said = run.artifact.manifest["adapters"]
+    module = Adapted()
+    assert said["merge"] == kind
+    assert set(said["left_out"]) == set(module.state_dict()) - trained_names(module) - {"seen"}
+    rank = len(run.weighted) * RANK if kind == "products" else RANK
+    config = said["peft"]["default"]["config"]
+    assert (config["r"], config["lora_alpha"]) == (rank, 3 * rank)
+    sentence = {"factors": "averaged, tensor by tensor;", "products": "LoRA's products merged exactly;"}[kind]
+    for text in (run.artifact.path / "report.md", run.artifact.path / "hf" / "README.md"):
+        assert sentence in text.read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_winners_value_is_that_of_what_is_published(runs: dict[str, Published], kind: str) -> None:
+    manifest = runs[kind].artifact.manifest
+    module = runs[kind].fresh()
+    load_merged(runs[kind].artifact, module)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    (logged,) = trainer.validate(module, tokens_loader(train=False), verbose=False)
+    winner = next(t for t in manifest["anchors"] + manifest["trials"] if t["name"] == manifest["verdict"]["winner"])
+    assert winner["search"]["value"] == pytest.approx(logged["val_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_opens_the_hf_directory_with_equal_logits(runs: dict[str, Published], tmp_path: Path, kind: str) -> None:
+    run = runs[kind]
+    module = run.fresh()
+    load_merged(run.artifact, module)
+    opened = peft.PeftModel.from_pretrained(gpt2(), run.artifact.path / "hf")
+    assert torch.equal(logits(opened), logits(module.net["lm"]))
+    # What PEFT itself would save.
+    module.net["lm"].save_pretrained(tmp_path)
+    ours, theirs = (load_file(d / "adapter_model.safetensors") for d in (run.artifact.path / "hf", tmp_path))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_needs_nothing_but_the_artifact(runs: dict[str, Published], tmp_path: Path, kind: str) -> None:
+    artifact = runs[kind].artifact
+    found = ckmerge_json("export", artifact.path, "--to", "hf", "--out", tmp_path / "out")
+    assert (found["adapters"], found["tensors"]) == (["default"], NUM_TRAINED)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (artifact.path / "hf" / name).read_bytes()
+    assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_verify_rebuilds_the_adapters_bit_for_bit(runs: dict[str, Published], tmp_path: Path, kind: str) -> None:
+    """From the kept snapshots and a checkpoint, which holds the base as well."""
+    run, latest = runs[kind], tmp_path / "step=8.ckpt"
+    torch.save({"state_dict": run.module.state_dict(), "global_step": 8}, latest)
+    found = ckmerge_json("verify", run.artifact.path, "--rebuild", "--latest", latest)["rebuild"]
+    assert (found["state"], found["compared"], found["different"]) == ("equal", NUM_TRAINED, [])
+    assert found["not_compared"] == ["seen"]
+    torch.save({"state_dict": Adapted().state_dict(), "global_step": 8}, latest)
+    found = ckmerge_json("verify", run.artifact.path, "--rebuild", "--latest", latest, code=1)["rebuild"]
+    assert len(found["different"]) == NUM_TRAINED
+
+
+def test_loading_is_strict_but_for_the_frozen_base(runs: dict[str, Published]) -> None:
+    artifact = runs["factors"].artifact
+    with pytest.raises(ArtifactError, match=r"missing from the artifact: .*c_proj\.lora_A"):
+        load_merged(artifact, Adapted(adapted(target_modules=["c_attn", "c_proj", "wte"])))
+    with pytest.raises(ArtifactError, match=r"unexpected by the model: .*lora_A"):
+        load_merged(artifact, Language(gpt2()))
+    with pytest.raises(ArtifactError, match="of another shape"):
+        load_merged(artifact, Adapted(adapted(r=3)))
+
+
+class Thawing(pl.Callback):
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 4:
+            pl_module.net["lm"].requires_grad_(True)
+
+
+def test_a_base_that_is_thawed_is_not_merged_without(tmp_path: Path) -> None:
+    with pytest.raises(SnapshotError, match="the base of an adapter must stay frozen, got 28 of its tensors"):
+        train(Adapted(), make_merge(tmp_path), callbacks=[Thawing()])
+
+
+def test_a_base_that_is_trained_from_the_start_is_merged(tmp_path: Path) -> None:
+    module = Adapted()
+    module.net["lm"].base_model.model.transformer.wpe.requires_grad_(True)
+    train(module, make_merge(tmp_path))
+    (artifact,) = (tmp_path / "merges").glob("step=*")
+    assert sum("wpe" in name for name in Artifact.open(artifact).tensors()) == 1
+
+
+class MeanTeacher(Adapted):
+    """A frozen copy follows the student: its adapters change without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net["teacher"] = copy.deepcopy(self.net["lm"]).requires_grad_(False)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        for own, student in zip(self.net["teacher"].parameters(), self.net["lm"].parameters(), strict=True):
+            if student.requires_grad:
+                own.data.lerp_(student.data, 0.5)
+
+
+def test_a_teachers_adapters_are_merged_too(tmp_path: Path) -> None:
+    train(MeanTeacher(), make_merge(tmp_path))
+    (artifact,) = (tmp_path / "merges").glob("step=*")
+    names = set(Artifact.open(artifact).tensors())
+    assert names == trained_names(Adapted()) | {n.replace(".lm.", ".teacher.") for n in trained_names(Adapted())} | {
+        "seen"
+    }
+
+
+def injected() -> Any:
+    """A model whose adapters have no PeftModel around them, as transformers' ``add_adapter`` leaves it."""
+    torch.manual_seed(3)
+    config = peft.LoraConfig(r=RANK, target_modules=["c_attn"], fan_in_fan_out=True)
+    return peft.inject_adapter_in_model(config, gpt2())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_injected_into_a_model_can_be_opened_by_peft(tmp_path: Path, kind: Any) -> None:
+    train(Adapted(injected()), make_merge(tmp_path, artifact=ArtifactConfig(formats=FORMATS, adapters=kind)))
+    (artifact,) = (tmp_path / "merges").glob("step=*")
+    module = Adapted(injected())
+    load_merged(artifact, module)
+    opened = peft.PeftModel.from_pretrained(gpt2(), artifact / "hf")
+    assert torch.equal(logits(opened), logits(module.net["lm"]))
+
+
+def prompted() -> Any:
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return peft.get_peft_model(gpt2(), config)
+
+
+def test_other_adapters_are_averaged_and_refused_where_peft_saves_no_tensor_of_theirs(tmp_path: Path) -> None:
+    train(Adapted(prompted()), make_merge(tmp_path))
+    (path,) = (tmp_path / "merges").glob("step=*")
+    artifact = Artifact.open(path)
+    assert set(artifact.tensors()) == {"seen", "net.lm.prompt_encoder.default.embedding.weight"}
+    load_merged(artifact, Adapted(prompted()))
+    assert "must say how PEFT saves" in ckmerge("export", path, "--out", tmp_path / "out", code=2).stderr
+    config = ArtifactConfig(formats=FORMATS)
+    with pytest.raises(ConfigError, match="needs one model whose adapters PEFT can save"):
+        train(Adapted(prompted()), make_merge(tmp_path / "hf", artifact=config))
+
+
+def test_what_cannot_be_merged_by_products_is_refused_before_training(tmp_path: Path) -> None:
+    config = ArtifactConfig(adapters="products")
+    with pytest.raises(ConfigError, match="needs LoRA layers of PEFT that are trained, got none in Language"):
+        train(Language(gpt2()), make_merge(tmp_path, artifact=config))
+    with pytest.raises(ConfigError, match='`apply` "on_train_end" would give the module\'s LoRA layers another rank'):
+        CheckpointMergeCallback(artifact=config, apply="on_train_end")
+
+
+def test_the_plan_says_how_much_is_buffered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        train(Adapted(), make_merge(tmp_path))
+    assert f"adapters: {NUM_TRAINED} of 36 tensors, 1.5 kB of 30.3 kB, are buffered and merged (factors)" in caplog.text
+
+
+def test_a_run_without_adapters_says_nothing_of_them(tmp_path: Path) -> None:
+    train(Language(gpt2()), make_merge(tmp_path))
+    (path,) = (tmp_path / "merges").glob("step=*")
+    assert "adapters" not in json.loads((path / "manifest.json").read_text())
