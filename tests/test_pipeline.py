@@ -259,7 +259,7 @@ def test_the_same_search_goes_on_in_its_study(tmp_path: Path) -> None:
     run.buffer.close()
 
 
-@pytest.mark.parametrize("kind", ["snapshot", "weights", "space"])
+@pytest.mark.parametrize("kind", ["snapshot", "weights", "space", "adapters"])
 def test_a_search_of_something_else_does_not_go_on_in_the_same_study(tmp_path: Path, kind: str) -> None:
     run = Run()
     config = SearchConfig(n_trials=1, sampler=RandomSampler(seed=0))
@@ -271,7 +271,8 @@ def test_a_search_of_something_else_does_not_go_on_in_the_same_study(tmp_path: P
     elif kind == "weights":
         run.module.layer.bias.data.add_(0.5)
     space = Decay(max_extrapolation=1.0) if kind == "space" else Decay()
-    run_search(make_job(run, tmp_path, config, space=space))
+    adapters = "products" if kind == "adapters" else None
+    run_search(make_job(run, tmp_path, config, space=space, adapters=adapters))
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(job.journal)))
     assert sorted(optuna.get_all_study_names(storage)) == [job.name, f"{job.name}-v1"]
     run.buffer.close()

@@ -73,7 +73,8 @@ def forecast(configured: Configured, callback: CheckpointMergeCallback) -> Forec
     loaders = _loaders(configured, warnings)
     num_ranks = trainer.num_devices * trainer.num_nodes
     _configure_model(configured, warnings)
-    layout = TensorLayout(Ownership(configured.module, Alone()).owned())
+    ownership = Ownership(configured.module, Alone())
+    layout = TensorLayout(ownership.owned())
     total_steps = _total_steps(trainer, loaders.get("train"))
     segment_steps = finest_segment(callback.buffer, total_steps)
     buffer = _buffer(callback, layout, segment_steps)
@@ -88,8 +89,8 @@ def forecast(configured: Configured, callback: CheckpointMergeCallback) -> Forec
         num_searches=_num_searches(callback, total_steps),
         segment_steps=segment_steps,
         buffer_memory=_a_rank(buffer.num_bytes_in_memory, num_ranks),
-        # The copy of everything that a rank holds: whole where the model is replicated.
-        search_memory=layout.num_bytes,
+        # The copy of everything that a rank holds, adapters' base included: whole where the model is replicated.
+        search_memory=TensorLayout(ownership.local()).num_bytes,
         disk=buffer.num_bytes_on_disk + _artifact_bytes(callback, layout),
         free_disk=_free_disk(dirpath),
         warnings=warnings,

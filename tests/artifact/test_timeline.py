@@ -20,6 +20,7 @@ def test_a_record_tells_the_search_in_a_line() -> None:
         "status": "accepted",
         "gain": 0.05,
         "interval": [0.041, 0.059],
+        "equivalent_steps": 310,
         "winner": "trial-6",
         "best_anchor": "uniform-4",
         "values": {"latest": 2.05, "uniform-4": 2.012, "trial-6": 2.0},

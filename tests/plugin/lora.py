@@ -54,6 +54,16 @@ class Adapted(Language):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
 
 
+class MergesToValidate(Adapted):
+    """Writes the adapters into their base for the time of a validation; taken out again, its last bits have changed."""
+
+    def on_validation_start(self) -> None:
+        self.net["lm"].merge_adapter()
+
+    def on_validation_end(self) -> None:
+        self.net["lm"].unmerge_adapter()
+
+
 def make_merge(root: Path, **overrides: Any) -> CheckpointMergeCallback:
     """Point snapshots, and a mean of them that wins: the loss falls, so that, searching for high ones, old weights do.
 

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -278,3 +279,18 @@ def test_a_run_without_adapters_says_nothing_of_them(tmp_path: Path) -> None:
     train(Language(gpt2()), make_merge(tmp_path))
     (path,) = (tmp_path / "merges").glob("step=*")
     assert "adapters" not in json.loads((path / "manifest.json").read_text())
+
+
+def test_a_plan_counts_the_base_for_the_search_alone(tmp_path: Path) -> None:
+    callback = {"class_path": "lightning_ckmerge.CheckpointMergeCallback"}
+    config = {
+        "trainer": {"accelerator": "cpu", "max_steps": 8, "logger": False, "callbacks": [callback]},
+        "model": {"class_path": "tests.plugin.lora.Adapted"},
+        "data": {"class_path": "tests.cli.runs.PointsData"},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    (found,) = ckmerge_json("plan", path)["plans"]
+    trained = sum(p.nbytes for p in Adapted().parameters() if p.requires_grad)
+    assert found["buffer_memory"] == 2 * trained
+    assert found["search_memory"] == sum(p.nbytes for p in Adapted().parameters())

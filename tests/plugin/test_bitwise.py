@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ckmerge import ArtifactConfig, BufferConfig, EvaluationConfig
 from lightning_ckmerge.config import AdapterMerge
-from tests.plugin.lora import Adapted
+from tests.plugin.lora import Adapted, MergesToValidate
 from tests.plugin.models import (
     Classifier,
     Points,
@@ -264,13 +264,14 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "tqdm": {"trainer": {"enable_progress_bar": True}, "callbacks": lambda: [pl.callbacks.TQDMProgressBar()]},
     "rich": {"trainer": {"enable_progress_bar": True}, "callbacks": lambda: [pl.callbacks.RichProgressBar()]},
     **{
-        f"lora {kind}": {
-            "model": Adapted,
+        f"{name} {kind}": {
+            "model": model,
             "train": partial(tokens_loader, train=True),
             "val": partial(tokens_loader, train=False),
             "merge": {"artifact": ArtifactConfig(formats=("safetensors", "hf"), adapters=kind)},
         }
         for kind in get_args(AdapterMerge)
+        for name, model in {"lora": Adapted, "lora, merged to validate,": MergesToValidate}.items()
     },
     "fit's own interval": {"merge": {"every_n_train_steps": None}},
 }
