@@ -37,20 +37,25 @@ class Visit:
     answers: list[Any]
 
 
-def visit(browser: str, page: Path, profile: Path, expressions: list[str], *, width: int = 1100) -> Visit:
-    """Open a file in a window of ``width`` pixels, and evaluate JavaScript expressions in it."""
+def visit(
+    browser: str, page: Path, profile: Path, expressions: list[str], *, width: int = 1100, media: str = "screen"
+) -> Visit:
+    """Open a file in a window of ``width`` pixels, and evaluate JavaScript expressions in it.
+
+    On paper (``media="print"``) the reader prefers dark pages: the screen's wish, of which paper should know nothing.
+    """
     command = [browser, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         address = next(m[1] for line in process.stderr if (m := re.match(r"DevTools listening on (\S+)", line)))
-        return asyncio.run(asyncio.wait_for(_visit(address, page.as_uri(), expressions, width), TIMEOUT_S))
+        return asyncio.run(asyncio.wait_for(_visit(address, page.as_uri(), expressions, width, media), TIMEOUT_S))
     finally:
         process.kill()
         process.communicate()
 
 
-async def _visit(address: str, url: str, expressions: list[str], width: int) -> Visit:
+async def _visit(address: str, url: str, expressions: list[str], width: int, media: str) -> Visit:
     async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
         talk = _Talk(socket)
         target = (await talk.ask("Target.createTarget", url="about:blank"))["targetId"]
@@ -60,6 +65,9 @@ async def _visit(address: str, url: str, expressions: list[str], width: int) -> 
             await talk.ask(f"{domain}.enable")
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
         await talk.ask("Emulation.setDeviceMetricsOverride", **size)
+        if media == "print":
+            dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+            await talk.ask("Emulation.setEmulatedMedia", media=media, features=dark)
         await talk.ask("Page.navigate", url=url)
         await talk.until("Page.loadEventFired")
         answers = [

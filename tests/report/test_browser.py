@@ -16,6 +16,7 @@ BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: the pages were not opened")
 
 PHONE = 360
+PAPER = 718  # A4 between the browser's own margins
 # What a reader sees first, without scrolling: inside the window, and of a size.
 VERDICT = """(() => {
   const box = document.querySelector(".badge").getBoundingClientRect();
@@ -23,6 +24,15 @@ VERDICT = """(() => {
 })()"""
 SENTENCE = 'document.querySelector(".sentence").innerText'
 OVERFLOW = "document.documentElement.scrollWidth - innerWidth"
+# The darkest channel of any background but the marks' and badges'.
+LIGHTNESS = """Math.min(...["body", "section", "pre"].flatMap(name =>
+  [...document.querySelectorAll(name)].map(e => getComputedStyle(e).backgroundColor).filter(c => !c.endsWith(", 0)"))
+    .flatMap(c => c.match(/\\d+/g).slice(0, 3).map(Number))))"""
+BEYOND_THEIR_BOX = """[...document.querySelectorAll("pre, .scroll, section, svg")].filter(e =>
+  e.scrollWidth > e.clientWidth + 1).length"""
+CUT_IN_TWO = """[...document.querySelectorAll("tr, figure, pre")].filter(e =>
+  getComputedStyle(e).breakInside !== "avoid").length"""
+HEADLESS = """[...document.querySelectorAll("th")].filter(e => !e.closest("thead")).length"""
 EMPTY_PICTURES = """[...document.querySelectorAll("svg")].filter(svg => svg.getBBox().width < 200).length"""
 
 
@@ -53,6 +63,19 @@ def test_a_page_opens_in_silence_and_shows_its_verdict(
     assert said in sentence
     assert overflow <= 0
     assert empty == 0
+
+
+@pytest.mark.parametrize("make", [search_page, run_page])
+def test_a_printed_page_is_light_and_cuts_nothing(tmp_path: Path, make: Callable[[], str]) -> None:
+    """Goes red for a dark background, code or tables beyond their box, rows cut in two, headers that do not recur."""
+    page = tmp_path / "report.html"
+    page.write_text(make(), encoding="utf-8")
+    assert BROWSER is not None
+    questions = [LIGHTNESS, BEYOND_THEIR_BOX, CUT_IN_TWO, HEADLESS]
+    seen = visit(BROWSER, page, tmp_path / "profile", questions, width=PAPER, media="print")
+    darkest, beyond, cut, headless = seen.answers
+    assert darkest > 220
+    assert (beyond, cut, headless) == (0, 0, 0)
 
 
 def test_a_hostile_name_runs_nothing(tmp_path: Path) -> None:
