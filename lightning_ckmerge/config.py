@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -68,6 +68,47 @@ class BufferConfig:
         if self.dtype is not None:
             require_choice("buffer.dtype", self.dtype, get_args(BufferDtype))
         parse_size(self.bucket_size, "buffer.bucket_size")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A metric to search by.
+
+    Args:
+        monitor: Its name, as validation logs it.
+        mode: ``min`` if lower is better, ``max`` if higher is.
+    """
+
+    monitor: str
+    mode: Mode
+
+    @property
+    def sign(self) -> int:
+        """1 if lower values are better, -1 if higher ones are."""
+        return 1 if self.mode == "min" else -1
+
+
+def make_objectives(monitor: str | Sequence[str], mode: Mode | Sequence[Mode]) -> tuple[Objective, ...]:
+    """Return the objectives that ``monitor`` and ``mode`` name; one mode stands for all.
+
+    >>> make_objectives(["val_loss", "val_acc"], ["min", "max"])
+    (Objective(monitor='val_loss', mode='min'), Objective(monitor='val_acc', mode='max'))
+
+    Raises:
+        ConfigError: They do not fit each other.
+    """
+    monitors = [monitor] if isinstance(monitor, str) else list(monitor)
+    modes: list[Mode] = [mode] * len(monitors) if isinstance(mode, str) else list(mode)
+    if not monitors or len(set(monitors)) != len(monitors):
+        raise ConfigError(f"`monitor` must name one metric or several different ones, got {monitor}. Name each once.")
+    if len(modes) != len(monitors):
+        raise ConfigError(
+            f"`mode` must be one for all metrics of `monitor` or one for each, got {len(modes)} for {len(monitors)}. "
+            "Write `monitor: [val_loss, val_acc]` with `mode: [min, max]`."
+        )
+    for each in modes:
+        require_choice("mode", each, get_args(Mode))
+    return tuple(map(Objective, monitors, modes))
 
 
 @dataclass(frozen=True, kw_only=True)

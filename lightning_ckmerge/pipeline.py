@@ -17,7 +17,7 @@ from typing import Protocol
 from torch import Tensor
 
 from lightning_ckmerge.buffer.rolling import Snapshot
-from lightning_ckmerge.config import AdapterMerge, Mode, SearchConfig
+from lightning_ckmerge.config import AdapterMerge, Mode, Objective, SearchConfig
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.merge_plan import MergePlan
 from lightning_ckmerge.core.outcome import Cost, EvaluationRecord, Score, SearchOutcome, SnapshotRecord, Trial
@@ -25,7 +25,7 @@ from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search.budget import Budget
-from lightning_ckmerge.search.engine import Half, KeepGoing, Problem, Search, T
+from lightning_ckmerge.search.engine import Half, KeepGoing, Problem, Search, T, most_confirmed
 from lightning_ckmerge.search.shared import SharedStudy
 from lightning_ckmerge.search.slope import Point, Progress
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
@@ -103,6 +103,7 @@ class SearchJob:
 
     Args:
         name: Unique in the storage; an interrupted search goes on under the same name.
+        others: More metrics to search by than ``monitor``.
         begin: Called before each evaluation: brings everything but the weights to where the search began.
         load: Writes a merge into the live tensors, and recalibrates it where that is asked for.
         allowed_s: Seconds that the search may take; ``None``: no limit.
@@ -122,6 +123,7 @@ class SearchJob:
     step: int
     monitor: str
     mode: Mode
+    others: Sequence[Objective]
     space: Space
     config: SearchConfig
     staged: bool
@@ -187,9 +189,9 @@ def _search(job: SearchJob, evaluation: _Evaluation | None = None) -> Search:
         staged=job.staged,
         constraints=tuple(job.config.constraints),
         previous=job.previous,
+        others=tuple(job.others),
     )
-    # The verdict compares three candidates at most.
-    reserved = 3 * sum(job.validation.num_batches("confirm"))
+    reserved = most_confirmed(has_others=bool(job.others)) * sum(job.validation.num_batches("confirm"))
     budget = Budget(job.allowed_s, reason=job.allowed_by, reserved_batches=reserved)
     search = Search(
         problem=problem,
@@ -225,13 +227,13 @@ def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
     # The latest weights' values, batch by batch, stand for weights, data and random state at once.
     identity = {
         "snapshots": [asdict(r) for r in job.merger.records()],
-        "latest": [latest.value, latest.values_B],
+        "latest": [[o.value, o.values_B] for o in latest.objectives],
         "space": [type(job.space).__qualname__, {n: asdict(i) for n, i in intervals.items()}],
         # Settings that leave the ranges as they are show in the coefficients.
         "corner": job.space.coefficients({n: i.high for n, i in intervals.items()}, job.merger.segments_K),
         "constraints": [asdict(c) for c in job.config.constraints],
         "sampler": type(sampler).__qualname__,
-        "monitor": [job.monitor, job.mode],
+        "monitor": [job.monitor, job.mode, *(asdict(o) for o in job.others)],
         "adapters": job.adapters,
     }
     open_study = partial(SharedStudy, n_trials=job.config.n_trials) if job.shared else SearchStudy
@@ -241,20 +243,22 @@ def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
         sampler=sampler,
         intervals=intervals,
         mode=job.mode,
+        others=job.others,
         fingerprint=_fingerprint(identity),
     )
 
 
 def _outcome(job: SearchJob, search: Search, elapsed_s: float) -> SearchOutcome:
     winner, latest = search.winner, search.latest
-    verdict = reach_verdict(
-        winner,
-        latest,
-        search.best_anchor,
+    judge = partial(
+        reach_verdict,
+        latest=latest,
+        best_anchor=search.best_anchor,
         monitor=job.monitor,
         mode=job.mode,
+        others=job.others,
+        front=search.front,
         progress=_progress(job, latest),
-        warnings=tuple(_warnings(job, search)),
     )
     seconds = {**search.seconds, "other": max(0.0, elapsed_s - sum(search.seconds.values()))}
     share = (job.searched_s + elapsed_s) / job.training_s if job.training_s > 0 else None
@@ -267,7 +271,7 @@ def _outcome(job: SearchJob, search: Search, elapsed_s: float) -> SearchOutcome:
         winner=winner,
         anchors=tuple(search.anchors),
         trials=tuple(search.trials),
-        verdict=verdict,
+        verdict=judge(winner, warnings=tuple(_warnings(job, search, winner))),
         evaluation=_evaluation_record(job, latest),
         cost=Cost(
             seconds=seconds,
@@ -276,6 +280,7 @@ def _outcome(job: SearchJob, search: Search, elapsed_s: float) -> SearchOutcome:
             num_batches_saved=search.num_batches_saved,
             stopped_early=search.stopped_early,
         ),
+        front=tuple((t, judge(t, warnings=tuple(_warnings(job, search, t)))) for t in search.shown if t is not winner),
     )
 
 
@@ -284,8 +289,8 @@ def _progress(job: SearchJob, latest: Trial) -> Progress:
     return Progress(job.step, (job.validated, [*job.searched, *now]))
 
 
-def _warnings(job: SearchJob, search: Search) -> list[str]:
-    z_D = search.winner.candidate.coordinates
+def _warnings(job: SearchJob, search: Search, winner: Trial) -> list[str]:
+    z_D = winner.candidate.coordinates
     found = list(job.notes)
     if z_D is not None:
         found += job.space.warnings(z_D, job.merger.segments_K)
@@ -301,7 +306,8 @@ def _evaluation_record(job: SearchJob, latest: Trial) -> EvaluationRecord:
         return sum(score.sizes_B) if score is not None and score.sizes_B is not None else None
 
     search_batches, confirm_batches = job.validation.num_batches("search"), job.validation.num_batches("confirm")
-    identity = [job.monitor, search_batches, confirm_batches, samples(latest.search), samples(latest.confirm)]
+    monitors = [job.monitor, *(o.monitor for o in job.others)]
+    identity = [*monitors, search_batches, confirm_batches, samples(latest.search), samples(latest.confirm)]
     return EvaluationRecord(
         search_batches=search_batches,
         confirm_batches=confirm_batches,

@@ -17,7 +17,9 @@ from lightning_ckmerge.config import (
     BufferConfig,
     Constraint,
     EvaluationConfig,
+    Objective,
     SearchConfig,
+    make_objectives,
     parse_size,
 )
 from lightning_ckmerge.core.spaces import Decay
@@ -67,6 +69,27 @@ def test_a_wrong_value_gives_rule_value_and_remedy(
     assert got in message
     assert message.split(got)[1].endswith(".")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "rule"),
+    [
+        ([], "min", "`monitor` must name one metric or several different ones"),
+        (["a", "a"], "min", "`monitor` must name one metric or several different ones"),
+        (["a", "b"], ["min"], "`mode` must be one for all metrics of `monitor` or one for each, got 1 for 2"),
+        ("a", ["min", "max"], "`mode` must be one for all metrics of `monitor` or one for each, got 2 for 1"),
+        (["a", "b"], ["min", "less"], "`mode` must be one of min, max, got 'less'"),
+    ],
+)
+def test_objectives_that_do_not_fit_are_refused(monitor: Any, mode: Any, rule: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_objectives(monitor, mode)
+    assert str(caught.value).startswith(rule)
+
+
+def test_one_mode_stands_for_all_metrics() -> None:
+    assert make_objectives(["a", "b"], "max") == (Objective("a", "max"), Objective("b", "max"))
+    assert make_objectives("a", "min") == (Objective("a", "min"),)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,7 @@ def make_job(run: Run, path: Path, config: SearchConfig | None = None, **options
         "step": run.step,
         "monitor": "val_loss",
         "mode": "min",
+        "others": [],
         "space": make_space(config.space),
         "config": config,
         "staged": True,

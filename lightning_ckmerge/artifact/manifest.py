@@ -118,6 +118,11 @@ def _verdict(verdict: Verdict, winner: Trial) -> dict[str, Any]:
         "gain_over_best_anchor": _finite(verdict.gain_over_best_anchor),
         "interval_over_best_anchor": _interval(verdict.interval_over_best_anchor),
         "equivalent_steps": verdict.equivalent_steps,
+        "others": [
+            {**vars(g), "value": _finite(g.value), "gain": _finite(g.gain), "interval": _interval(g.interval)}
+            for g in verdict.others
+        ],
+        "front": list(verdict.front),
         "sentence": verdict.sentence,
         "warnings": list(verdict.warnings),
     }

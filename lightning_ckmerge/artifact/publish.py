@@ -99,6 +99,22 @@ class ArtifactStore:
                 raise
         return Artifact(path.resolve(), complete)
 
+    def write_member(
+        self, path: Path, manifest: Manifest, weights: Weights, *, extras: Sequence[Extra], comm: Comm
+    ) -> None:
+        """Write an artifact inside another that is being staged, such as a merge of the same search's Pareto front.
+
+        Args:
+            path: Its directory, which is made.
+            manifest: As for ``publish``, like the rest.
+            weights: Likewise.
+            extras: Likewise.
+            comm: Likewise.
+        """
+        on_rank_zero(comm, partial(path.mkdir, parents=True))
+        complete = self._stage(path, manifest, weights, extras, comm)
+        on_rank_zero(comm, lambda: write_manifest(path, complete))
+
     def _open_staging(self, step: str) -> Path:
         self.dirpath.mkdir(parents=True, exist_ok=True)
         self._sweep()

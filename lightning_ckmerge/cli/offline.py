@@ -191,7 +191,8 @@ def _adapted(
         # Equal seeds would propose equal candidates at the same moment.
         seed=own.seed + (os.getpid() if worker else 0),
     )
-    adapted.monitor = monitor or callback.monitor
+    if monitor is not None:
+        adapted.monitor, adapted.others = monitor, []
     adapted.on_error = "raise"
     return adapted
 

@@ -69,6 +69,10 @@ def show(artifact: ArtifactPath, as_json: Json = False) -> None:
     out.print(table(("", ""), view.facts))
     candidates = [(c.name, c.role, c.search, c.confirm, c.gain) for c in view.candidates]
     out.print(table(CANDIDATE_HEADER, candidates, title="Candidates"))
+    if view.front:
+        front = [(f.name, f.role, *f.values, f.place) for f in view.front]
+        header = ("candidate", "", *view.monitors, "in this artifact")
+        out.print(table(header, front, title="Pareto front, search half"))
     if view.metrics:
         metrics = [(m.name, m.role, *m.values, m.change) for m in view.metrics]
         title = f"All metrics, {view.metrics_half} half"

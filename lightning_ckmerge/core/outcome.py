@@ -5,7 +5,7 @@ Letters: K snapshots, oldest first; B batches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lightning_ckmerge.config import Mode
@@ -25,6 +25,7 @@ class Score:
         sizes_B: Samples in each of these.
         num_batches: Batches that were evaluated.
         complete: False for a candidate that was dropped before its last batch.
+        others: The other monitored metrics' scores, where there are several; without ``metrics`` of their own.
     """
 
     value: float
@@ -33,6 +34,12 @@ class Score:
     sizes_B: tuple[float, ...] | None = None
     num_batches: int = 0
     complete: bool = True
+    others: tuple[Score, ...] = ()
+
+    @property
+    def objectives(self) -> tuple[Score, ...]:
+        """The scores by all monitored metrics, this one first."""
+        return (self, *self.others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +64,8 @@ class Trial:
     Args:
         candidate: What was scored.
         search: Its score on the search half.
-        confirm: Its score on the confirmation half; the winner's, the latest weights' and the best anchor's only.
+        confirm: Its score on the confirmation half, for those that verdicts compare: the winner, the latest weights and
+            the best anchor, and the others of a Pareto front.
         feasible: Whether it holds every constraint.
     """
 
@@ -68,12 +76,26 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gain:
+    """Improvement over the latest weights in one of several monitored metrics; above 0 is better in either mode."""
+
+    monitor: str
+    mode: Mode
+    value: float
+    gain: float
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """Whether merging gains, on data that the search did not see.
 
+    Where several metrics are monitored, the gains below are in the first of them, and all intervals together hold 95 %.
+
     Args:
-        status: ``accepted``: the interval of the gain over the latest weights lies above 0. ``rejected``: it does not.
-            ``unconfirmed``: there was too little data for an interval.
+        status: ``accepted``: the interval of the gain over the latest weights lies above 0; of several metrics, one's
+            does, and no one's lies below. ``rejected``: that is not so. ``unconfirmed``: there was too little data for
+            an interval.
         gain: Improvement over the latest weights, in the metric's unit; above 0 is better in either mode.
         interval: Its 95 % interval; ``None`` if unconfirmed.
         best_anchor: Name of the best anchor (by the search half), the latest weights included.
@@ -81,6 +103,8 @@ class Verdict:
         interval_over_best_anchor: Its 95 % interval.
         equivalent_steps: Further training steps that would gain as much at the run's current slope; ``None`` where that
             is not well known, or nothing was accepted.
+        others: Gains over the latest weights in the other monitored metrics.
+        front: Names of the candidates that form the Pareto front on the search half; empty for one monitored metric.
         sentence: All of this for people.
         warnings: What else they should know.
     """
@@ -93,6 +117,8 @@ class Verdict:
     interval_over_best_anchor: tuple[float, float] | None
     sentence: str
     equivalent_steps: int | None = None
+    others: tuple[Gain, ...] = ()
+    front: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -162,6 +188,8 @@ class SearchOutcome:
         winner: The best of anchors and trials on the search half, among those that hold the constraints.
         anchors: In the order in which they were scored; the first is ``latest``.
         trials: The sampler's proposals, likewise.
+        front: Where several metrics are monitored, other merges of the Pareto front, each with its own verdict; the
+            winner is the front's knee.
     """
 
     step: int
@@ -175,3 +203,8 @@ class SearchOutcome:
     verdict: Verdict
     evaluation: EvaluationRecord
     cost: Cost
+    front: tuple[tuple[Trial, Verdict], ...] = ()
+
+    def members(self) -> list[SearchOutcome]:
+        """Return this search as told of each other merge of the front."""
+        return [replace(self, winner=trial, verdict=verdict, front=()) for trial, verdict in self.front]

@@ -8,8 +8,26 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from lightning_ckmerge.distributed.comm import Comm
+
+
+@dataclass
+class BatchValues:
+    """One metric's values by batch, over all ranks; none if it is no mean over batches."""
+
+    values_B: list[float] = field(default_factory=list)
+    sizes_B: list[float] = field(default_factory=list)
+    pending: list[tuple[float, float]] = field(default_factory=list, repr=False)
+
+    def pool(self, pending_of_ranks: Sequence[Sequence[tuple[float, float]]]) -> None:
+        """Put the ranks' batches together."""
+        for parts in itertools.zip_longest(*pending_of_ranks, fillvalue=(0.0, 0.0)):
+            size = math.fsum(n for _, n in parts)
+            if size:
+                self.values_B.append(math.fsum(total for total, _ in parts) / size)
+                self.sizes_B.append(size)
 
 
 class BatchRecorder:
@@ -21,36 +39,29 @@ class BatchRecorder:
     with one that has failed.
 
     Args:
-        monitor: The metric whose batches are kept.
+        monitors: The metrics whose batches are kept.
         padding: For each loader the places of batches that do not count.
-        keep_going: Asked with values and sizes of the batches so far; ``False`` stops the evaluation.
+        keep_going: Asked with the first metric's values and sizes of the batches so far; ``False`` stops the
+            evaluation.
         comm: The ranks.
     """
 
     def __init__(
         self,
-        monitor: str,
+        monitors: Sequence[str],
         padding: Sequence[Collection[int]],
         keep_going: Callable[[Sequence[float], Sequence[float]], bool] | None,
         comm: Comm,
     ) -> None:
-        self._monitor = monitor
         self._padding = padding
         self._keep_going = keep_going
         self._comm = comm
         self._before: dict[str, tuple[float, float]] = {}
         self._totals: dict[str, tuple[float, float]] = {}
-        self._pending: list[tuple[float, float]] = []
-        self.values_B: list[float] = []
-        self.sizes_B: list[float] = []
+        self.of = {monitor: BatchValues() for monitor in monitors}
         self.num_batches = 0
         self.stopped = False
         self._ended: float = 0  # loaders that this rank has read to their end
-
-    @property
-    def is_batch_mean(self) -> bool:
-        """Whether the monitored metric is a mean over batches."""
-        return bool(self.values_B)
 
     def begin_batch(self, *_: object) -> None:
         """Agree with the other ranks to go on."""
@@ -75,8 +86,8 @@ class BatchRecorder:
             self._before[name] = (total, size)
             so_far = self._totals.get(name, (0.0, 0.0))
             self._totals[name] = (so_far[0] + batch[0], so_far[1] + batch[1])
-            if name == self._monitor:
-                self._pending.append(batch)
+            if name in self.of:
+                self.of[name].pending.append(batch)
         if self._comm.world_size == 1:
             self._pool()
 
@@ -101,15 +112,14 @@ class BatchRecorder:
 
     def _pool(self) -> float:
         """Put the ranks' batches together, and return how many loaders all of them have ended."""
-        answers = self._comm.exchange((self._pending, self._ended))
-        self._pending = []
-        for parts in itertools.zip_longest(*(pending for pending, _ in answers), fillvalue=(0.0, 0.0)):
-            size = math.fsum(n for _, n in parts)
-            if size:
-                self.values_B.append(math.fsum(total for total, _ in parts) / size)
-                self.sizes_B.append(size)
-        if self._keep_going is not None and self.values_B and not self._keep_going(self.values_B, self.sizes_B):
-            self.stopped = True
+        answers = self._comm.exchange(([v.pending for v in self.of.values()], self._ended))
+        for i, values in enumerate(self.of.values()):
+            values.pending = []
+            values.pool([pending[i] for pending, _ in answers])
+        if self._keep_going is not None:
+            first = next(iter(self.of.values()))
+            if first.values_B and not self._keep_going(first.values_B, first.sizes_B):
+                self.stopped = True
         return min(ended for _, ended in answers)
 
 

@@ -18,6 +18,7 @@ from lightning_ckmerge.config import (
     Mode,
     OnError,
     SearchConfig,
+    make_objectives,
     require_at_least,
     require_choice,
 )
@@ -38,8 +39,9 @@ class CheckpointMergeCallback(Callback):
     accepted one. With no trigger set, a search runs after each quarter of the run, where its length is known.
 
     Args:
-        monitor: A metric that validation logs.
-        mode: ``min`` if lower is better, ``max`` if higher is.
+        monitor: A metric that validation logs. Of several the Pareto front is searched: the artifact is its knee and
+            holds other merges of the front under ``front/``; charts and ``save_top_k`` go by the first metric.
+        mode: ``min`` if lower is better, ``max`` if higher is; of several metrics, one for all or one for each.
         dirpath: Where artifacts go; ``None``: ``merges/`` in the logger's directory, else in ``default_root_dir``.
         save_top_k: Artifacts kept, by value; -1: all, 0: records only. The best accepted one is never deleted.
         every_n_train_steps: Optimizer steps between searches.
@@ -64,8 +66,8 @@ class CheckpointMergeCallback(Callback):
 
     def __init__(
         self,
-        monitor: str = "val_loss",
-        mode: Mode = "min",
+        monitor: str | list[str] = "val_loss",
+        mode: Mode | list[Mode] = "min",
         dirpath: str | Path | None = None,
         save_top_k: int = 1,
         every_n_train_steps: int | None = None,
@@ -79,7 +81,7 @@ class CheckpointMergeCallback(Callback):
         apply: Apply = "emit",
         on_error: OnError = "warn",
     ) -> None:
-        require_choice("mode", mode, get_args(Mode))
+        first, *others = make_objectives(monitor, mode)
         require_choice("apply", apply, get_args(Apply))
         require_choice("on_error", on_error, get_args(OnError))
         require_at_least("save_top_k", save_top_k, -1, "-1 keeps all artifacts.")
@@ -100,8 +102,9 @@ class CheckpointMergeCallback(Callback):
             "train_time_interval": train_time_interval,
         }
         Schedule(**self.triggers)  # refuses bad triggers now
-        self.monitor = monitor
-        self.mode = mode
+        self.monitor = first.monitor
+        self.mode = first.mode
+        self.others = others
         self.dirpath = dirpath
         self.save_top_k = save_top_k
         self.search_on_train_end = search_on_train_end
@@ -123,7 +126,13 @@ class CheckpointMergeCallback(Callback):
         """Tells several callbacks of one Trainer apart in a checkpoint."""
         space = type(make_space(self.search.space)).__name__.lower()
         dirpath = None if self.dirpath is None else str(self.dirpath)
-        return f"{type(self).__qualname__}{ ({'monitor': self.monitor, 'space': space, 'dirpath': dirpath})!r}"
+        monitor = ",".join(self.monitors)
+        return f"{type(self).__qualname__}{ ({'monitor': monitor, 'space': space, 'dirpath': dirpath})!r}"
+
+    @property
+    def monitors(self) -> list[str]:
+        """The monitored metrics."""
+        return [self.monitor, *(o.monitor for o in self.others)]
 
     @property
     def best_artifact(self) -> Artifact | None:
@@ -169,8 +178,9 @@ class CheckpointMergeCallback(Callback):
             return
         self._monitor_seen = True
         logged = logged_names(trainer)
-        if self.monitor not in logged:
-            message = unknown_monitor(self.monitor, logged)
+        unknown = [m for m in self.monitors if m not in logged]
+        if unknown:
+            message = unknown_monitor(unknown[0], logged)
             if trainer.sanity_checking:  # nothing is lost yet
                 raise MonitorError(message)
             rank_zero_warn(message)

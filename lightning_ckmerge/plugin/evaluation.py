@@ -76,7 +76,7 @@ class Validation:
         trainer: The Trainer, inside ``fit``.
         callback: Ours; it is told of batches in place of the muted others.
         config: On what to evaluate.
-        monitor: The metric to score.
+        monitors: The metrics to score; the first one leads.
         comm: The ranks, which score their shares of the batches together.
         own_loaders: What ``evaluation.dataloader`` returned; ``None``: the run's own validation loaders.
     """
@@ -86,14 +86,14 @@ class Validation:
         trainer: Trainer,
         callback: Callback,
         config: EvaluationConfig,
-        monitor: str,
+        monitors: Sequence[str],
         comm: Comm,
         own_loaders: Any = None,
     ) -> None:
         self._trainer = trainer
         self._callback = callback
         self._config = config
-        self._monitor = monitor
+        self._monitors = monitors
         self._comm = comm
         self._module: LightningModule = trainer.lightning_module
         self._combined, loaders, limits = self._find_loaders(own_loaders)
@@ -137,17 +137,20 @@ class Validation:
         parts = [s.part(half) for s in self._splits]
         if half == "confirm" and self._batch_means is False:
             return self._run_in_blocks([p.batches for p in parts])
-        recorder = BatchRecorder(self._monitor, [p.padding for p in parts], keep_going, self._comm)
+        recorder = BatchRecorder(self._monitors, [p.padding for p in parts], keep_going, self._comm)
         logged = self._run_loop([p.batches for p in parts], recorder)
         metrics = recorder.finish(logged)
-        self._batch_means = recorder.is_batch_mean
-        return Score(
-            value=self._monitored(metrics),
+        self._batch_means = all(v.values_B for v in recorder.of.values())
+        first, *others = [
+            Score(value=value, values_B=tuple(values.values_B) or None, sizes_B=tuple(values.sizes_B) or None)
+            for value, values in zip(self._monitored(metrics), recorder.of.values(), strict=True)
+        ]
+        return replace(
+            first,
             metrics=metrics,
-            values_B=tuple(recorder.values_B) if recorder.is_batch_mean else None,
-            sizes_B=tuple(recorder.sizes_B) if recorder.is_batch_mean else None,
             num_batches=recorder.num_batches,
             complete=not recorder.stopped,
+            others=tuple(others),
         )
 
     def recalibrate(self, batches: int) -> None:
@@ -172,7 +175,7 @@ class Validation:
         limits = [limited(length_of(d), batches) for d in self._training_loaders]
         splits = [Split(d, n, 0.0) for d, n in zip(self._training_loaders, limits, strict=True)]
         # Records nothing, but lets ranks agree.
-        recorder = BatchRecorder("", [frozenset()] * len(splits), None, self._comm)
+        recorder = BatchRecorder([], [frozenset()] * len(splits), None, self._comm)
         try:
             parts = [s.part("search").batches for s in splits]
             recorder.finish(self._run_loop(parts, recorder, on_start=estimate, like=self._training_data))
@@ -197,20 +200,19 @@ class Validation:
         rows = []
         for i in range(max(len(b) for b in blocks_of_parts)):
             row = [b[i] if i < len(b) else () for b in blocks_of_parts]
-            recorder = BatchRecorder(self._monitor, [frozenset()] * len(row), None, self._comm)
+            recorder = BatchRecorder(self._monitors, [frozenset()] * len(row), None, self._comm)
             logged = self._run_loop([_Batches(b) for b in row], recorder)
             num_batches = sum(self._comm.exchange(sum(map(len, row))))
             rows.append((num_batches, recorder.finish(logged)))
         total = sum(n for n, _ in rows)
         metrics = {k: math.fsum(n * m[k] for n, m in rows) / total for k in rows[0][1] if all(k in m for _, m in rows)}
-        values = [self._monitored(m) for _, m in rows]
-        return Score(
-            value=self._monitored(metrics),
-            metrics=metrics,
-            values_B=tuple(values),
-            sizes_B=tuple(float(n) for n, _ in rows),
-            num_batches=total,
-        )
+        sizes_B = tuple(float(n) for n, _ in rows)
+        values_of = zip(*(self._monitored(m) for _, m in rows), strict=True)
+        first, *others = [
+            Score(value=value, values_B=values_B, sizes_B=sizes_B)
+            for value, values_B in zip(self._monitored(metrics), values_of, strict=True)
+        ]
+        return replace(first, metrics=metrics, num_batches=total, others=tuple(others))
 
     def _run_loop(
         self,
@@ -285,10 +287,11 @@ class Validation:
         states = importlib.import_module(f"{lightning_package(self._trainer)}.trainer.states")
         return states.RunningStage[name]
 
-    def _monitored(self, metrics: dict[str, float]) -> float:
-        if self._monitor not in metrics:
-            raise MonitorError(unknown_monitor(self._monitor, metrics))
-        return metrics[self._monitor]
+    def _monitored(self, metrics: dict[str, float]) -> list[float]:
+        for monitor in self._monitors:
+            if monitor not in metrics:
+                raise MonitorError(unknown_monitor(monitor, metrics))
+        return [metrics[monitor] for monitor in self._monitors]
 
 
 def logged_names(trainer: Trainer) -> set[str]:

@@ -26,6 +26,7 @@ from lightning_ckmerge.plugin.run_length import finest_segment
 from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
 from lightning_ckmerge.plugin.strategies import check_supported
 from lightning_ckmerge.search.anchors import most_anchors
+from lightning_ckmerge.search.engine import MAX_SHOWN, most_confirmed
 
 
 @dataclass(kw_only=True)
@@ -177,7 +178,8 @@ def _a_rank(num_bytes: int, num_ranks: int) -> int:
 def _artifact_bytes(callback: CheckpointMergeCallback, layout: TensorLayout) -> int:
     """The artifacts that are kept, and one more while it is published."""
     kept = max(1, callback.save_top_k) + 1
-    return kept * len(set(callback.artifact.formats) | {"safetensors"}) * layout.num_bytes
+    num_models = len(set(callback.artifact.formats) | {"safetensors"}) + MAX_SHOWN * bool(callback.others)
+    return kept * num_models * layout.num_bytes
 
 
 def _free_disk(path: Path) -> int | None:
@@ -197,7 +199,8 @@ def _count_batches(plan: Forecast, callback: CheckpointMergeCallback, trainer: A
     splits = [Split((), limited(n, config.limit_batches), config.confirm_fraction) for n in shares]
     plan.search_batches = sum(s.num_batches("search") or 0 for s in splits)
     plan.confirm_batches = sum(s.num_batches("confirm") or 0 for s in splits)
-    plan.evaluations = plan.search_batches * plan.num_candidates + 3 * plan.confirm_batches
+    num_confirmed = most_confirmed(has_others=bool(callback.others))
+    plan.evaluations = plan.search_batches * plan.num_candidates + num_confirmed * plan.confirm_batches
     if plan.total_steps and plan.num_searches:
         interval = plan.total_steps / plan.num_searches
         plan.share = plan.evaluations / (FORWARDS_PER_TRAINING_BATCH * interval * trainer.accumulate_grad_batches)

@@ -62,6 +62,7 @@ def scalars(outcome: SearchOutcome, searched_s: float) -> dict[str, float]:
     best_anchor = next(t for t in outcome.anchors if t.candidate.name == outcome.verdict.best_anchor)
     values = {
         f"merge/{outcome.monitor}": (winner.confirm or winner.search).value,
+        **{f"merge/{other.monitor}": other.value for other in outcome.verdict.others},
         "merge/gain": outcome.verdict.gain,
         "merge/best_anchor": (best_anchor.confirm or best_anchor.search).value,
         "merge/seconds": sum(outcome.cost.seconds.values()),
@@ -124,4 +125,4 @@ def _files(artifact: Artifact) -> list[str]:
 
 
 def _is_weights(name: str) -> bool:
-    return bool(WEIGHTS_NAME.fullmatch(name)) or name == "model.ckpt" or name.startswith("hf/")
+    return bool(WEIGHTS_NAME.fullmatch(name.rpartition("/")[2])) or name == "model.ckpt" or name.startswith("hf/")

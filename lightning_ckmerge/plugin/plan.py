@@ -16,6 +16,7 @@ from lightning_ckmerge.plugin.loaders import Split
 from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
 from lightning_ckmerge.report.text import size
 from lightning_ckmerge.search.anchors import most_anchors
+from lightning_ckmerge.search.engine import most_confirmed
 
 if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
@@ -71,8 +72,9 @@ def _evaluations(callback: CheckpointMergeCallback, trainer: Trainer, total_step
     splits = [Split((), limited(n, config.limit_batches), config.confirm_fraction) for n in loaders]
     search = sum(s.num_batches("search") or 0 for s in splits)
     confirm = sum(s.num_batches("confirm") or 0 for s in splits)
-    most = search * (num_anchors + callback.search.n_trials) + 3 * confirm
-    text = f"{candidates} on {search} batches, 3 candidates on {confirm}: up to {most} forward batches"
+    num_confirmed = most_confirmed(has_others=bool(callback.others))
+    most = search * (num_anchors + callback.search.n_trials) + num_confirmed * confirm
+    text = f"{candidates} on {search} batches, {num_confirmed} candidates on {confirm}: up to {most} forward batches"
     if total_steps:
         interval = callback.triggers["every_n_train_steps"] or total_steps / NUM_SEARCHES
         share = most / (FORWARDS_PER_TRAINING_BATCH * interval * trainer.accumulate_grad_batches)

@@ -16,30 +16,25 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact, load_merged
-from lightning_ckmerge.artifact.manifest import Manifest, build_manifest
-from lightning_ckmerge.artifact.publish import ArtifactStore, Extra
-from lightning_ckmerge.artifact.weights import Weights
 from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
-from lightning_ckmerge.config import parse_size
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.core.spaces import make_space
 from lightning_ckmerge.distributed.comm import connect, on_rank_zero, together
-from lightning_ckmerge.distributed.gather import GatheredWeights
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.distributed.scatter import scatter
 from lightning_ckmerge.errors import CkmergeError, ConfigError, PeerError
 from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
 from lightning_ckmerge.plugin.adapters import Load, find_adapters
 from lightning_ckmerge.plugin.curve import Curve
-from lightning_ckmerge.plugin.evaluation import Validation, dump_weights
+from lightning_ckmerge.plugin.evaluation import Validation
 from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.plan import render_plan
-from lightning_ckmerge.plugin.pretrained import Pretrained
 from lightning_ckmerge.plugin.progress import OnScored, search_progress
+from lightning_ckmerge.plugin.publisher import Publisher
 from lightning_ckmerge.plugin.rates import LearningRates, rates_of
-from lightning_ckmerge.plugin.reports import write_run_report, write_search_report
+from lightning_ckmerge.plugin.reports import write_run_report
 from lightning_ckmerge.plugin.resume import Leftovers, buffer_dirpath, fingerprint, resume_buffer
 from lightning_ckmerge.plugin.run_length import finest_segment, length_of_run
 from lightning_ckmerge.plugin.schedule import Schedule
@@ -77,23 +72,13 @@ class MergeRun:
         self._adapters = find_adapters(
             self._module, callback.artifact, self._comm, is_sharded=self._ownership.is_sharded
         )
-        self._pretrained = (
-            Pretrained(trainer, callback.artifact, has_adapters=self._adapters is not None)
-            if "hf" in callback.artifact.formats
-            else None
-        )
+        self._publisher = Publisher(callback, trainer, dirpath, self._adapters, self._comm)
         self._searching = False
         self._announcer = Announcer(trainer)
         self._curve = Curve()
         self._rates = LearningRates()
         total_steps = length_of_run(trainer)
         self._schedule = Schedule(**callback.triggers, total_steps=total_steps, step=trainer.global_step)
-        self._store = ArtifactStore(
-            dirpath,
-            mode=callback.mode,
-            save_top_k=callback.save_top_k,
-            max_shard_size=parse_size(callback.artifact.max_shard_size),
-        )
         state = state or {"run_id": uuid.uuid4().hex[:8], "training_s": 0.0, "searched_s": 0.0}
         self._run_id: str = self._comm.exchange(state["run_id"])[0]
         self._earlier_training_s = float(state["training_s"])
@@ -289,7 +274,7 @@ class MergeRun:
         self._ownership.check_frozen()
         with self._standing_still() as job:
             outcome = run_search(job)
-            artifact = self._publish(outcome, job)
+            artifact = self._publisher.publish(outcome, job, self._curve.unpublished)
         self._curve.add_search(outcome)
         self._announce(outcome, artifact)
         self._comm.exchange(None)  # all are done, or all hear of it
@@ -347,7 +332,9 @@ class MergeRun:
                 )
             self._own_loaders = getattr(owners[0], name)()
         callback = self.callback
-        return Validation(self._trainer, callback, callback.evaluation, callback.monitor, self._comm, self._own_loaders)
+        return Validation(
+            self._trainer, callback, callback.evaluation, callback.monitors, self._comm, self._own_loaders
+        )
 
     def _make_job(
         self, merger: Merger, validation: Validation, standstill: Standstill, merge: Load, on_scored: OnScored
@@ -367,6 +354,7 @@ class MergeRun:
             step=self.step,
             monitor=callback.monitor,
             mode=callback.mode,
+            others=callback.others,
             space=self._space,
             config=callback.search,
             staged=callback.evaluation.staged,
@@ -397,36 +385,6 @@ class MergeRun:
             if share_s < allowed_s:
                 allowed_s, allowed_by = share_s, "search.max_fraction_of_training"
         return (None, "") if math.isinf(allowed_s) else (allowed_s, allowed_by)
-
-    def _publish(self, outcome: SearchOutcome, job: SearchJob) -> Artifact:
-        """Write the winner, which is merged into the module for that, or the record alone of a rejected search."""
-        manifest = build_manifest(outcome)
-        if self._adapters is not None:
-            manifest["adapters"] = self._adapters.describe(manifest["coefficients"])
-        if not on_rank_zero(self._comm, lambda: self._store.keeps_weights(manifest)):
-            return self._publish_manifest(manifest, None, [self._write_report])
-        job.begin()
-        job.load(outcome.winner.candidate.coefficients_K)
-        # The report comes last: it lists the files.
-        extras = [self._write_checkpoint] if "ckpt" in self.callback.artifact.formats else []
-        weights = GatheredWeights(self._module, self._comm)
-        if self._pretrained is not None:
-            extras.append(partial(self._pretrained.write, weights=weights, comm=self._comm))
-        return self._publish_manifest(manifest, weights, [*extras, self._write_report])
-
-    def _publish_manifest(self, manifest: Manifest, weights: Weights | None, extras: Sequence[Extra]) -> Artifact:
-        return self._store.publish(
-            manifest, weights, extras=extras, validation=self._curve.unpublished, comm=self._comm
-        )
-
-    def _write_checkpoint(self, path: Path, _: dict[str, Any]) -> None:
-        checkpoint = dump_weights(self._trainer)  # in which the user's hooks may fail
-        self._comm.exchange(None)
-        self._trainer.strategy.save_checkpoint(checkpoint, path / "model.ckpt")
-
-    def _write_report(self, path: Path, manifest: dict[str, Any]) -> None:
-        if self._comm.rank == 0:
-            write_search_report(path, manifest)
 
     def _write_run_report(self) -> None:
         """Show the run's searches so far. What is published stays so, whatever an older file makes of this."""

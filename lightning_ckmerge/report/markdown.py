@@ -31,6 +31,7 @@ def render_markdown(manifest: Manifest) -> str:
         ),
         f"{len(manifest['trials'])} trials of the sampler beside {len(manifest['anchors'])} anchors. Intervals hold "
         "95 %; the verdict rests on the confirmation half, which the search did not see.",
+        *front_section(view),
         *metrics_section(view),
         "## Snapshots and coefficients",
         table(
@@ -55,6 +56,14 @@ def metrics_section(view: View) -> list[str]:
         return []
     rows = [(m.name, m.role, *m.values, m.change) for m in view.metrics]
     return [f"## All metrics, {view.metrics_half} half", table(("metric", "", *view.compared, "change"), rows)]
+
+
+def front_section(view: View) -> list[str]:
+    """Return the table of the Pareto front; nothing where one metric is monitored."""
+    if not view.front:
+        return []
+    rows = [(f.name, f.role, *f.values, f.place) for f in view.front]
+    return ["## Pareto front, search half", table(("candidate", "", *view.monitors, "in this artifact"), rows)]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

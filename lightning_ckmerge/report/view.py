@@ -57,6 +57,16 @@ class MetricRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrontRow:
+    """A line of the Pareto front: a value by each monitored metric, and where in the artifact the merge lies, if so."""
+
+    name: str
+    role: str
+    values: list[str]
+    place: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SnapshotRow:
     """A snapshot's line in the table."""
 
@@ -78,6 +88,8 @@ class View:
             where there is no other.
         compared: Names of the candidates that ``metrics`` compares, from the latest weights to the winner.
         metrics_half: The half of the batches that they were compared on.
+        monitors: The monitored metrics.
+        front: The Pareto front by them on the search half; no rows for one metric.
         cost: Label and text.
         files: Name, size and short hash.
         code: How to load it; ``None`` for a record without weights.
@@ -93,6 +105,8 @@ class View:
     metrics: list[MetricRow]
     compared: list[str]
     metrics_half: str
+    monitors: list[str]
+    front: list[FrontRow]
     snapshots: list[SnapshotRow]
     cost: list[tuple[str, str]]
     files: list[tuple[str, str, str]]
@@ -113,6 +127,7 @@ def build_view(manifest: Manifest) -> View:
         facts=_facts(manifest),
         candidates=_candidates(manifest),
         **_metrics(manifest),
+        **_front(manifest),
         snapshots=[
             SnapshotRow(
                 kind=snapshot["kind"],
@@ -134,21 +149,44 @@ def build_view(manifest: Manifest) -> View:
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     verdict, evaluation = manifest["verdict"], manifest["evaluation"]
-    coordinates = manifest["coordinates"] or {}
+    coordinates, others = manifest["coordinates"] or {}, verdict.get("others", [])
     at = ", ".join(f"{name} {number(value, '.4g')}" for name, value in coordinates.items())
     batches = f"{sum(evaluation['search_batches'])} + {sum(evaluation['confirm_batches'])}"
     return [
         ("Gain over latest", gain_text(verdict["gain"], verdict["interval"])),
+        *((f"Gain over latest, {o['monitor']}", gain_text(o["gain"], o["interval"])) for o in others),
         (
             f"Gain over {verdict['best_anchor']}",
             gain_text(verdict["gain_over_best_anchor"], verdict["interval_over_best_anchor"]),
         ),
         *steps_worth(verdict),
         (f"{manifest['monitor']} ({manifest['mode']})", number(verdict["value"])),
+        *((f"{o['monitor']} ({o['mode']})", number(o["value"])) for o in others),
         ("Space", f"{manifest['space']} ({at})" if at else f"{manifest['space']}, won by an anchor"),
         ("Batches, search + confirmation", batches),
         *([("Adapters", ADAPTERS[manifest["adapters"]["merge"]])] if "adapters" in manifest else []),
     ]
+
+
+def _monitors(manifest: Manifest) -> list[str]:
+    return [manifest["monitor"], *(o["monitor"] for o in manifest["verdict"].get("others", []))]
+
+
+def _front(manifest: Manifest) -> dict[str, Any]:
+    """The Pareto front by all monitored metrics, on the half that it was found on."""
+    verdict, monitors = manifest["verdict"], _monitors(manifest)
+    by_name = {c["name"]: c for c in [*manifest["anchors"], *manifest["trials"]]}
+    published = {name.split("/")[1] for name in manifest.get("files", {}) if name.startswith("front/")}
+
+    def row(name: str) -> FrontRow:
+        return FrontRow(
+            name=name,
+            role="winner" if name == verdict["winner"] else "",
+            values=[number(by_name[name]["search"]["metrics"].get(m)) for m in monitors],
+            place=f"front/{name}" if name in published else "",
+        )
+
+    return {"monitors": monitors, "front": [row(name) for name in verdict.get("front", [])]}
 
 
 def _hashes(snapshot: dict[str, Any]) -> str:
@@ -196,24 +234,24 @@ def _candidates(manifest: Manifest) -> list[CandidateRow]:
 
 def _metrics(manifest: Manifest) -> dict[str, Any]:
     by_name = {c["name"]: c for c in [*manifest["anchors"], *manifest["trials"]]}
-    verdict, monitor = manifest["verdict"], manifest["monitor"]
+    verdict, monitors = manifest["verdict"], _monitors(manifest)
     compared = [n for n in dict.fromkeys(("latest", verdict["best_anchor"], verdict["winner"])) if n in by_name]
     half = "confirm" if all(by_name[n]["confirm"] for n in compared) else "search"
     logged = [by_name[n][half]["metrics"] for n in compared]
-    names = sorted({name for metrics in logged for name in metrics}, key=lambda name: (name != monitor, name))
+    names = [*monitors, *sorted({name for metrics in logged for name in metrics} - set(monitors))]
 
     def row(name: str) -> MetricRow:
         values = [metrics.get(name) for metrics in logged]
         first, last = values[0], values[-1]
         return MetricRow(
             name=name,
-            role="monitored" if name == monitor else "",
+            role="monitored" if name in monitors else "",
             values=[number(value) for value in values],
             change=MISSING if first is None or last is None else gain_text(last - first, None),
         )
 
     return {
-        "metrics": [row(name) for name in names] if names != [monitor] else [],
+        "metrics": [row(name) for name in names] if names != [manifest["monitor"]] else [],
         "compared": compared,
         "metrics_half": {"confirm": "confirmation", "search": "search"}[half],
     }

@@ -18,6 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_ckmerge.config import require_fraction
 from lightning_ckmerge.errors import SearchError
+from lightning_ckmerge.search.study import require_one_objective
 
 # The share of an interval that a golden section leaves out.
 GOLDEN = (3 - math.sqrt(5)) / 2
@@ -45,6 +46,7 @@ class BrentSampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the coordinate, once a trial has told which."""
+        require_one_objective(study, self)
         shared = intersection_search_space(study.get_trials(deepcopy=False))
         return {name: d for name, d in shared.items() if not d.single()}
 

@@ -11,15 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
 
-from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, Constraint, Mode
+from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, Constraint, Mode, Objective
 from lightning_ckmerge.core.outcome import Candidate, Score, Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import MonitorError, SearchError
 from lightning_ckmerge.search.anchors import make_anchors, most_derived, next_anchor
 from lightning_ckmerge.search.budget import Budget
+from lightning_ckmerge.search.pareto import knee, pareto_front, spread
 from lightning_ckmerge.search.racing import Race
 from lightning_ckmerge.search.study import SearchStudy
+
+# Each merge of a front that is published costs a confirmation, and a model on the disk.
+MAX_SHOWN = 5
 
 T = TypeVar("T")
 Half = Literal["search", "confirm"]
@@ -47,6 +51,7 @@ class Problem:
     Args:
         segments_K: K segments, oldest first; the last is the latest weights.
         previous: Coordinates of the previous search's optimum.
+        others: More metrics to search by than the first, whose mode is ``mode``: the search is for the Pareto front.
         n_trials: The sampler's proposals.
         anchors: Names of known merges to score first, beside the latest weights.
         staged: Whether to drop losers early, where no constraint needs all batches.
@@ -60,11 +65,22 @@ class Problem:
     staged: bool = True
     constraints: tuple[Constraint, ...] = ()
     previous: Mapping[str, float] | None = None
+    others: tuple[Objective, ...] = ()
+
+    @property
+    def signs(self) -> tuple[int, ...]:
+        """1 for each metric of which lower values are better, -1 for the others."""
+        return (self.sign, *(o.sign for o in self.others))
 
     @property
     def sign(self) -> int:
         """1 if lower values are better, -1 if higher ones are."""
         return 1 if self.mode == "min" else -1
+
+
+def most_confirmed(*, has_others: bool) -> int:
+    """Return how many candidates are confirmed at most: three for one metric, and those of a front that are shown."""
+    return 3 + MAX_SHOWN * has_others
 
 
 @dataclass
@@ -119,8 +135,8 @@ class Search:
             self.trials.append(self._score_trial(f"trial-{i}"))
 
     def confirm(self) -> None:
-        """Score the winner, the latest weights and the best anchor on the confirmation half."""
-        for trial in {id(t): t for t in (self.latest, self.best_anchor, self.winner)}.values():
+        """Score the winner, the latest weights, the best anchor and others of a front on the confirmation half."""
+        for trial in {id(t): t for t in (self.latest, self.best_anchor, self.winner, *self.shown)}.values():
             start = time.monotonic()
             score = self.evaluate(trial.candidate.coefficients_K, "confirm")
             self.seconds["confirm"] += time.monotonic() - start
@@ -138,8 +154,26 @@ class Search:
 
     @property
     def winner(self) -> Trial:
-        """The best of all on the search half."""
+        """The best of all on the search half; where several metrics are monitored, the knee of the front."""
         return self._best([*self.anchors, *self.trials])
+
+    @property
+    def front(self) -> list[Trial]:
+        """The Pareto front on the search half, by the first metric; empty for one metric."""
+        if not self.problem.others:
+            return []
+        front = self._front([*self.anchors, *self.trials])
+        return sorted(front, key=lambda t: self._losses(t)[0])
+
+    @property
+    def shown(self) -> list[Trial]:
+        """Merges along the front, the knee among them, few enough to confirm and publish each."""
+        front = self.front
+        if not front:
+            return []
+        keep = next(i for i, t in enumerate(front) if t is self.winner)
+        chosen = spread([self._losses(t)[0] for t in front], keep, MAX_SHOWN)
+        return [front[i] for i in chosen if front[i] is not self.latest]
 
     @property
     def num_batches(self) -> int:
@@ -156,8 +190,17 @@ class Search:
 
     def _best(self, trials: Sequence[Trial]) -> Trial:
         """The first of the best, so that the latest weights win a draw."""
-        eligible = [t for t in trials if t.feasible and t.search.complete and math.isfinite(t.search.value)]
-        return min(eligible, key=lambda t: self.problem.sign * t.search.value)
+        front = self._front(trials)
+        return front[knee([self._losses(t) for t in front])]
+
+    def _front(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Those that no other one beats in every metric; for one metric, the first of the best."""
+        losses = {id(t): self._losses(t) for t in trials if t.feasible and t.search.complete}
+        eligible = [t for t in trials if all(map(math.isfinite, losses.get(id(t), (math.nan,))))]
+        return [eligible[n] for n in pareto_front([losses[id(t)] for t in eligible])]
+
+    def _losses(self, trial: Trial) -> tuple[float, ...]:
+        return tuple(s * o.value for s, o in zip(self.problem.signs, trial.search.objectives, strict=True))
 
     def _must_stop(self) -> bool:
         # Not all loaders know their length; the latest weights have been through it.
@@ -219,8 +262,8 @@ class Search:
 
     def _race(self) -> Race | None:
         # A constraint is compared with the latest weights' value over all batches; those that a dropped candidate did
-        # not see may be all that a metric is logged on.
-        if not self.problem.staged or self.problem.constraints:
+        # not see may be all that a metric is logged on. And what loses by one metric may lie on the front by another.
+        if not self.problem.staged or self.problem.constraints or self.problem.others:
             return None
         if not self.anchors or self.winner.search.values_B is None:
             return None

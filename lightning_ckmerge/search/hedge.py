@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_ckmerge.config import require_at_least, require_positive
 from lightning_ckmerge.search.gaussian_process import Acquisition, GaussianProcess
+from lightning_ckmerge.search.study import require_one_objective
 
 ACQUISITIONS: tuple[Acquisition, ...] = ("ei", "pi", "ucb")
 
@@ -52,6 +53,7 @@ class GPHedgeSampler(BaseSampler):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the coordinates that all trials share and that can vary."""
+        require_one_objective(study, self)
         shared = intersection_search_space(study.get_trials(deepcopy=False))
         return {name: d for name, d in shared.items() if not d.single()}
 

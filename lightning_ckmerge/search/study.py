@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import optuna
 import torch
@@ -22,13 +23,13 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.samplers import BaseSampler, GPSampler
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.study import StudyDirection
+from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
-from lightning_ckmerge.config import Mode
+from lightning_ckmerge.config import Mode, Objective
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
-from lightning_ckmerge.errors import ConfigError
+from lightning_ckmerge.errors import ConfigError, SearchError
 
 # Anchors in the space count as start-up trials, so a plain `decay` search draws one random point.
 NUM_STARTUP_TRIALS = 4
@@ -45,6 +46,7 @@ class SearchStudy:
         sampler: Proposes coordinates; copied, so that it starts each search alike.
         intervals: The D coordinates and their ranges.
         mode: Whether lower or higher values are better.
+        others: More metrics to search by.
         fingerprint: Identifies weights, data and settings. Equal ones mean that an interrupted search goes on.
     """
 
@@ -56,17 +58,18 @@ class SearchStudy:
         sampler: BaseSampler,
         intervals: Mapping[str, Interval],
         mode: Mode,
+        others: Sequence[Objective] = (),
         fingerprint: str,
     ) -> None:
         self._distributions = {n: _distribution(i) for n, i in intervals.items()}
         self._pending: dict[str, optuna.Trial] = {}
-        direction = StudyDirection.MINIMIZE if mode == "min" else StudyDirection.MAXIMIZE
+        directions = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
         with quiet():
             backend = open_storage(storage)
             self._study = optuna.create_study(
                 storage=backend,
                 study_name=self._name(backend, name, fingerprint),
-                direction=direction,
+                directions=[directions[m] for m in (mode, *(o.mode for o in others))],
                 # Without a sampler Optuna would take up a stored study with TPE, whatever it was begun with.
                 sampler=copy.deepcopy(sampler),
                 load_if_exists=True,
@@ -108,17 +111,21 @@ class SearchStudy:
             return
         trial.set_user_attr("score", asdict(score))
         told = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        sign = 1 if self._study.direction == StudyDirection.MINIMIZE else -1
-        value = sign * _finite(sign * score.value, [sign * score_from(t.user_attrs["score"]).value for t in told])
+        scores = [score_from(t.user_attrs["score"]).objectives for t in told]
+        signs = [1 if d == StudyDirection.MINIMIZE else -1 for d in self._study.directions]
+        values = [
+            sign * _finite(sign * own.value, [sign * other[i].value for other in scores])
+            for i, (sign, own) in enumerate(zip(signs, score.objectives, strict=True))
+        ]
         # Beside 0, so that what has no value counts as broken.
         broken = {k: _finite(v, [0.0, *(t.constraints.get(k, 0.0) for t in told)]) for k, v in violations.items()}
         with quiet():
-            if not all(map(math.isfinite, (value, *broken.values()))):
+            if not all(map(math.isfinite, (*values, *broken.values()))):
                 self._study.tell(trial, state=TrialState.FAIL)
                 return
             for key, violation in broken.items():
                 trial.set_constraint(key, violation)
-            self._study.tell(trial, value)
+            self._study.tell(trial, values)
 
     def _name(self, backend: BaseStorage, name: str, fingerprint: str) -> str:
         taken = {s.study_name: s for s in optuna.get_all_study_summaries(backend)}
@@ -207,8 +214,18 @@ def _finite(value: float, others: Sequence[float]) -> float:
 
 
 def score_from(stored: Mapping[str, object]) -> Score:
-    """Return the score that a trial keeps; JSON has no tuples."""
-    return Score(**{k: tuple(v) if isinstance(v, Sequence) else v for k, v in stored.items()})  # type: ignore[arg-type]
+    """Return the score that a trial keeps; JSON has no tuples, and no scores."""
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, Sequence) else v for k, v in stored.items()}
+    return Score(**{**values, "others": tuple(map(score_from, values.get("others", ())))})
+
+
+def require_one_objective(study: Study, sampler: BaseSampler) -> None:
+    """Raise ``SearchError`` unless a study has but one objective, for samplers that know no more."""
+    if len(study.directions) > 1:
+        raise SearchError(
+            f"`{type(sampler).__name__}` searches by one metric, got {len(study.directions)} in `monitor`. Name one, "
+            "or leave `search.sampler` out: the default searches by several."
+        )
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def record(comm: Comm, values: Sequence[float], stop_after: int | None) -> tuple
     own = list(values)[comm.rank :: comm.world_size]
     batches = [own[i : i + 2] for i in range(0, len(own), 2)]
     keep_going = None if stop_after is None else lambda values_B, sizes_B: len(values_B) < stop_after
-    recorder = BatchRecorder("loss", [frozenset()], keep_going, comm)
+    recorder = BatchRecorder(["loss"], [frozenset()], keep_going, comm)
     total = size = 0.0
     for i, batch in enumerate(batches):
         if recorder.stopped:
@@ -87,7 +87,8 @@ def record(comm: Comm, values: Sequence[float], stop_after: int | None) -> tuple
         recorder.take({"loss": (total, size)}, dataloader_idx=0, batch_idx=i)
     recorder.end_loader()
     metrics = recorder.finish({"loss": math.nan})
-    return recorder.values_B, recorder.sizes_B, recorder.num_batches, metrics["loss"]
+    found = recorder.of["loss"]
+    return found.values_B, found.sizes_B, recorder.num_batches, metrics["loss"]
 
 
 def record_on_ranks(values: Sequence[float], stop_after: int | None) -> Any:

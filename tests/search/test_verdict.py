@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from lightning_ckmerge.config import Objective
 from lightning_ckmerge.core.outcome import Candidate, Score, Trial, Verdict
 from lightning_ckmerge.search.slope import Progress
 from lightning_ckmerge.search.verdict import MIN_CONFIRM_BATCHES, paired_gain, reach_verdict, serial_inflation
@@ -207,3 +208,66 @@ def test_a_winner_without_a_value_on_unseen_batches_is_rejected() -> None:
 def test_warnings_are_kept() -> None:
     latest = trial("latest", noisy(3.0))
     assert reach_verdict(latest, latest, latest, monitor="a", mode="min", warnings=("b",)).warnings == ("b",)
+
+
+OTHERS = (Objective("val_acc", "max"),)
+
+
+def both(name: str, loss: Score, accuracy: Score) -> Trial:
+    return trial(name, replace(loss, others=(accuracy,)))
+
+
+def verdict_of_both(winner: Trial, latest: Trial) -> Verdict:
+    return reach_verdict(
+        winner, latest, latest, monitor="val_loss", mode="min", others=OTHERS, front=[winner], progress=FALLING
+    )
+
+
+def test_of_several_metrics_one_gain_and_no_loss_is_accepted() -> None:
+    latest = both("latest", noisy(3.0), noisy(0.5, seed=1))
+    found = verdict_of_both(both("trial-4", noisy(2.5), noisy(0.5, seed=2)), latest)
+    assert found.status == "accepted"
+    (other,) = found.others
+    assert (other.monitor, other.mode, found.front) == ("val_acc", "max", ("trial-4",))
+    assert other.interval is not None
+    assert other.interval[0] < 0 < other.interval[1]
+    assert found.equivalent_steps is not None
+    assert found.sentence.startswith(f"Merging gains {found.gain:.4g} val_loss (")
+    assert found.sentence.endswith("at the current slope, by trial-4, of a Pareto front of 1.")
+
+
+def test_a_gain_in_another_metric_than_the_first_is_worth_no_steps() -> None:
+    latest = both("latest", noisy(3.0), noisy(0.5, seed=1))
+    found = verdict_of_both(both("trial-4", noisy(3.0, seed=3), noisy(0.9)), latest)
+    assert (found.status, found.equivalent_steps) == ("accepted", None)
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "status"),
+    [
+        (noisy(2.5), noisy(0.4), "rejected"),  # a certain loss
+        (noisy(3.0, seed=3), noisy(0.5, seed=2), "rejected"),  # nothing certain
+        (noisy(2.5), score([float("nan")] * 12), "rejected"),
+        (noisy(2.5), score(None, value=0.9), "unconfirmed"),
+    ],
+)
+def test_of_several_metrics_nothing_less_is_accepted(loss: Score, accuracy: Score, status: str) -> None:
+    found = verdict_of_both(both("trial-4", loss, accuracy), both("latest", noisy(3.0), noisy(0.5, seed=1)))
+    assert (found.status, found.equivalent_steps) == (status, None)
+    if status == "unconfirmed":
+        assert "no values by batch for an interval. Log val_acc on every validation batch." in found.sentence
+
+
+def test_the_intervals_of_several_metrics_hold_together() -> None:
+    """Goes red with one interval's 95 % for each of five: 77 % of draws hold all."""
+    rng, held = random.Random(0), 0
+    others = tuple(Objective(f"m{i}", "min") for i in range(4))
+    for _ in range(NUM_DRAWS):
+        ours, theirs = ([score([rng.gauss(0, 1) for _ in range(12)]) for _ in range(5)] for _ in range(2))
+        winner, latest = (
+            trial(n, replace(s[0], others=tuple(s[1:]))) for n, s in (("trial-0", ours), ("latest", theirs))
+        )
+        found = reach_verdict(winner, latest, latest, monitor="m", mode="min", others=others)
+        intervals = [found.interval, *(g.interval for g in found.others)]
+        held += all(i is not None and i[0] <= 0 <= i[1] for i in intervals)
+    assert held / NUM_DRAWS > 0.9

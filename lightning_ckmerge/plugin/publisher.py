@@ -1,0 +1,118 @@
+"""Writes what a search found: the winner merged into the module for that, and others of its Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.artifact.manifest import Manifest, build_manifest
+from lightning_ckmerge.artifact.publish import ArtifactStore, Extra
+from lightning_ckmerge.artifact.timeline import Validated
+from lightning_ckmerge.config import parse_size
+from lightning_ckmerge.core.outcome import SearchOutcome
+from lightning_ckmerge.distributed.comm import Comm, on_rank_zero
+from lightning_ckmerge.distributed.gather import GatheredWeights
+from lightning_ckmerge.pipeline import SearchJob
+from lightning_ckmerge.plugin.adapters import Adapters
+from lightning_ckmerge.plugin.evaluation import dump_weights
+from lightning_ckmerge.plugin.pretrained import Pretrained
+from lightning_ckmerge.plugin.reports import write_search_report
+
+if TYPE_CHECKING:
+    from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+
+FRONT_NAME = "front"
+
+
+class Publisher:
+    """Publishes the searches of one ``fit``.
+
+    Args:
+        callback: Holds the arguments.
+        trainer: The Trainer.
+        dirpath: Where artifacts go.
+        adapters: PEFT's adapters, if the module has any.
+        comm: The ranks.
+    """
+
+    def __init__(
+        self,
+        callback: CheckpointMergeCallback,
+        trainer: Trainer,
+        dirpath: Path,
+        adapters: Adapters | None,
+        comm: Comm,
+    ) -> None:
+        config = callback.artifact
+        self._trainer = trainer
+        self._module: LightningModule = trainer.lightning_module
+        self._adapters = adapters
+        self._comm = comm
+        self._writes_checkpoint = "ckpt" in config.formats
+        self._pretrained = (
+            Pretrained(trainer, config, has_adapters=adapters is not None) if "hf" in config.formats else None
+        )
+        self._store = ArtifactStore(
+            dirpath,
+            mode=callback.mode,
+            save_top_k=callback.save_top_k,
+            max_shard_size=parse_size(config.max_shard_size),
+        )
+
+    def publish(self, outcome: SearchOutcome, job: SearchJob, validation: Sequence[Validated]) -> Artifact:
+        """Publish the winner, or the record alone of a rejected search, and return its artifact.
+
+        Args:
+            outcome: The search.
+            job: It merges into the module, which is left so.
+            validation: The run's own validations since the search before, for the timeline.
+        """
+        manifest = self._manifest(outcome)
+        publish = partial(self._store.publish, manifest, validation=validation, comm=self._comm)
+        if not on_rank_zero(self._comm, lambda: self._store.keeps_weights(manifest)):
+            return publish(None, extras=[self._write_report])
+        weights = self._merged(outcome, job)
+        extras: list[Extra] = [self._write_checkpoint] if self._writes_checkpoint else []
+        if self._pretrained is not None:
+            extras.append(partial(self._pretrained.write, weights=weights, comm=self._comm))
+        # Other merges take the winner's place in the module, and the report lists the files.
+        return publish(weights, extras=[*extras, partial(self._write_front, outcome, job), self._write_report])
+
+    def _manifest(self, outcome: SearchOutcome) -> Manifest:
+        manifest = build_manifest(outcome)
+        if self._adapters is not None:
+            manifest["adapters"] = self._adapters.describe(manifest["coefficients"])
+        return manifest
+
+    def _merged(self, outcome: SearchOutcome, job: SearchJob) -> GatheredWeights:
+        job.begin()
+        job.load(outcome.winner.candidate.coefficients_K)
+        return GatheredWeights(self._module, self._comm)
+
+    def _write_front(self, outcome: SearchOutcome, job: SearchJob, path: Path, _: Manifest) -> None:
+        """Write the other merges of the front, each an artifact of its own, but for those that were rejected."""
+        members = outcome.members()
+        kept = on_rank_zero(self._comm, lambda: [m.verdict.status != "rejected" for m in members])
+        for member, keep in zip(members, kept, strict=True):
+            if keep:
+                self._store.write_member(
+                    path / FRONT_NAME / member.winner.candidate.name,
+                    self._manifest(member),
+                    self._merged(member, job),
+                    extras=[self._write_report],
+                    comm=self._comm,
+                )
+
+    def _write_checkpoint(self, path: Path, _: Manifest) -> None:
+        checkpoint = dump_weights(self._trainer)  # in which the user's hooks may fail
+        self._comm.exchange(None)
+        self._trainer.strategy.save_checkpoint(checkpoint, path / "model.ckpt")
+
+    def _write_report(self, path: Path, manifest: dict[str, Any]) -> None:
+        if self._comm.rank == 0:
+            write_search_report(path, manifest)
