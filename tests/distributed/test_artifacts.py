@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from optuna.samplers import RandomSampler
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from lightning_ckmerge import ArtifactConfig, EvaluationConfig, load_merged
+from lightning_ckmerge import ArtifactConfig, EvaluationConfig, SearchConfig, load_merged
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.rebuild import rebuild
 from lightning_ckmerge.artifact.shards import ShardWriter
@@ -178,6 +179,34 @@ def test_a_merge_is_rebuilt_from_what_all_ranks_kept(ranks: RankPool, tmp_path: 
     integers = [n for n in artifact.tensors() if n.endswith("num_batches_tracked")]
     assert list(built.not_compared) == integers
     assert built.num_compared == len(artifact.tensors()) - len(integers) > 0
+
+
+class TwoMetrics(Classifier):
+    """Logs the size of its outputs too, which pulls away from merges: they have a lower loss and smaller outputs."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        self.log("val_size", self.net(self.norm(batch[0])).square().mean(), sync_dist=True)
+
+
+def trained_by_two(strategy: str, root: str) -> int:
+    search = SearchConfig(max_fraction_of_training=None, n_trials=6, sampler=RandomSampler(seed=0))
+    merge = make_merge(
+        root, monitor=["val_loss", "val_size"], mode=["min", "max"], search=search, search_on_train_end=False
+    )
+    return fit(strategy, root, merge, model=partial(TwoMetrics, norm=strategy == "ddp")).trainer.global_step
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_merges_of_a_pareto_front_are_written_by_all_ranks(ranks: RankPool, tmp_path: Path, strategy: str) -> None:
+    ranks.run(trained_by_two, strategy, str(tmp_path))
+    outer = Artifact.open(tmp_path / "merges" / "step=000000012")
+    members = [Artifact.open(path) for path in sorted((outer.path / "front").iterdir())]
+    assert members
+    for artifact in (outer, *members):
+        built = rebuild(artifact, tmp_path / "merges" / "buffer")
+        assert built.num_compared > 0
+        assert not built.different
 
 
 def applied(strategy: str, root: str) -> dict[str, Tensor]:

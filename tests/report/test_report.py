@@ -136,6 +136,22 @@ def test_a_metric_that_one_candidate_lacks_has_no_change() -> None:
     assert "| a |  | – | 3.0120 | 3.0000 | – |" in render_markdown(data)
 
 
+def test_the_front_of_several_metrics_is_shown_with_what_the_artifact_holds_of_it() -> None:
+    data = manifest(others={"val_acc": 0.75})
+    data["trials"][2]["search"]["metrics"] = {"val_loss": 1.9, "val_acc": 0.7}
+    other = {"monitor": "val_acc", "mode": "max", "value": 0.75, "gain": 0.01, "interval": [0.002, 0.018]}
+    data["verdict"].update(front=["trial-2", "uniform-4"], winner="uniform-4", others=[other])
+    data["files"] = {**FILES, "front/trial-2/model.safetensors": FILES["model.safetensors"]}
+    markdown = render_markdown(data)
+    assert "| candidate |  | val\\_loss | val\\_acc | in this artifact |" in markdown
+    assert "| trial-2 |  | 1.9000 | 0.70000 | front/trial-2 |" in markdown
+    assert "| uniform-4 | winner | 2.0100 | 0.76000 |  |" in markdown
+    assert "| Gain over latest, val\\_acc | +0.0100 \\[+0.0020," in markdown
+    page = Page(render_html(data)).text
+    assert "Pareto front Candidate val_loss val_acc In this artifact trial-2 1.9000 0.70000 front/trial-2" in page
+    assert "Pareto front" not in render_html(manifest()) + render_markdown(manifest())
+
+
 def test_the_page_asks_nothing_of_any_network() -> None:
     page = Page(render_html(manifest(monitor=HOSTILE)))
     assert not {"script", "link", "img", "iframe", "object", "base"} & {*page.tags}
