@@ -2,9 +2,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+READY_DOCS := $(VENV)/.ready-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-fsdp2 test check clean
+.PHONY: help demo demo-fsdp2 test check docs clean
 
 help:  ## Show these lines.
 	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,11 +25,20 @@ check: $(READY)  ## Format, lint, types, layers, public names, and the examples 
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet lightning_ckmerge tests/test_house.py tests/test_public_names.py
 
-clean:  ## Remove the virtual environment and the caches.
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+docs: $(READY_DOCS)  ## Build the documentation into site/; a warning is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
+clean:  ## Remove the virtual environment, the caches and the built documentation.
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # Installed again only when a requirement changed.
 $(READY): pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[adapters,cli,test,dev,loggers]'
+	touch $@
+
+# On its own, so that tests need no MkDocs.
+$(READY_DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[cli,docs]'
 	touch $@

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_ckmerge import CheckpointMergeCallback
 from lightning_ckmerge.artifact.timeline import read_timeline
+from tests.docs.pages import run_python
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -29,7 +30,7 @@ def test_it_is_short() -> None:
 def test_the_code_trains_searches_and_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(block("python"), {"__name__": "readme"})
+    run_python(README)
     records = read_timeline(tmp_path / "merges")
     assert [r["step"] for r in records] == [75, 150, 225, 300]
     assert any(r["status"] == "accepted" for r in records)
