@@ -1,8 +1,8 @@
 """How much of a learning-rate decay's gain each way of merging recovers, on small GPTs trained from scratch.
 
 python -m benchmarks.quality.train       trains the runs and keeps their trails (hours on two cores)
-python -m benchmarks.quality.measure     scores every method on every run, into results.json
-python -m benchmarks.quality.report      writes docs/quality.md from it
+python -m benchmarks.quality.measure     scores every method of methods.py on every run, and keeps what it has
+python -m benchmarks.quality.report      writes results.json, docs/quality.md and its chart
 """
 
 import sys

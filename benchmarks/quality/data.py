@@ -18,7 +18,7 @@ CORPORA: tuple[Corpus, ...] = ("python", "cpp")
 CONTEXT = 128
 BATCH_SIZE = 16
 # The validation windows are split in two: every second batch is kept from the search.
-NUM_EVAL_BATCHES = {"val": 32, "test": 32, "other": 16}
+NUM_EVAL_BATCHES = {"val": 64, "test": 32, "other": 16}
 # Generated headers repeat themselves thousands of times.
 HEADER_FOLDERS = ("torch/csrc", "c10", "ATen/native", "ATen/core", "ATen/cpu")
 
@@ -48,6 +48,11 @@ def eval_batches(corpus: Corpus) -> dict[str, list[Tensor]]:
         "test": _batches(own["test"], NUM_EVAL_BATCHES["test"]),
         "other": _batches(other["test"], NUM_EVAL_BATCHES["other"]),
     }
+
+
+def train_batches(corpus: Corpus, num_batches: int) -> list[Tensor]:
+    """Return batches ``(N, T + 1)`` of the files that the run trained on."""
+    return _batches(read_corpus(corpus)["train"], num_batches)
 
 
 def _batches(text: bytes, num_batches: int) -> list[Tensor]:

@@ -13,25 +13,23 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality import ROOT, RUNS
-from benchmarks.quality.data import BATCH_SIZE, NUM_EVAL_BATCHES
-from benchmarks.quality.measure import NUM_TRIALS
+from benchmarks.quality.baselines import FORWARDS_PER_GRADIENT
+from benchmarks.quality.case import NUM_TRIALS
+from benchmarks.quality.methods import CONTROL, DEFAULT, METHODS, NUM_FREE_TRIALS
 
 RESULTS = RUNS.parent / "results.json"
 PAGE = ROOT / "docs" / "quality.md"
 CHART = ROOT / "docs" / "quality.svg"
 SPLITS = {"search": "search half", "confirm": "confirmation half", "test": "test files", "other": "other corpus"}
-DEFAULT = "decay"
-CONTROL = "decay, after a decay"
-SOURCES = {
-    "best uniform mean": "best of the last 2, 4, 8 and all snapshots (LAWA, arXiv:2209.14981, over segment means)",
-    "best of three EMAs": "the EMA-shaped anchors",
-    "pair (GP-Hedge)": "the paper's method, arXiv:2403.19390, over two points 3 % of the run apart, which was best "
-    "on a shorter run of one of the corpora",
-    "decay": "the default",
+COSTS = {
+    "evaluations": "evaluations",
+    "evaluations_to_99": "to 99 % of its gain",
+    "evaluations_unstaged": "without dropping losers early",
+    "seconds": "seconds",
 }
+SIMPLEX = "simplex"
 
 Run = Mapping[str, Any]
-Losses = Mapping[str, float]
 
 
 def main() -> None:
@@ -41,49 +39,66 @@ def main() -> None:
     runs = json.loads(RESULTS.read_text())
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(runs))
-    CHART.write_text(chart({name: shares(runs, pick, "confirm") for name, pick in methods(runs).items()}))
+    CHART.write_text(chart({name: shares(runs, name, "confirm") for name in methods(runs)}))
 
 
-def methods(runs: Sequence[Run]) -> dict[str, Callable[[Run], Losses]]:
-    """Return, by name, where a run holds each method's losses."""
-    searched = [name for name in runs[0]["methods"] if name != CONTROL]
-
-    def searched_by(name: str) -> Callable[[Run], Losses]:
-        return lambda run: run["methods"][name]["losses"]
-
-    def best_anchor(kind: str) -> Callable[[Run], Losses]:
-        return lambda run: run["methods"][DEFAULT]["anchors"][kind]
-
-    anchors = {"best uniform mean": best_anchor("uniform"), "best of three EMAs": best_anchor("ema")}
-    found = {**anchors, **{name: searched_by(name) for name in searched}}
-    return dict(sorted(found.items(), key=lambda item: median(shares(runs, item[1], "confirm"))))
+def methods(runs: Sequence[Run]) -> list[str]:
+    """Return the methods that all runs have been measured with, from the worst to the best, without the control."""
+    measured = [name for name in METHODS if name != CONTROL and all(name in run["methods"] for run in runs)]
+    return sorted(measured, key=lambda name: median(shares(runs, name, "confirm")))
 
 
-def shares(runs: Sequence[Run], pick: Callable[[Run], Losses], split: str) -> list[float]:
-    """Return the recovered share of the decay branch's gain in percent, one a run."""
+def gains(runs: Sequence[Run], name: str, split: str) -> list[float]:
+    """Return a method's gain over the latest weights in nats a byte, one a run."""
+    return [run["latest"][split] - run["methods"][name]["losses"][split] for run in runs]
+
+
+def shares(runs: Sequence[Run], name: str, split: str) -> list[float]:
+    """Return the share of the decay branch's gain that a method recovers in percent, one a run."""
     return [
-        100 * (run["latest"][split] - pick(run)[split]) / (run["latest"][split] - run["decay_branch"][split])
-        for run in runs
+        100 * gain / (run["latest"][split] - run["decay_branch"][split])
+        for run, gain in zip(runs, gains(runs, name, split), strict=True)
     ]
+
+
+def steps(runs: Sequence[Run], name: str) -> list[float]:
+    """Return how many further steps a method's gain is worth, at the slope of a line through the latest and the further
+    weights' losses, one a run."""
+    worth = []
+    for run, gain in zip(runs, gains(runs, name, "confirm"), strict=True):
+        points = [(run["run"]["num_steps"], run["latest"]["confirm"])]
+        points += [(p["step"], p["confirm"]) for p in run["further"]]
+        slope = -np.polyfit(*zip(*points, strict=True), 1)[0]
+        worth.append(gain / slope if slope > 0 else np.inf)
+    return worth
+
+
+def costs(runs: Sequence[Run], name: str, kind: str) -> list[float]:
+    """Return what a method took, one a run."""
+    return [run["methods"][name][kind] for run in runs]
+
+
+def differences(runs: Sequence[Run], name: str, other: str, split: str) -> list[float]:
+    """Return by how many points of the share the first method beats the other, one a run."""
+    return [a - b for a, b in zip(shares(runs, name, split), shares(runs, other, split), strict=True)]
 
 
 def page(runs: Sequence[Run]) -> str:
     """Return the page."""
-    about = runs[0]["run"]
+    names = methods(runs)
+    about, data = runs[0]["run"], runs[0]["data"]
     corpora = sorted({run["run"]["corpus"] for run in runs})
     seeds = sorted({run["run"]["seed"] for run in runs})
-    default = methods(runs)[DEFAULT]
-    confirmed = spread(shares(runs, default, "confirm"))
-    spent = [run["methods"][DEFAULT]["evaluations"] for run in runs]
-    saved = [run["methods"][DEFAULT]["evaluations_unstaged"] / run["methods"][DEFAULT]["evaluations"] for run in runs]
-    gains = [run["latest"]["confirm"] - default(run)["confirm"] for run in runs]
+    confirmed = spread(shares(runs, DEFAULT, "confirm"))
+    spent = spread(costs(runs, DEFAULT, "evaluations"), 1)
     lines = [
         "# Quality: what a merge recovers of a decay's gain",
         "",
-        f"The default recovers a median of **{confirmed} %** of what a learning-rate decay gains, on the "
-        f"confirmation half, for {spread(spent, 1)} full evaluations of the search half. That is a gain of "
-        f"{spread(gains, 3)} nats a byte over the latest weights{_worth(runs, gains)}. Each figure is the median "
-        "over runs, the range in brackets.",
+        f"The default recovers a median of **{confirmed} %** of what a learning-rate decay gains, on the confirmation "
+        f"half, for {spent} full evaluations of the search half. That is a gain of "
+        f"{spread(gains(runs, DEFAULT, 'confirm'), 3)} nats a byte over the latest weights, as much as about "
+        f"{spread(steps(runs, DEFAULT))} further steps at the slope of the quarter run that followed. Each figure is "
+        "the median over runs, the range in brackets.",
         "",
         f"Runs: {len(runs)} ({len(seeds)} seeds on each of {len(corpora)} corpora, {' and '.join(corpora)}: Python's "
         f"standard library, PyTorch's C++ headers), a byte-level GPT of {about['num_parameters'] / 1e6:.2f} M "
@@ -97,27 +112,28 @@ def page(runs: Sequence[Run]) -> str:
         "## Share of the decay branch's gain, in percent",
         "",
         table(
-            ["method", *SPLITS.values()],
-            [[name, *(spread(shares(runs, pick, s)) for s in SPLITS)] for name, pick in methods(runs).items()],
+            ["method", *SPLITS.values(), "worth further steps"],
+            [[name, *(spread(shares(runs, name, s)) for s in SPLITS), spread(steps(runs, name))] for name in names],
         ),
         "",
-        "Above 100 % the merge beats the branch, which had to train for it. "
-        + " ".join(f"*{name}*: {text}." for name, text in SOURCES.items()),
+        "Above 100 % the merge beats the branch, which had to train for it. Further steps: the gain on the "
+        "confirmation half over the slope of the loss in the quarter run that followed.",
+        "",
+        *(f"- *{name}*: {METHODS[name].source}." for name in names),
         "",
         "## What it costs",
         "",
         table(
-            ["search", "evaluations", "without dropping losers early", "seconds"],
-            [
-                [name, *(spread([run["methods"][name][key] for run in runs], 1) for key in COSTS)]
-                for name in runs[0]["methods"]
-            ],
+            ["method", *COSTS.values()],
+            [[name, *(spread(costs(runs, name, kind), 1) for kind in COSTS)] for name in (*names, CONTROL)],
         ),
         "",
-        f"An evaluation is one pass over the search half, {NUM_EVAL_BATCHES['val'] // 2} batches of {BATCH_SIZE} "
-        f"windows. Every search scores its anchors and {NUM_TRIALS} trials. Anchors are counted, the verdict's passes "
-        f"over the other half are not. Of the default, dropping losers early saves a factor of {spread(saved, 1)}. "
-        "Seconds include the sampler's; two runs were measured side by side.",
+        f"An evaluation is one pass over the search half, {data['val'] // 2} batches of {data['batch_size']} windows, "
+        f"or as much of something else; a gradient counts {FORWARDS_PER_GRADIENT}. A search scores its anchors and "
+        f"{NUM_TRIALS} trials, or {NUM_FREE_TRIALS} of free coefficients. Anchors are counted, the verdict's passes "
+        "over the other half are not. Of the default, dropping losers early saves a factor of "
+        f"{spread(staging(runs), 1)}. Seconds include the sampler's; several runs were measured side by side, and the "
+        "order of methods differs from run to run.",
         "",
         "## Goals",
         "",
@@ -129,13 +145,19 @@ def page(runs: Sequence[Run]) -> str:
             ],
         ),
         "",
-        "The kernels differ by less than the runs do: per run, the power kernel recovers "
-        f"{spread(kernel_difference(runs), 1)} points more than the exponential one on the confirmation half.",
+        "## Against the default",
+        "",
+        "Points of the share by which a variant beats the default, run by run:",
+        "",
+        compared(runs, [name for name in names if name.startswith("decay,")], DEFAULT),
+        "",
+        "Coordinates of the simplex, against those of the package (numbers in [0, 1], normalised):",
+        "",
+        compared(runs, [name for name in names if name.startswith(f"{SIMPLEX},")], SIMPLEX),
         "",
         "## After a decay",
         "",
-        "The honest control: the same search over the branch's own trail, whose rate has fallen to 0. Gain over its "
-        "last weights, in nats a byte: "
+        f"{METHODS[CONTROL].source.capitalize()}. Gain over its last weights, in nats a byte: "
         + ", ".join(f"{SPLITS[s]} {spread(after_decay(runs, s), 4)}" for s in SPLITS)
         + ".",
         "",
@@ -143,49 +165,31 @@ def page(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-COSTS = ("evaluations", "evaluations_unstaged", "seconds")
-
-
 def goals(runs: Sequence[Run]) -> list[tuple[str, list[float], int, Callable[[float], bool]]]:
     """Return what the default should reach, what it did in each run, digits to show, and whether a value will do."""
-    searches = [run["methods"][DEFAULT] for run in runs]
+    spent = costs(runs, DEFAULT, "evaluations")
     return [
-        (
-            "at least 95 % of the decay's gain, confirmed",
-            shares(runs, methods(runs)[DEFAULT], "confirm"),
-            1,
-            lambda v: v >= 95,
-        ),
-        ("at most 12 evaluations", [s["evaluations"] for s in searches], 1, lambda v: v <= 12),
-        (
-            "staging saves a factor of 2.5",
-            [s["evaluations_unstaged"] / s["evaluations"] for s in searches],
-            2,
-            lambda v: v >= 2.5,
-        ),
+        ("at least 95 % of the decay's gain, confirmed", shares(runs, DEFAULT, "confirm"), 1, lambda v: v >= 95),
+        ("at most 12 evaluations", spent, 1, lambda v: v <= 12),
+        ("staging saves a factor of 2.5", staging(runs), 2, lambda v: v >= 2.5),
     ]
 
 
-def kernel_difference(runs: Sequence[Run]) -> list[float]:
-    """Return the points by which the power kernel beats the exponential one, one a run."""
-    power, exponential = (shares(runs, methods(runs)[n], "confirm") for n in ("decay, power kernel", DEFAULT))
-    return [p - e for p, e in zip(power, exponential, strict=True)]
+def staging(runs: Sequence[Run]) -> list[float]:
+    """Return by what factor dropping losers early makes the default cheaper, one a run."""
+    unstaged, staged = (costs(runs, DEFAULT, kind) for kind in ("evaluations_unstaged", "evaluations"))
+    return [u / s for u, s in zip(unstaged, staged, strict=True)]
+
+
+def compared(runs: Sequence[Run], names: Sequence[str], other: str) -> str:
+    """Return a table of differences of the share."""
+    rows = [[name, *(spread(differences(runs, name, other, s), 1) for s in SPLITS)] for name in names]
+    return table([f"against {other}", *SPLITS.values()], rows)
 
 
 def after_decay(runs: Sequence[Run], split: str) -> list[float]:
     """Return what the search over the decay branch's trail gains, one a run."""
     return [run["decay_branch"][split] - run["methods"][CONTROL]["losses"][split] for run in runs]
-
-
-def _worth(runs: Sequence[Run], gains: Sequence[float]) -> str:
-    """Further steps, at the slope of a line through the latest and the further weights' losses."""
-    steps = []
-    for run, gain in zip(runs, gains, strict=True):
-        points = [(run["run"]["num_steps"], run["latest"]["confirm"])]
-        points += [(p["step"], p["confirm"]) for p in run["further"]]
-        slope = -np.polyfit(*zip(*points, strict=True), 1)[0]
-        steps.append(gain / slope if slope > 0 else np.inf)
-    return f", as much as about {spread(steps)} further steps at the slope of the quarter run that followed"
 
 
 def spread(values: Sequence[float], digits: int = 0) -> str:
@@ -204,13 +208,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def chart(shares_of: Mapping[str, Sequence[float]]) -> str:
-    """Return an SVG: one row a method, one dot a run, a bar at the median."""
-    left, width, row = 170, 420, 24
-    low = min(0.0, min(map(min, shares_of.values())))
+    """Return an SVG: one row a method, one dot a run, a bar at the median; an arrow to what lies below 0."""
+    left, width, row = 170, 420, 22
     high = max(110.0, max(map(max, shares_of.values())))
 
     def x(share: float) -> float:
-        return left + (share - low) / (high - low) * width
+        return left + share / high * width
 
     height = row * len(shares_of) + 34
     parts = [
@@ -227,8 +230,16 @@ def chart(shares_of: Mapping[str, Sequence[float]]) -> str:
         y = 20 + i * row
         weight = "bold" if name == DEFAULT else "normal"
         parts.append(f'<text x="{left - 10}" y="{y + 4}" text-anchor="end" font-weight="{weight}">{name}</text>')
-        parts += [f'<circle cx="{x(v):.1f}" cy="{y}" r="3.5" fill="#2563eb" fill-opacity="0.5"/>' for v in values]
-        parts.append(f'<path d="M{x(median(values)):.1f} {y - 8}v16" stroke="#111" stroke-width="2"/>')
+        dots = [
+            f'<circle cx="{x(v):.1f}" cy="{y}" r="3.5" fill="#2563eb" fill-opacity="0.5"/>' for v in values if v >= 0
+        ]
+        parts += dots
+        if len(dots) < len(values):
+            parts.append(f'<path d="M{left - 3} {y}l8 -4v8z" fill="#2563eb"/>')
+        if median(values) >= 0:
+            parts.append(f'<path d="M{x(median(values)):.1f} {y - 7}v14" stroke="#111" stroke-width="2"/>')
+        else:
+            parts.append(f'<text x="{left + 10}" y="{y + 4}" fill="#555">{median(values):.0f} %</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 

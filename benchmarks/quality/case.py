@@ -1,0 +1,240 @@
+"""A trained run as the methods see it: what may be merged, on what a merge is scored, and one search of the package.
+
+Letters: K snapshots, oldest first; P parameters, as one vector; B batches; M segments of the run's trail.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpt import GPT
+from optuna.samplers import BaseSampler
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.utils import vector_to_parameters
+
+from benchmarks.quality.data import CONTEXT, eval_batches, train_batches
+from lightning_ckmerge.buffer.ring import Drop, decide, pooled
+from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName
+from lightning_ckmerge.core.outcome import Score, Trial
+from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.core.spaces import Space
+from lightning_ckmerge.search.budget import Budget
+from lightning_ckmerge.search.engine import Half, KeepGoing, Problem, Search
+from lightning_ckmerge.search.study import SearchStudy, make_sampler
+
+CAPACITY = 10
+NUM_TRIALS = 16
+# A pair of checkpoints this many segments apart: of 1, 3, 5, 10 and 20 the best at lam = 0.5 on a run of 500 steps.
+PAIR_SPACING = 3
+SPLITS = ("search", "confirm", "test", "other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshots:
+    """What coefficients mix: K vectors, and their places in the run."""
+
+    segments_K: tuple[Segment, ...]
+    weights_KP: Tensor
+
+
+class Case:
+    """One trained run.
+
+    Args:
+        directory: Where its files lie.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.about: dict[str, Any] = json.loads((directory / "run.json").read_text())
+        files = (load_file(directory / f"{name}.safetensors") for name in ("trail", "branch", "further"))
+        self._trail, self._branch, self.further = files
+        self.latest_P: Tensor = self._trail["points_MP"][-1]
+        self.branch_P: Tensor = self._branch["points_MP"][-1]
+        self.batches = eval_batches(self.about["corpus"])
+        self.model = GPT(context=CONTEXT)
+
+    @cached_property
+    def buffer(self) -> Snapshots:
+        """What a geometric buffer of means holds at the end, and the latest weights."""
+        return _buffer(self._trail["means_MP"], self.latest_P, self.about["segment_steps"])
+
+    @cached_property
+    def window(self) -> Snapshots:
+        """As many of the last means, of one length, as the decay branch has, and the latest weights."""
+        means_MP, steps, length = self._trail["means_MP"], self.about["segment_steps"], len(self._branch["means_MP"])
+        segments = _segments(len(means_MP), steps)[-length:]
+        return _with_latest(segments, means_MP[-length:], self.latest_P)
+
+    @cached_property
+    def decayed(self) -> Snapshots:
+        """The same of the decay branch's own trail."""
+        before = self._trail["means_MP"][: -len(self._branch["means_MP"])]
+        return _buffer(torch.cat([before, self._branch["means_MP"]]), self.branch_P, self.about["segment_steps"])
+
+    @cached_property
+    def pair(self) -> Snapshots:
+        """The latest weights, and the point some segments before them."""
+        points_MP, steps = self._trail["points_MP"], self.about["segment_steps"]
+        end, length = len(points_MP) * steps, PAIR_SPACING * steps
+        segments = [Segment(kind="point", first_step=last - length + 1, last_step=last) for last in (end - length, end)]
+        return Snapshots(segments_K=tuple(segments), weights_KP=points_MP[[-1 - PAIR_SPACING, -1]])
+
+    def train_batches(self, num_batches: int) -> list[Tensor]:
+        """Return batches ``(N, T + 1)`` of the training files."""
+        return train_batches(self.about["corpus"], num_batches)
+
+    def load(self, weights_P: Tensor) -> GPT:
+        """Return the model, with these weights."""
+        vector_to_parameters(weights_P, self.model.parameters())
+        return self.model
+
+    @torch.no_grad()
+    def score(self, weights_P: Tensor, split: str, keep_going: KeepGoing | None = None) -> Score:
+        """Return the mean loss in nats a byte."""
+        model = self.load(weights_P)
+        values_B: list[float] = []
+        for batch in self.batches[split]:
+            logits = model(batch[:, :-1])
+            values_B.append(float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())))
+            if keep_going is not None and not keep_going(values_B, [1.0] * len(values_B)):
+                break
+        return Score(
+            value=sum(values_B) / len(values_B),
+            values_B=tuple(values_B),
+            sizes_B=(1.0,) * len(values_B),
+            num_batches=len(values_B),
+            complete=len(values_B) == len(self.batches[split]),
+        )
+
+    def losses(self, weights_P: Tensor) -> dict[str, float]:
+        """Return the loss on every split."""
+        return {split: self.score(weights_P, split).value for split in SPLITS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a method reached, and what that took.
+
+    Args:
+        weights_P: The merge.
+        about: The winner's name, its coordinates, or whatever says how it was made.
+        evaluations: Passes over the search half, or as many forward passes.
+        evaluations_to_99: Of these, until 99 % of the gain on the search half was reached.
+        evaluations_unstaged: As many as it would have been, had no loser been dropped early.
+        seconds: Wall time.
+    """
+
+    weights_P: Tensor
+    about: Mapping[str, Any]
+    evaluations: float
+    evaluations_to_99: float
+    evaluations_unstaged: float
+    seconds: float
+
+
+def search(
+    case: Case,
+    space: Space,
+    *,
+    snapshots: Snapshots | None = None,
+    anchors: Sequence[AnchorName] = DEFAULT_ANCHORS,
+    n_trials: int = NUM_TRIALS,
+    sampler: BaseSampler | None = None,
+    merge: Callable[[Sequence[float]], Tensor] | None = None,
+) -> Found:
+    """Run one search of the package.
+
+    Args:
+        case: The run.
+        space: What is searched.
+        snapshots: What is merged; the buffer by default.
+        anchors: Scored first, beside the latest weights.
+        n_trials: The sampler's proposals; with 0 of them the best anchor is found, were it worse than the latest
+            weights.
+        sampler: The package's default by default.
+        merge: From coefficients to weights; a weighted sum by default.
+    """
+    given = snapshots or case.buffer
+    merge = merge or (lambda c_K: torch.tensor(c_K) @ given.weights_KP)
+
+    def evaluate(c_K: Sequence[float], half: Half, keep_going: KeepGoing | None = None) -> Score:
+        return case.score(merge(c_K), half, keep_going)
+
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def open_study(latest: Score) -> SearchStudy:
+            return SearchStudy(
+                Path(folder) / "journal",
+                "search",
+                sampler=make_sampler(sampler, 0),
+                intervals=space.coordinates(given.segments_K),
+                mode="min",
+                fingerprint="",
+            )
+
+        problem = Problem(
+            mode="min", space=space, segments_K=given.segments_K, n_trials=n_trials, anchors=tuple(anchors)
+        )
+        run = Search(problem=problem, evaluate=evaluate, open_study=open_study, budget=Budget(), agree=lambda f: f())
+        run.run()
+    seconds = time.monotonic() - start
+    full = len(case.batches["search"])
+    winner = run.winner if n_trials else min(run.anchors[1:], key=lambda t: t.search.value)
+    candidate = winner.candidate
+    return Found(
+        weights_P=merge(candidate.coefficients_K),
+        about={"winner": candidate.name, "coordinates": candidate.coordinates},
+        evaluations=run.num_batches / full,
+        evaluations_to_99=batches_to_99(run, winner) / full,
+        evaluations_unstaged=(run.num_batches + run.num_batches_saved) / full,
+        seconds=seconds,
+    )
+
+
+def batches_to_99(run: Search, winner: Trial) -> int:
+    """Return the batch evaluations until a candidate had 99 % of the winner's gain over the latest weights."""
+    latest, spent = run.latest.search.value, 0
+    for trial in (*run.anchors, *run.trials):
+        spent += trial.search.num_batches
+        gain = latest - trial.search.value
+        if trial is winner or (trial.search.complete and gain >= 0.99 * (latest - winner.search.value)):
+            break
+    return spent
+
+
+def _buffer(means_MP: Tensor, latest_P: Tensor, segment_steps: int) -> Snapshots:
+    segments: list[Segment] = []
+    for segment in _segments(len(means_MP), segment_steps):
+        segments.append(segment)
+        while (todo := decide(segments, capacity=CAPACITY, layout="geometric", finest=segment_steps)) is not None:
+            if isinstance(todo, Drop):
+                del segments[todo.index]
+            else:
+                segments[todo.index : todo.index + 2] = [pooled(*segments[todo.index : todo.index + 2])]
+    pools = [means_MP[(s.first_step - 1) // segment_steps : s.last_step // segment_steps].mean(0) for s in segments]
+    return _with_latest(segments, torch.stack(pools), latest_P)
+
+
+def _segments(num_segments: int, segment_steps: int) -> list[Segment]:
+    ends = range(segment_steps, (num_segments + 1) * segment_steps, segment_steps)
+    return [
+        Segment(kind="mean", first_step=last - segment_steps + 1, last_step=last, num_updates=segment_steps)
+        for last in ends
+    ]
+
+
+def _with_latest(segments: Sequence[Segment], means_KP: Tensor, latest_P: Tensor) -> Snapshots:
+    end = segments[-1].last_step
+    latest = Segment(kind="point", first_step=end, last_step=end, covered=True)
+    return Snapshots(segments_K=(*segments, latest), weights_KP=torch.cat([means_KP, latest_P[None]]))

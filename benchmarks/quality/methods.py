@@ -1,0 +1,104 @@
+"""What is compared, by name. A line here is a row of docs/quality.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.quality import baselines
+from benchmarks.quality.case import Case, Found, search
+from benchmarks.quality.spaces import Softmax, StickBreaking
+from lightning_ckmerge.config import AnchorName
+from lightning_ckmerge.core.spaces import Affine, Decay, Pairwise, Simplex, Space, Window
+from lightning_ckmerge.search.hedge import GPHedgeSampler
+
+# As many coordinates as snapshots: 16 trials would hardly leave the anchors.
+NUM_FREE_TRIALS = 32
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of merging.
+
+    Args:
+        find: Does it.
+        source: What it is, and where it comes from.
+    """
+
+    find: Callable[[Case], Found]
+    source: str
+
+
+def known(anchor: AnchorName, snapshots: str = "buffer") -> Callable[[Case], Found]:
+    """The best of the package's anchors of this name, over the buffer or other snapshots of the case."""
+    return lambda case: search(case, Decay(), snapshots=getattr(case, snapshots), anchors=[anchor], n_trials=0)
+
+
+def searched(space: Space, **options: Any) -> Callable[[Case], Found]:
+    """One search of the buffer, the default anchors first."""
+    return lambda case: search(case, space, **options)
+
+
+def pair(case: Case) -> Found:
+    """The paper's method: one number, its two ends first, and a portfolio of acquisition functions."""
+    return search(case, Pairwise(), snapshots=case.pair, anchors=(), sampler=GPHedgeSampler(seed=0))
+
+
+DEFAULT = "decay"
+CONTROL = "decay, after a decay"
+METHODS = {
+    DEFAULT: Method(searched(Decay()), "the default"),
+    "decay, power kernel": Method(searched(Decay(kernel="power")), "the kernel of post-hoc EMA, arXiv:2312.02696"),
+    "decay, minus-sqrt kernel": Method(searched(Decay(kernel="minus_sqrt")), "the kernel of WSM, arXiv:2507.17634"),
+    "decay, ratio searched": Method(searched(Decay(ratio=None)), "a third coordinate"),
+    "EMA length searched": Method(
+        searched(Decay(max_extrapolation=0)), "`decay` without extrapolation: post-hoc EMA, arXiv:2312.02696"
+    ),
+    "window": Method(searched(Window()), "how many of the last snapshots, and their tilt"),
+    "affine": Method(searched(Affine(), n_trials=NUM_FREE_TRIALS), "free coefficients that sum to 1"),
+    "simplex": Method(
+        searched(Simplex(), n_trials=NUM_FREE_TRIALS), "free coefficients of at least 0: numbers in [0, 1], normalised"
+    ),
+    "simplex, stick-breaking": Method(searched(StickBreaking(), n_trials=NUM_FREE_TRIALS), "the same, cut one by one"),
+    "simplex, softmax": Method(searched(Softmax(), n_trials=NUM_FREE_TRIALS), "the same, as logits in [-3, 3]"),
+    "pair (GP-Hedge)": Method(
+        pair,
+        "the paper's method, arXiv:2403.19390, over two points 3 % of the run apart, which was best on a shorter run "
+        "of one of the corpora",
+    ),
+    "SLERP": Method(baselines.slerp, "the same two points, along a great circle (Shoemake 1985), its place searched"),
+    "best single": Method(known("best-single"), "each snapshot of the buffer alone"),
+    "uniform soup": Method(
+        known("wsm-linear"),
+        "the mean over the whole buffer, arXiv:2203.05482, weighted by steps",
+    ),
+    "LAWA": Method(
+        known("uniform"), "the mean over the last 2, 4, 8 or all snapshots, the best of them, arXiv:2209.14981"
+    ),
+    "EMA": Method(known("ema"), "the best of three lengths: 5, 12 and 30 % of the buffer's steps"),
+    "WSM linear": Method(
+        known("wsm-linear", "window"), "arXiv:2507.17634, over as many of the last steps as the decay branch has"
+    ),
+    "WSM minus-sqrt": Method(known("wsm-minus-sqrt", "window"), "the same, for a rate that falls as 1 - sqrt"),
+    "greedy soup": Method(known("greedy-soup"), "arXiv:2203.05482, recipe 1"),
+    "metrics-weighted": Method(
+        known("metrics-weighted"),
+        "after arXiv:2504.18580, whose formula could not be read: here powers 1, 10 and 100 of the ratio of losses, "
+        "the best of them",
+    ),
+    "Fisher": Method(
+        baselines.fisher,
+        f"arXiv:2111.09832, the last {baselines.NUM_SNAPSHOTS} means, diagonals from {baselines.NUM_BATCHES} training "
+        "batches a snapshot",
+    ),
+    "RegMean": Method(
+        baselines.regmean,
+        f"arXiv:2212.09849, the last {baselines.NUM_SNAPSHOTS} means, inner products from {baselines.NUM_BATCHES} "
+        f"training batches a snapshot, times {baselines.OFF_DIAGONAL} off the diagonal",
+    ),
+    CONTROL: Method(
+        lambda case: search(case, Decay(), snapshots=case.decayed),
+        "the control: the decay branch's own trail, whose rate has fallen to 0",
+    ),
+}
