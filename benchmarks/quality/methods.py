@@ -60,18 +60,26 @@ METHODS = {
     "simplex": Method(
         searched(Simplex(), n_trials=NUM_FREE_TRIALS), "free coefficients of at least 0: numbers in [0, 1], normalised"
     ),
-    "simplex, stick-breaking": Method(searched(StickBreaking(), n_trials=NUM_FREE_TRIALS), "the same, cut one by one"),
-    "simplex, softmax": Method(searched(Softmax(), n_trials=NUM_FREE_TRIALS), "the same, as logits in [-3, 3]"),
+    "simplex, stick-breaking": Method(
+        searched(StickBreaking(), n_trials=NUM_FREE_TRIALS),
+        "the simplex, its coefficients broken off what is left, the newest first",
+    ),
+    "simplex, softmax": Method(
+        searched(Softmax(), n_trials=NUM_FREE_TRIALS), "the simplex, as the softmax of logits in [-3, 3]"
+    ),
     "pair (GP-Hedge)": Method(
         pair,
         "the paper's method, arXiv:2403.19390, over two points 3 % of the run apart, which was best on a shorter run "
         "of one of the corpora",
     ),
-    "SLERP": Method(baselines.slerp, "the same two points, along a great circle (Shoemake 1985), its place searched"),
+    "SLERP": Method(
+        baselines.slerp,
+        "the two points of the pair, on the great circle between them (Shoemake 1985), the place searched",
+    ),
     "best single": Method(known("best-single"), "each snapshot of the buffer alone"),
     "uniform soup": Method(
         known("wsm-linear"),
-        "the mean over the whole buffer, arXiv:2203.05482, weighted by steps",
+        "the mean over the whole buffer, arXiv:2203.05482, weighted by steps; it reaches back to the first step",
     ),
     "LAWA": Method(
         known("uniform"), "the mean over the last 2, 4, 8 or all snapshots, the best of them, arXiv:2209.14981"
@@ -80,7 +88,7 @@ METHODS = {
     "WSM linear": Method(
         known("wsm-linear", "window"), "arXiv:2507.17634, over as many of the last steps as the decay branch has"
     ),
-    "WSM minus-sqrt": Method(known("wsm-minus-sqrt", "window"), "the same, for a rate that falls as 1 - sqrt"),
+    "WSM minus-sqrt": Method(known("wsm-minus-sqrt", "window"), "as WSM linear, for a rate that falls as 1 - sqrt"),
     "greedy soup": Method(known("greedy-soup"), "arXiv:2203.05482, recipe 1"),
     "metrics-weighted": Method(
         known("metrics-weighted"),

@@ -129,11 +129,11 @@ def page(runs: Sequence[Run]) -> str:
         ),
         "",
         f"An evaluation is one pass over the search half, {data['val'] // 2} batches of {data['batch_size']} windows, "
-        f"or as much of something else; a gradient counts {FORWARDS_PER_GRADIENT}. A search scores its anchors and "
+        f"or as much of something else: a gradient counts {FORWARDS_PER_GRADIENT}. A search scores its anchors and "
         f"{NUM_TRIALS} trials, or {NUM_FREE_TRIALS} of free coefficients. Anchors are counted, the verdict's passes "
         "over the other half are not. Of the default, dropping losers early saves a factor of "
-        f"{spread(staging(runs), 1)}. Seconds include the sampler's; several runs were measured side by side, and the "
-        "order of methods differs from run to run.",
+        f"{spread(staging(runs), 1)}. Seconds include the sampler's; they are of cores that others used too, several "
+        "runs side by side, the methods in another order for each.",
         "",
         "## Goals",
         "",
@@ -199,7 +199,9 @@ def spread(values: Sequence[float], digits: int = 0) -> str:
     '2 (1 to 4)'
     """
     low, middle, high = min(values), median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    # Not "-0".
+    shown = [f"{round(value, digits) + 0.0:.{digits}f}" for value in (middle, low, high)]
+    return f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
