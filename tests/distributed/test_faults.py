@@ -14,14 +14,14 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torchmetrics.classification import BinaryAccuracy
 
 from lightning_ckmerge import ArtifactConfig
-from lightning_ckmerge.artifact import weights
+from lightning_ckmerge.artifact import shards
 from lightning_ckmerge.artifact.publish import ArtifactStore
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.buffer import storage
 from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.distributed import ownership
 from lightning_ckmerge.pipeline import Merger
-from lightning_ckmerge.plugin import evaluation, run
+from lightning_ckmerge.plugin import evaluation, publisher, reports
 from lightning_ckmerge.plugin.loaders import Stoppable
 from lightning_ckmerge.plugin.standstill import Standstill
 from lightning_ckmerge.search.study import SearchStudy
@@ -45,10 +45,10 @@ STAGES: dict[str, tuple[Any, str, int]] = {
     "reading": (Stoppable, "__iter__", 2),
     "fetching": (_BaseDataLoaderIter, "__next__", 14),
     "batch": (evaluation, "_record", 8),
-    "manifest": (run, "build_manifest", 1),
-    "gathering": (run, "GatheredWeights", 1),
-    "weights": (weights._ShardWriter, "_append", 2),
-    "checkpoint": (run, "dump_weights", 1),
+    "manifest": (publisher, "build_manifest", 1),
+    "gathering": (publisher, "GatheredWeights", 1),
+    "weights": (shards.ShardWriter, "_append", 2),
+    "checkpoint": (publisher, "dump_weights", 1),
     "restoring": (Standstill, "__exit__", 1),
 }
 # What only rank 0 does.
@@ -56,9 +56,9 @@ FIRST_RANK_STAGES: dict[str, tuple[Any, str, int]] = {
     "ask": (SearchStudy, "begin", 2),
     "tell": (SearchStudy, "tell", 2),
     "staging": (ArtifactStore, "_open_staging", 1),
-    "report": (run, "render_markdown", 1),
+    "report": (reports, "render_markdown", 1),
     "rename": (ArtifactStore, "_move", 1),
-    "run report": (run, "render_run_markdown", 1),
+    "run report": (reports, "render_run_markdown", 1),
 }
 
 
