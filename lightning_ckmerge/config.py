@@ -187,6 +187,9 @@ class EvaluationConfig:
             validation loaders.
         confirm_fraction: Share of the batches kept from the search, for the verdict; in (0, 1).
         recalibrate_batches: Batches of training data that re-estimate BatchNorm statistics of a candidate; 0: none.
+        cache_batches: Host memory on each rank, such as ``"256MB"``, in which a search keeps its validation batches, so
+            that they are fetched once, not for each candidate; ``0``: none. Batches that need more are not kept, nor
+            are those that draw random numbers in the main process while they are fetched: values never change.
         staged: Drop losing candidates early, by paired per-batch differences, where the metric is a batch mean and no
             constraint needs all batches.
     """
@@ -195,6 +198,7 @@ class EvaluationConfig:
     dataloader: str | None = None
     confirm_fraction: float = 0.5
     recalibrate_batches: int = 0
+    cache_batches: int | str = "256MB"
     staged: bool = True
 
     def __post_init__(self) -> None:
@@ -208,6 +212,14 @@ class EvaluationConfig:
                 "Both the search and the verdict need data; the default is 0.5."
             )
         require_at_least("evaluation.recalibrate_batches", self.recalibrate_batches, 0, "0 keeps the merged ones.")
+        require_at_least("evaluation.cache_batches", self.cache_bytes, 0, "0 keeps no batches.")
+
+    @property
+    def cache_bytes(self) -> int:
+        """``cache_batches`` in bytes."""
+        if isinstance(self.cache_batches, int) or self.cache_batches.strip() == "0":
+            return int(self.cache_batches)
+        return parse_size(self.cache_batches, "evaluation.cache_batches")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,8 @@ WRONG = [
     (EvaluationConfig, "confirm_fraction", math.nan, "`0 < evaluation.confirm_fraction < 1`"),
     (EvaluationConfig, "recalibrate_batches", -1, "`evaluation.recalibrate_batches >= 0`"),
     (ArtifactConfig, "adapters", "product", "`artifact.adapters` must be one of factors, products"),
+    (EvaluationConfig, "cache_batches", -1, "`evaluation.cache_batches >= 0`"),
+    (EvaluationConfig, "cache_batches", "64", "`evaluation.cache_batches` must be a positive number with a unit"),
     (ArtifactConfig, "formats", ("onnx",), "`artifact.formats` must be one of safetensors, ckpt"),
     (ArtifactConfig, "max_shard_size", "5", "`artifact.max_shard_size` must be a positive number with a unit"),
 ]
@@ -126,6 +128,7 @@ def test_defaults_hold_and_stay(config: Callable[..., Any]) -> None:
 def test_the_limits_of_ranges_are_allowed() -> None:
     assert EvaluationConfig(limit_batches=1.0).limit_batches == 1.0
     assert EvaluationConfig(limit_batches=2).limit_batches == 2
+    assert [EvaluationConfig(cache_batches=size).cache_bytes for size in (0, "0", 7, "1KB")] == [0, 0, 7, 1000]
     assert SearchConfig(max_fraction_of_training=1.0, timeout_s=0.1).max_fraction_of_training == 1.0
     assert SearchConfig(max_fraction_of_training=None).max_fraction_of_training is None
     assert BufferConfig(capacity=2, every_n_train_steps=1, update_every_n_steps=1, dtype="bfloat16").capacity == 2

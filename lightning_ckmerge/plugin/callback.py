@@ -24,10 +24,11 @@ from lightning_ckmerge.config import (
 )
 from lightning_ckmerge.core.spaces import make_space
 from lightning_ckmerge.errors import ConfigError, MonitorError
-from lightning_ckmerge.plugin.evaluation import logged_names, unknown_monitor
+from lightning_ckmerge.plugin.evaluation import logged_names
 from lightning_ckmerge.plugin.run import MergeRun
 from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.strategies import check_supported
+from lightning_ckmerge.plugin.validation import unknown_monitor
 from lightning_ckmerge.plugin.whereabouts import Whereabouts
 from lightning_ckmerge.search.study import open_storage
 

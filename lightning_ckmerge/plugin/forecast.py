@@ -18,8 +18,7 @@ from lightning_ckmerge.distributed.comm import Alone
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import UnsupportedError
 from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
-from lightning_ckmerge.plugin.evaluation import length_of, limited
-from lightning_ckmerge.plugin.loaders import Split
+from lightning_ckmerge.plugin.loaders import Split, length_of, limited
 from lightning_ckmerge.plugin.offline import Configured
 from lightning_ckmerge.plugin.plan import FORWARDS_PER_TRAINING_BATCH
 from lightning_ckmerge.plugin.run_length import finest_segment

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import random
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +28,14 @@ import torchmetrics
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_ckmerge.plugin.randomness import (
+    GENERATORS,
+    generator_state,
+    random_state,
+    set_generator_state,
+    set_random_state,
+)
 
 # A clone of more than this would cost more than it protects: larger tensors outside the weights are data, not state.
 MAX_CLONED_BYTES = 64 << 20
@@ -54,6 +61,7 @@ class Memory:
         self._max_bytes = max_bytes
         self._undo: list[Callable[[], object]] = []
         self._seen: dict[int, object] = {}
+        self.generators: list[Any] = []
 
     def restore(self) -> None:
         """Put every remembered object back as it was, keeping its identity."""
@@ -71,7 +79,7 @@ class Memory:
             self._take_tensor(value)
         elif isinstance(value, np.ndarray):
             self._take_array(value)
-        elif isinstance(value, (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)):
+        elif isinstance(value, GENERATORS):
             self._take_generator(value)
         elif isinstance(value, (list, deque, dict, set)):
             self._take_container(value, depth)
@@ -118,13 +126,8 @@ class Memory:
             self._undo.append(partial(np.copyto, array, array.copy()))
 
     def _take_generator(self, value: Any) -> None:
-        if isinstance(value, np.random.Generator):
-            self._undo.append(partial(setattr, value.bit_generator, "state", value.bit_generator.state))
-        elif isinstance(value, random.Random):
-            if not isinstance(value, random.SystemRandom):  # which has no state
-                self._undo.append(partial(value.setstate, value.getstate()))
-        else:
-            self._undo.append(partial(value.set_state, value.get_state()))
+        self.generators.append(value)
+        self._undo.append(partial(set_generator_state, value, generator_state(value)))
 
     def _take_container(self, value: Any, depth: int) -> None:
         if isinstance(value, dict):
@@ -156,7 +159,7 @@ class Guard:
 
     def __init__(self, module: nn.Module, wrapper: nn.Module, others: Iterable[Any] = ()) -> None:
         self._metrics = [m for m in module.modules() if isinstance(m, torchmetrics.Metric)]
-        self._random = _random_state()
+        self._random = random_state()
         self._memory = Memory(MAX_CLONED_BYTES)
         self._memory.take(module)
         self._data = Memory(MAX_CLONED_DATA_BYTES)
@@ -171,6 +174,18 @@ class Guard:
         """Remember more objects, as they are now."""
         for other in others:
             self._data.take(other)
+
+    def random_state(self) -> Any:
+        """Return the state of all that draws random numbers, as it is now."""
+        return random_state(self._generators)
+
+    def set_random_state(self, state: Any) -> None:
+        """Put such a state back."""
+        set_random_state(state, self._generators)
+
+    @property
+    def _generators(self) -> list[Any]:
+        return [*self._memory.generators, *self._data.generators]
 
     def begin(self) -> None:
         """Start an evaluation where every other one starts, so that its value depends on the weights alone."""
@@ -187,7 +202,7 @@ class Guard:
             parameter.requires_grad_(requires_grad)
         for flag, value in self._ddp.items():
             setattr(self._wrapper, flag, value)
-        _set_random_state(self._random)
+        set_random_state(self._random)
 
 
 def _parts(value: Any) -> Iterable[Any]:
@@ -251,17 +266,3 @@ def _refill(target: list[Any] | deque[Any] | set[Any], saved: list[Any]) -> None
     else:
         target.clear()
         target.extend(saved)
-
-
-def _random_state() -> tuple[Any, ...]:
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return torch.get_rng_state(), random.getstate(), np.random.get_state(), devices
-
-
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    torch_state, python_state, numpy_state, devices = state
-    torch.set_rng_state(torch_state)
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
-    if devices:
-        torch.cuda.set_rng_state_all(devices)

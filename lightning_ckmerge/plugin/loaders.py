@@ -150,6 +150,20 @@ def has_length(loader: Any) -> bool:
     return True
 
 
+def limited(num_batches: float, limit: float | None) -> float:
+    """Return how many of ``num_batches`` to use under a limit: a count (int), a share (float), or none."""
+    if limit is None:
+        return num_batches
+    if isinstance(limit, int) or math.isinf(num_batches):
+        return min(num_batches, limit)
+    return max(1, int(num_batches * limit)) if num_batches else 0
+
+
+def length_of(loader: Any) -> float:
+    """Return a loader's length, infinity if it has none."""
+    return len(loader) if has_length(loader) else math.inf
+
+
 class _Selected:
     """One half of the batches of a loader that must be read through."""
 
@@ -160,7 +174,10 @@ class _Selected:
         self._fraction = fraction
 
     def __iter__(self) -> Iterator[Any]:
-        for b, batch in enumerate(self._loader):
+        return self._select(iter(self._loader))
+
+    def _select(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for b, batch in enumerate(batches):
             if b >= self._limit:
                 return
             if confirms(b, self._fraction) == (self._half == "confirm"):

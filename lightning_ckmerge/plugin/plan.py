@@ -11,8 +11,7 @@ from lightning.pytorch import Trainer
 from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.spaces import Space
-from lightning_ckmerge.plugin.evaluation import limited
-from lightning_ckmerge.plugin.loaders import Split
+from lightning_ckmerge.plugin.loaders import Split, limited
 from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
 from lightning_ckmerge.report.text import size
 from lightning_ckmerge.search.anchors import most_anchors

@@ -28,7 +28,6 @@ from lightning_ckmerge.errors import CkmergeError, ConfigError, PeerError
 from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
 from lightning_ckmerge.plugin.adapters import Load, find_adapters
 from lightning_ckmerge.plugin.curve import Curve
-from lightning_ckmerge.plugin.evaluation import Validation
 from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.plan import render_plan
 from lightning_ckmerge.plugin.progress import OnScored, search_progress
@@ -39,6 +38,7 @@ from lightning_ckmerge.plugin.resume import Leftovers, buffer_dirpath, fingerpri
 from lightning_ckmerge.plugin.run_length import finest_segment, length_of_run
 from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.standstill import Standstill
+from lightning_ckmerge.plugin.validation import Validation
 
 if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
@@ -285,7 +285,7 @@ class MergeRun:
         """Yield a search's job; the weights and all else are the same afterwards."""
         trainer = self._trainer
         with Standstill(trainer, self._ownership, self._local_layout) as standstill:
-            validation = self._make_validation()
+            validation = self._make_validation(standstill)
             standstill.watch(validation.loaders)
             latest = self._layout.order(self._ownership.select(standstill.weights))
             targets = self._layout.order(self._ownership.owned())
@@ -321,7 +321,7 @@ class MergeRun:
         files = {segment: tuple(f for rank in everywhere if (f := rank[segment]) is not None) for segment in common}
         return [replace(s, files_sha256=files[s.segment]) for s in own if s.segment in common]
 
-    def _make_validation(self) -> Validation:
+    def _make_validation(self, standstill: Standstill) -> Validation:
         name = self.callback.evaluation.dataloader
         if name is not None and self._own_loaders is None:
             owners = [o for o in (getattr(self._trainer, "datamodule", None), self._module) if hasattr(o, name)]
@@ -333,7 +333,13 @@ class MergeRun:
             self._own_loaders = getattr(owners[0], name)()
         callback = self.callback
         return Validation(
-            self._trainer, callback, callback.evaluation, callback.monitors, self._comm, self._own_loaders
+            self._trainer,
+            callback,
+            callback.evaluation,
+            callback.monitors,
+            self._comm,
+            standstill,
+            self._own_loaders,
         )
 
     def _make_job(

@@ -62,5 +62,13 @@ class Standstill:
         self._guard.begin()
         self._ownership.settle()
 
+    def random_state(self) -> Any:
+        """Return the state of all that draws random numbers, as it is now."""
+        return self._guard.random_state()
+
+    def set_random_state(self, state: Any) -> None:
+        """Put such a state back."""
+        self._guard.set_random_state(state)
+
     def _live(self) -> list[Tensor]:
         return self._layout.order(self._ownership.local())

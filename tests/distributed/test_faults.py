@@ -21,7 +21,7 @@ from lightning_ckmerge.buffer import storage
 from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.distributed import ownership
 from lightning_ckmerge.pipeline import Merger
-from lightning_ckmerge.plugin import evaluation, publisher, reports
+from lightning_ckmerge.plugin import evaluation, publisher, reports, validation
 from lightning_ckmerge.plugin.loaders import Stoppable
 from lightning_ckmerge.plugin.standstill import Standstill
 from lightning_ckmerge.search.study import SearchStudy
@@ -37,7 +37,7 @@ class BoomError(OSError):
 STAGES: dict[str, tuple[Any, str, int]] = {
     "standstill": (Standstill, "__enter__", 1),
     "snapshots": (RollingBuffer, "snapshots", 1),
-    "loaders": (evaluation.Validation, "_find_loaders", 1),
+    "loaders": (validation, "find_loaders", 1),
     "first merge": (Merger, "merge", 1),
     "later merge": (Merger, "merge", 4),
     "publishing": (ownership, "make_buckets", 3),

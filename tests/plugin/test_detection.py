@@ -35,7 +35,7 @@ def without_connector(patch: pytest.MonkeyPatch) -> None:
 
 
 PARTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "random state": without("_set_random_state", guard),
+    "random state": without("set_random_state", guard),
     "modules": without("_take_module", guard.Memory),
     "tensors and buffers": without("_take_tensor", guard.Memory),
     "containers": without("_take_container", guard.Memory),

@@ -1,0 +1,65 @@
+"""The random state of this process: what draws from it, as it is now, and as it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+
+
+def random_state(generators: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """Return the state of torch, Python and NumPy, and of generators of the user's own."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    own = [generator_state(g) for g in generators]
+    return torch.get_rng_state(), random.getstate(), np.random.get_state(), devices, own
+
+
+def set_random_state(state: tuple[Any, ...], generators: Sequence[Any] = ()) -> None:
+    """Put a state back, of the same generators."""
+    torch_state, python_state, numpy_state, devices, own = state
+    torch.set_rng_state(torch_state)
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    if devices:
+        torch.cuda.set_rng_state_all(devices)
+    for generator, saved in zip(generators, own, strict=True):
+        set_generator_state(generator, saved)
+
+
+def generator_state(generator: Any) -> Any:
+    """Return the state of one generator of ``GENERATORS``; ``None`` for what has none."""
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, random.Random):
+        return None if isinstance(generator, random.SystemRandom) else generator.getstate()
+    return generator.get_state()
+
+
+def set_generator_state(generator: Any, state: Any) -> None:
+    """Put a generator's state back."""
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        if state is not None:
+            generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def is_same_state(a: Any, b: Any) -> bool:
+    """Whether two random states are equal."""
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(is_same_state(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and not isinstance(next(iter(a), None), int):
+        return len(a) == len(b) and all(map(is_same_state, a, b))
+    return bool(a == b)

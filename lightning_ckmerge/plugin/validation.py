@@ -1,0 +1,200 @@
+"""Scores the live weights on one half of the run's validation batches.
+
+Letters: B batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_ckmerge.config import EvaluationConfig
+from lightning_ckmerge.core.outcome import Score
+from lightning_ckmerge.distributed.comm import Comm
+from lightning_ckmerge.errors import ConfigError, MonitorError
+from lightning_ckmerge.plugin.batches import BatchRecorder
+from lightning_ckmerge.plugin.cache import BatchCache, Randomness
+from lightning_ckmerge.plugin.evaluation import evaluate, find_loaders, training_loader
+from lightning_ckmerge.plugin.loaders import Half, Split, blocks, length_of, limited
+
+NUM_BLOCKS = 10
+
+
+class Validation:
+    """The run's validation, on the live weights.
+
+    Args:
+        trainer: The Trainer, inside ``fit``.
+        callback: Ours; it is told of batches in place of the muted others.
+        config: On what to evaluate.
+        monitors: The metrics to score; the first one leads.
+        comm: The ranks, which score their shares of the batches together.
+        randomness: Where every evaluation starts alike; for batches that are kept.
+        own_loaders: What ``evaluation.dataloader`` returned; ``None``: the run's own validation loaders.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        callback: Callback,
+        config: EvaluationConfig,
+        monitors: Sequence[str],
+        comm: Comm,
+        randomness: Randomness,
+        own_loaders: Any = None,
+    ) -> None:
+        self._trainer = trainer
+        self._callback = callback
+        self._config = config
+        self._monitors = monitors
+        self._comm = comm
+        self._module: LightningModule = trainer.lightning_module
+        self._combined, loaders, limits = find_loaders(trainer, own_loaders)
+        limits = [limited(n, config.limit_batches) for n in limits]
+        if not any(limits):
+            raise ConfigError(
+                "a search needs validation batches, got none. Give the Trainer validation data (limit_val_batches > 0) "
+                "or name a method that returns loaders in `evaluation.dataloader`."
+            )
+        if any(isinstance(loader, Iterator) for loader in loaders):
+            raise ConfigError(
+                "validation loaders must start anew each time they are iterated, got a generator, whose batches a "
+                "search would take from the run. Give the Trainer an object with `__iter__`, such as a DataLoader."
+            )
+        fraction = config.confirm_fraction
+        halves = [Split(d, n, fraction) for d, n in zip(loaders, limits, strict=True)]
+        # One batch cannot be in both halves: on all ranks, the search gets it, and nothing can be confirmed.
+        self._can_confirm = all(comm.exchange(max(limits) > 1 and any(s.num_batches("confirm") != 0 for s in halves)))
+        self._splits = halves if self._can_confirm else [replace(s, fraction=0.0) for s in halves]
+        self._batch_means: bool | None = None
+        self._cache = BatchCache(config.cache_bytes, randomness)
+
+    @property
+    def loaders(self) -> list[Any]:
+        """The loaders that are read."""
+        return [s.loader for s in self._splits] + (self._training_loaders if self._config.recalibrate_batches else [])
+
+    def num_batches(self, half: Half) -> tuple[int, ...]:
+        """Return the batches of each loader in a half; 0 for loaders of unknown length."""
+        return tuple(s.num_batches(half) or 0 for s in self._splits)
+
+    def can_confirm(self) -> bool:
+        """Whether the confirmation half has any batches."""
+        return self._can_confirm
+
+    def run(self, half: Half, keep_going: Callable[[Sequence[float], Sequence[float]], bool] | None = None) -> Score:
+        """Score the live weights.
+
+        Raises:
+            MonitorError: Validation does not log the metric.
+        """
+        parts = [s.part(half) for s in self._splits]
+        batches = self._cache.wrap(half, [p.batches for p in parts])
+        if half == "confirm" and self._batch_means is False:
+            return self._run_in_blocks(batches)
+        recorder = BatchRecorder(self._monitors, [p.padding for p in parts], keep_going, self._comm)
+        logged = self._evaluate(batches, recorder)
+        metrics = recorder.finish(logged)
+        self._batch_means = all(v.values_B for v in recorder.of.values())
+        first, *others = [
+            Score(value=value, values_B=tuple(values.values_B) or None, sizes_B=tuple(values.sizes_B) or None)
+            for value, values in zip(self._monitored(metrics), recorder.of.values(), strict=True)
+        ]
+        return replace(
+            first,
+            metrics=metrics,
+            num_batches=recorder.num_batches,
+            complete=not recorder.stopped,
+            others=tuple(others),
+        )
+
+    def recalibrate(self, batches: int) -> None:
+        """Re-estimate BatchNorm statistics of the live weights on the first ``batches`` training batches.
+
+        Frozen layers keep theirs: training used them as they are.
+        """
+        norms = [m for m in self._module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        norms = [m for m in norms if m.track_running_stats and m.running_mean is not None]
+        norms = [m for m in norms if not m.affine or m.weight.requires_grad]
+        if not norms:
+            return
+        momenta = [m.momentum for m in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+
+        def estimate(*_: Any) -> None:
+            for norm in norms:
+                norm.train()
+
+        limits = [limited(length_of(d), batches) for d in self._training_loaders]
+        splits = [Split(d, n, 0.0) for d, n in zip(self._training_loaders, limits, strict=True)]
+        # Records nothing, but lets ranks agree.
+        recorder = BatchRecorder([], [frozenset()] * len(splits), None, self._comm)
+        try:
+            parts = self._cache.wrap("train", [s.part("search").batches for s in splits])
+            training = training_loader(self._trainer)
+            recorder.finish(evaluate(self._trainer, self._callback, parts, recorder, training, on_start=estimate))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+    @property
+    def _training_loaders(self) -> list[Any]:
+        return list(training_loader(self._trainer).flattened)
+
+    def _evaluate(self, parts: Sequence[Iterable[Any]], recorder: BatchRecorder) -> dict[str, float]:
+        return evaluate(self._trainer, self._callback, parts, recorder, self._combined)
+
+    def _run_in_blocks(self, parts: Sequence[Iterable[Any]]) -> Score:
+        """A metric over all batches at once has no paired values: score it on blocks of batches instead."""
+        fetched = [list(p) for p in parts]
+        # Every rank has as many blocks, none of them empty: a metric may need all ranks to be computed.
+        fewest = [min(lengths) for lengths in zip(*self._comm.exchange([len(f) for f in fetched]), strict=True)]
+        blocks_of_parts = [blocks(f, min(NUM_BLOCKS, n)) for f, n in zip(fetched, fewest, strict=True)]
+        rows = []
+        for i in range(max(len(b) for b in blocks_of_parts)):
+            row = [b[i] if i < len(b) else () for b in blocks_of_parts]
+            recorder = BatchRecorder(self._monitors, [frozenset()] * len(row), None, self._comm)
+            logged = self._evaluate([_Batches(b) for b in row], recorder)
+            num_batches = sum(self._comm.exchange(sum(map(len, row))))
+            rows.append((num_batches, recorder.finish(logged)))
+        total = sum(n for n, _ in rows)
+        metrics = {k: math.fsum(n * m[k] for n, m in rows) / total for k in rows[0][1] if all(k in m for _, m in rows)}
+        sizes_B = tuple(float(n) for n, _ in rows)
+        values_of = zip(*(self._monitored(m) for _, m in rows), strict=True)
+        first, *others = [
+            Score(value=value, values_B=values_B, sizes_B=sizes_B)
+            for value, values_B in zip(self._monitored(metrics), values_of, strict=True)
+        ]
+        return replace(first, metrics=metrics, num_batches=total, others=tuple(others))
+
+    def _monitored(self, metrics: dict[str, float]) -> list[float]:
+        for monitor in self._monitors:
+            if monitor not in metrics:
+                raise MonitorError(unknown_monitor(monitor, metrics))
+        return [metrics[monitor] for monitor in self._monitors]
+
+
+def unknown_monitor(monitor: str, logged: Iterable[str]) -> str:
+    """Return the message for a ``monitor`` that validation does not log."""
+    names = ", ".join(sorted(logged)) or "nothing: call `self.log` in `validation_step`"
+    return f"`monitor` must be a metric that validation logs, got {monitor!r}. Logged are: {names}."
+
+
+class _Batches:
+    """Fetched batches as a loader; not a list, which Lightning would take for several loaders."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
