@@ -18,12 +18,14 @@ from torch import Tensor
 
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.config import AdapterMerge, Mode, Objective, SearchConfig
+from lightning_ckmerge.core.boxes import split_name
 from lightning_ckmerge.core.layout import TensorLayout
-from lightning_ckmerge.core.merge_plan import MergePlan
+from lightning_ckmerge.core.merge_plan import Coefficients, MergePlan
 from lightning_ckmerge.core.outcome import Cost, EvaluationRecord, Score, SearchOutcome, SnapshotRecord, Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import SearchError
+from lightning_ckmerge.search.anchors import candidate_at
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.engine import Half, KeepGoing, Problem, Search, T, most_confirmed
 from lightning_ckmerge.search.shared import SharedStudy
@@ -54,6 +56,7 @@ class Merger:
         snapshots: What the buffer holds.
         latest: N tensors: the live weights as they were when the search began.
         step: Optimizer steps taken so far.
+        group_of: Tensor name -> group, where coefficients differ between groups.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Merger:
         snapshots: Sequence[Snapshot],
         latest: Sequence[Tensor],
         step: int,
+        group_of: Mapping[str, str] | None = None,
     ) -> None:
         # A point taken at this very step is the latest weights.
         snapshots = [s for s in snapshots if s.segment.kind == "mean" or s.segment.last_step < step]
@@ -71,16 +75,17 @@ class Merger:
         own = Segment(kind="point", first_step=first, last_step=step, covered=covered)
         self.snapshots_K = [*snapshots, Snapshot(segment=own, sha256=None, tensors=list(latest))]
         sources_KN = [s.tensors for s in self.snapshots_K]
-        self._plan = MergePlan(targets, sources_KN, [slot.role for slot in layout.slots])
+        groups_N = [group_of[split_name(s.name, s.shape)[0]] for s in layout.slots] if group_of else None
+        self._plan = MergePlan(targets, sources_KN, [slot.role for slot in layout.slots], groups_N)
 
     @property
     def segments_K(self) -> tuple[Segment, ...]:
         """The snapshots' places in the run."""
         return tuple(s.segment for s in self.snapshots_K)
 
-    def merge(self, c_K: Sequence[float]) -> None:
+    def merge(self, c: Coefficients) -> None:
         """Overwrite the live tensors with ``sum_k c_k snapshot_k``."""
-        self._plan.merge(c_K)
+        self._plan.merge(c)
 
     def records(self) -> tuple[SnapshotRecord, ...]:
         """Return the snapshots as the manifest names them."""
@@ -130,7 +135,7 @@ class SearchJob:
     merger: Merger
     validation: Validation
     begin: Callable[[], None]
-    load: Callable[[Sequence[float]], None]
+    load: Callable[[Coefficients], None]
     allowed_s: float | None
     allowed_by: str
     searched_s: float
@@ -214,10 +219,10 @@ class _Evaluation:
     job: SearchJob
     num_calls: int = 0
 
-    def __call__(self, c_K: Sequence[float], half: Half, keep_going: KeepGoing | None = None) -> Score:
+    def __call__(self, c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
         self.num_calls += 1
         self.job.begin()
-        self.job.load(c_K)
+        self.job.load(c)
         return self.job.validation.run(half, keep_going)
 
 
@@ -230,7 +235,8 @@ def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
         "latest": [[o.value, o.values_B] for o in latest.objectives],
         "space": [type(job.space).__qualname__, {n: asdict(i) for n, i in intervals.items()}],
         # Settings that leave the ranges as they are show in the coefficients.
-        "corner": job.space.coefficients({n: i.high for n, i in intervals.items()}, job.merger.segments_K),
+        "corner": asdict(candidate_at("", {n: i.high for n, i in intervals.items()}, job.merger.segments_K, job.space)),
+        "groups": dict(job.space.group_of),
         "constraints": [asdict(c) for c in job.config.constraints],
         "sampler": type(sampler).__qualname__,
         "monitor": [job.monitor, job.mode, *(asdict(o) for o in job.others)],
@@ -268,6 +274,7 @@ def _outcome(job: SearchJob, search: Search, elapsed_s: float) -> SearchOutcome:
         mode=job.mode,
         space=type(job.space).__name__.lower(),
         snapshots_K=job.merger.records(),
+        group_of=job.space.group_of,
         winner=winner,
         anchors=tuple(search.anchors),
         trials=tuple(search.trials),

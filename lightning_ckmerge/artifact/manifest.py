@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -32,7 +33,7 @@ def build_manifest(outcome: SearchOutcome) -> Manifest:
     def trial(t: Trial) -> dict[str, Any]:
         return _trial(t, outcome.anchors[0], 1 if outcome.mode == "min" else -1)
 
-    return {
+    manifest: Manifest = {
         "schema_version": SCHEMA_VERSION,
         "step": outcome.step,
         "monitor": outcome.monitor,
@@ -48,6 +49,21 @@ def build_manifest(outcome: SearchOutcome) -> Manifest:
         "cost": dict(vars(outcome.cost), seconds=dict(outcome.cost.seconds)),
         "software": software(),
     }
+    if by_group := winner.candidate.by_group:
+        manifest["groups"] = {
+            group: {"coefficients": list(c_K), "tensors": [n for n, g in outcome.group_of.items() if g == group]}
+            for group, c_K in by_group.items()
+        }
+    return manifest
+
+
+def coefficients_of(manifest: Manifest) -> Callable[[str], list[float]]:
+    """Return a function from a tensor's name to its K coefficients."""
+    shared: list[float] = manifest["coefficients"]
+    own: dict[str, list[float]] = {
+        name: group["coefficients"] for group in manifest.get("groups", {}).values() for name in group["tensors"]
+    }
+    return lambda name: own.get(name, shared)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Path:
@@ -87,12 +103,8 @@ def check_manifest(manifest: object, source: str) -> None:
         path, value, rule = error.json_path, error.instance, error.message
     elif not_finite := _find_not_finite(manifest, "$"):
         (path, value), rule = not_finite, "JSON has no such number"
-    elif isinstance(manifest, dict) and len(manifest["coefficients"]) != len(manifest["snapshots"]):
-        path, value, rule = (
-            "$.coefficients",
-            manifest["coefficients"],
-            f"one for each of {len(manifest['snapshots'])} snapshots",
-        )
+    elif isinstance(manifest, dict) and (uneven := _find_uneven(manifest)):
+        (path, value), rule = uneven, f"one for each of {len(manifest['snapshots'])} snapshots"
     else:
         return
     raise ArtifactError(
@@ -166,6 +178,13 @@ def _interval(interval: tuple[float, float] | None) -> list[float] | None:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _find_uneven(manifest: Manifest) -> tuple[str, list[float]] | None:
+    """Where there are more or fewer coefficients than snapshots."""
+    named = {"$.coefficients": manifest["coefficients"]}
+    named |= {f"$.groups.{name}.coefficients": g["coefficients"] for name, g in manifest.get("groups", {}).items()}
+    return next(((path, c_K) for path, c_K in named.items() if len(c_K) != len(manifest["snapshots"])), None)
 
 
 def _find_not_finite(node: object, path: str) -> tuple[str, float] | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_ckmerge.artifact.files import file_record
 from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.artifact.manifest import coefficients_of
 from lightning_ckmerge.artifact.sources import Source
 from lightning_ckmerge.buffer.parts import Shapes, SnapshotParts
 from lightning_ckmerge.core.adapters import fits, side_of, stack
@@ -59,13 +60,15 @@ def rebuild(
         SnapshotError: A snapshot with a coefficient other than 0 is not there.
     """
     stored = artifact.tensors()
-    kept_K, c_K = _kept(artifact, buffer, latest, checkpoints)
-    names = [n for n in stored if all(n in kept for kept in kept_K) and stored.spec(n).is_floating]
-    _require_whole(artifact, names, kept_K)
+    kept_K = _kept(artifact, buffer, latest, checkpoints)
+    coefficients = coefficients_of(artifact.manifest)
+    names = [n for n in stored if all(n in kept for kept in kept_K.values()) and stored.spec(n).is_floating]
+    _require_whole(artifact, names, list(kept_K.values()))
     different = []
     for done, name in enumerate(names, start=1):
         expected = stored[name]
-        built = _merged(name, [kept[name] for kept in kept_K], c_K, expected)
+        c_K = [coefficients(name)[k] for k in kept_K]
+        built = _merged(name, [kept[name] for kept in kept_K.values()], c_K, expected)
         if not _same_bits(built, expected):
             different.append(name)
         on_tensor(done, len(names))
@@ -89,15 +92,15 @@ def _merged(name: str, tensors_K: Sequence[Tensor], c_K: Sequence[float], like: 
 
 def _kept(
     artifact: Artifact, buffer: Path, latest: Mapping[str, Tensor] | None, checkpoints: Sequence[Source]
-) -> tuple[list[Mapping[str, Tensor]], list[float]]:
-    """Return the snapshots that count, and their coefficients. Leaving out zeros changes no bit of a merge."""
+) -> dict[int, Mapping[str, Tensor]]:
+    """Return the snapshots that count, by their place. Leaving out zeros changes no bit of a merge."""
     manifest, stored = artifact.manifest, artifact.tensors()
     shapes = {name: stored.spec(name).shape for name in stored}
-    kept_K: list[Mapping[str, Tensor]] = []
-    c_K: list[float] = []
+    rows = [group["coefficients"] for group in manifest.get("groups", {}).values()] or [manifest["coefficients"]]
+    largest_K = [max(c_G, key=abs) for c_G in zip(*rows, strict=True)]
+    kept_K: dict[int, Mapping[str, Tensor]] = {}
     missing = []
-    pairs = list(zip(manifest["snapshots"], manifest["coefficients"], strict=True))
-    for snapshot, c in pairs[:-1]:
+    for k, (snapshot, c) in enumerate(zip(manifest["snapshots"][:-1], largest_K, strict=False)):
         if c == 0:
             continue
         hashes = snapshot.get("files_sha256", [snapshot["sha256"]])
@@ -106,20 +109,18 @@ def _kept(
             files = f", {found} of {len(hashes)} files" if found else ""
             missing.append(f"steps {snapshot['first_step']}-{snapshot['last_step']} (coefficient {c:.4g}{files})")
         else:
-            kept_K.append(found)
-            c_K.append(c)
+            kept_K[k] = found
     if latest is not None:
-        kept_K.append(latest)
-        c_K.append(pairs[-1][1])
-    elif pairs[-1][1] != 0:
-        missing.append(f"the latest weights (coefficient {pairs[-1][1]:.4g})")
+        kept_K[len(largest_K) - 1] = latest
+    elif largest_K[-1] != 0:
+        missing.append(f"the latest weights (coefficient {largest_K[-1]:.4g})")
     if missing:
         raise SnapshotError(
             f"a rebuild needs every snapshot that counts, but these are not kept in {buffer}: {'; '.join(missing)}. "
             "Name a checkpoint of that step with `--latest` where the latest weights are missing, and an offline "
             "search's checkpoints with `--checkpoints`; the buffer of a run rolls on, so rebuild soon after a search."
         )
-    return kept_K, c_K
+    return kept_K
 
 
 def _find(

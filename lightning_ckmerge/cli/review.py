@@ -77,8 +77,8 @@ def show(artifact: ArtifactPath, as_json: Json = False) -> None:
         metrics = [(m.name, m.role, *m.values, m.change) for m in view.metrics]
         title = f"All metrics, {view.metrics_half} half"
         out.print(table(("metric", "", *view.compared, "change"), metrics, title=title))
-    snapshots = [(s.steps, s.kind, s.coefficient, s.sha256) for s in view.snapshots]
-    out.print(table(("steps", "kind", "coefficient", "sha256"), snapshots, title="Snapshots"))
+    snapshots = [(s.steps, s.kind, *s.coefficients, s.sha256) for s in view.snapshots]
+    out.print(table(("steps", "kind", *view.coefficient_names, "sha256"), snapshots, title="Snapshots"))
     out.print(table(("", ""), view.cost, title="Cost"))
     out.print(table(("file", "size", "sha256"), view.files, title="Files"))
     if view.code:

@@ -5,8 +5,9 @@ Letters: K snapshots, oldest first; N tensors of one snapshot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ from lightning_ckmerge.core.merge import check_shapes, merge_tensor
 MIN_FUSED_NUMEL = 1 << 22
 
 
+# K numbers that sum to 1, for all tensors or for each group of them.
+Coefficients = Sequence[float] | Mapping[str, Sequence[float]]
+
+
 class MergePlan:
     """Merges N tensors of K snapshots into N others, any number of times, in no more memory than one block.
 
@@ -26,6 +31,7 @@ class MergePlan:
         targets_N: The tensors to overwrite: floating, any shape, dtype, device and strides.
         sources_KN: K times N tensors of the same shapes. Left unchanged.
         roles_N: As ``merge_tensor`` treats them.
+        groups_N: The tensors' groups, where coefficients differ between groups.
 
     Raises:
         SnapshotError: A source has another shape than its target.
@@ -39,45 +45,57 @@ class MergePlan:
     """
 
     def __init__(
-        self, targets_N: Sequence[Tensor], sources_KN: Sequence[Sequence[Tensor]], roles_N: Sequence[Role]
+        self,
+        targets_N: Sequence[Tensor],
+        sources_KN: Sequence[Sequence[Tensor]],
+        roles_N: Sequence[Role],
+        groups_N: Sequence[str] | None = None,
     ) -> None:
         self._targets_N = targets_N
         self._sources_KN = sources_KN
         self._roles_N = roles_N
-        groups: dict[tuple[torch.dtype, ...], list[int]] = {}
+        self._groups_N = groups_N or [""] * len(targets_N)
+        alike: dict[tuple[str, tuple[torch.dtype, ...]], list[int]] = {}
         self._single: list[int] = []
         for n, (target, role) in enumerate(zip(targets_N, roles_N, strict=True)):
             tensors = [target, *(sources_N[n] for sources_N in sources_KN)]
             check_shapes(target, tensors[1:])
             can_fuse = role == "parameter" and all(map(_is_readable_by_c, tensors))
-            (groups.setdefault(tuple(t.dtype for t in tensors), []) if can_fuse else self._single).append(n)
-        self._groups = list(groups.values())
-        self._numel = sum(targets_N[n].numel() for group in self._groups for n in group)
-        self._pieces: list[Pieces] | None = None
+            key = (self._groups_N[n], tuple(t.dtype for t in tensors))
+            (alike.setdefault(key, []) if can_fuse else self._single).append(n)
+        self._alike = list(alike.values())
+        self._numel = sum(targets_N[n].numel() for tensors in self._alike for n in tensors)
+        self._pieces: list[tuple[str, Pieces]] | None = None
 
-    def merge(self, c_K: Sequence[float]) -> None:
+    def merge(self, c: Coefficients) -> None:
         """Overwrite the targets with ``sum_k c_k source_k``; the bits are ``merge_tensor``'s."""
+        by_group = c if isinstance(c, Mapping) else dict.fromkeys(self._groups_N, c)
         kernel = load_kernel() if self._numel >= MIN_FUSED_NUMEL else None
         for n in self._single if kernel else range(len(self._targets_N)):
+            c_K = by_group[self._groups_N[n]]
             merge_tensor(self._targets_N[n], [s[n] for s in self._sources_KN], c_K, self._roles_N[n])
         if kernel:
-            self._merge_fused(kernel, c_K)
+            self._merge_fused(kernel, by_group)
 
-    def _merge_fused(self, kernel: Kernel, c_K: Sequence[float]) -> None:
+    def _merge_fused(self, kernel: Kernel, by_group: Mapping[str, Sequence[float]]) -> None:
         if self._pieces is None:
             self._pieces = [
-                Pieces([self._targets_N[n] for n in group], [[s[n] for n in group] for s in self._sources_KN])
-                for group in self._groups
+                (
+                    self._groups_N[tensors[0]],
+                    Pieces([self._targets_N[n] for n in tensors], [[s[n] for n in tensors] for s in self._sources_KN]),
+                )
+                for tensors in self._alike
             ]
         num_threads = torch.get_num_threads()
         if num_threads == 1:
-            for pieces in self._pieces:
-                kernel(pieces, c_K)
+            for group, pieces in self._pieces:
+                kernel(pieces, by_group[group])
             return
         with ThreadPoolExecutor(num_threads, thread_name_prefix="ckmerge-merge") as pool:
-            for pieces in self._pieces:
+            for group, pieces in self._pieces:
+                merge = partial(kernel, pieces, by_group[group])
                 edges = [len(pieces) * i // (4 * num_threads) for i in range(4 * num_threads + 1)]
-                list(pool.map(lambda a, b, pieces=pieces: kernel(pieces, c_K, a, b), edges, edges[1:]))
+                list(pool.map(merge, edges, edges[1:]))
 
 
 def _is_readable_by_c(tensor: Tensor) -> bool:

@@ -5,10 +5,12 @@ Letters: K snapshots, oldest first; B batches.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lightning_ckmerge.config import Mode
+from lightning_ckmerge.core.merge_plan import Coefficients
 
 Status = Literal["accepted", "rejected", "unconfirmed"]
 
@@ -50,11 +52,19 @@ class Candidate:
         name: ``latest``, ``uniform-4``, ``ema-120``, ... for an anchor; ``trial-7`` for a sampler's proposal.
         coefficients_K: K numbers that sum to 1.
         coordinates: Its place in the searched space; ``None`` for an anchor outside it.
+        by_group: Each group's own coefficients, where groups of tensors differ; ``coefficients_K`` are then what they
+            deviate from.
     """
 
     name: str
     coefficients_K: tuple[float, ...]
     coordinates: dict[str, float] | None = None
+    by_group: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def coefficients(self) -> Coefficients:
+        """What is merged."""
+        return self.by_group or self.coefficients_K
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +195,7 @@ class SearchOutcome:
         step: Optimizer steps taken when it ran.
         space: Name of the searched space.
         snapshots_K: What was merged, oldest first; the last is the latest weights.
+        group_of: Tensor name -> group, where coefficients differ between groups.
         winner: The best of anchors and trials on the search half, among those that hold the constraints.
         anchors: In the order in which they were scored; the first is ``latest``.
         trials: The sampler's proposals, likewise.
@@ -203,6 +214,7 @@ class SearchOutcome:
     verdict: Verdict
     evaluation: EvaluationRecord
     cost: Cost
+    group_of: Mapping[str, str] = field(default_factory=dict)
     front: tuple[tuple[Trial, Verdict], ...] = ()
 
     def members(self) -> list[SearchOutcome]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from lightning_ckmerge.config import ArtifactConfig
 from lightning_ckmerge.core.adapters import LoraPair, at_rank, peft_models, stack, trained_pairs
+from lightning_ckmerge.core.merge_plan import Coefficients
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.gather import GatheredWeights
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
 
-Load = Callable[[Sequence[float]], None]
+Load = Callable[[Coefficients], None]
 
 
 def find_adapters(module: nn.Module, config: ArtifactConfig, comm: Comm, *, is_sharded: bool) -> Adapters | None:
@@ -96,7 +97,8 @@ class Adapters:
             for pair, original in zip(self._pairs, originals, strict=True):
                 pair.put(original)
 
-        def load_products(c_K: Sequence[float]) -> None:
+        def load_products(c_K: Coefficients) -> None:
+            assert not isinstance(c_K, Mapping), "the callback refuses groups beside products"
             restore()
             load(c_K)
             for pair, factors_K in zip(self._pairs, zip(*snapshots_K, strict=True), strict=True):

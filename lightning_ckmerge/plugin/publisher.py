@@ -91,7 +91,7 @@ class Publisher:
 
     def _merged(self, outcome: SearchOutcome, job: SearchJob) -> GatheredWeights:
         job.begin()
-        job.load(outcome.winner.candidate.coefficients_K)
+        job.load(outcome.winner.candidate.coefficients)
         return GatheredWeights(self._module, self._comm)
 
     def _write_front(self, outcome: SearchOutcome, job: SearchJob, path: Path, _: Manifest) -> None:

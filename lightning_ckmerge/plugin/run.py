@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.core.layout import TensorLayout
+from lightning_ckmerge.core.merge_plan import Coefficients
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.core.spaces import make_space
 from lightning_ckmerge.distributed.comm import connect, on_rank_zero, together
@@ -61,10 +62,10 @@ class MergeRun:
         self.dirpath = dirpath
         self._trainer = trainer
         self._module: LightningModule = trainer.lightning_module
-        self._space = make_space(callback.search.space)
         self._comm = connect()
         self._ownership = Ownership(self._module, self._comm)
         self._layout = TensorLayout(self._ownership.owned())
+        self._space = make_space(callback.search.space).bind(list(self._ownership.shapes))
         self._local_layout = TensorLayout(self._ownership.local())
         self._own_loaders: Any = None
         self._previous: dict[str, float] | None = None
@@ -289,7 +290,8 @@ class MergeRun:
             standstill.watch(validation.loaders)
             latest = self._layout.order(self._ownership.select(standstill.weights))
             targets = self._layout.order(self._ownership.owned())
-            merger = Merger(self._layout, targets, self._common_snapshots(), latest, self.step)
+            snapshots = self._common_snapshots()
+            merger = Merger(self._layout, targets, snapshots, latest, self.step, self._space.group_of)
             with (
                 self._merging(merger) as load,
                 search_progress(trainer, self.step, 1 if self.callback.mode == "min" else -1) as on_scored,
@@ -299,8 +301,8 @@ class MergeRun:
     def _merging(self, merger: Merger) -> contextlib.AbstractContextManager[Load]:
         """Yield what writes a merge into the module, on all ranks."""
 
-        def load(c_K: Sequence[float]) -> None:
-            merger.merge(c_K)
+        def load(c: Coefficients) -> None:
+            merger.merge(c)
             self._comm.exchange(None)  # nobody has failed: publishing cannot be left half done
             self._ownership.publish()
             self._ownership.settle()
@@ -348,8 +350,8 @@ class MergeRun:
         callback = self.callback
         recalibrate = callback.evaluation.recalibrate_batches
 
-        def load(c_K: Sequence[float]) -> None:
-            merge(c_K)
+        def load(c: Coefficients) -> None:
+            merge(c)
             if recalibrate:
                 validation.recalibrate(recalibrate)
 

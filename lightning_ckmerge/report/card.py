@@ -31,7 +31,7 @@ def render_card(manifest: Manifest) -> str:
     winner = _winner(manifest)
     halves = [half for half in ("confirm", "search") if winner[half]]
     names = sorted({name for half in halves for name in winner[half]["metrics"]})
-    snapshots = [(s.steps, s.kind, s.coefficient, s.sha256) for s in view.snapshots]
+    snapshots = [(s.steps, s.kind, *s.coefficients, s.sha256) for s in view.snapshots]
     sections = [
         f"{ADAPTER if 'adapters' in manifest else MODEL}\n# {view.title}",
         f"**{view.badge}.** {escape(view.sentence)}",
@@ -44,7 +44,7 @@ def render_card(manifest: Manifest) -> str:
         ),
         table(("", ""), view.facts),
         "## Recipe",
-        table(("steps", "kind", "coefficient", "sha256 of the snapshot"), snapshots),
+        table(("steps", "kind", *view.coefficient_names, "sha256 of the snapshot"), snapshots),
         "## Provenance",
         table(("software", "version"), view.software),
         f"Validation data and metric: fingerprint `{manifest['evaluation']['fingerprint'][:SHORT_HASH]}`.",

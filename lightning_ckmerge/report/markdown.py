@@ -35,8 +35,8 @@ def render_markdown(manifest: Manifest) -> str:
         *metrics_section(view),
         "## Snapshots and coefficients",
         table(
-            ("steps", "kind", "coefficient", "sha256"),
-            ((s.steps, s.kind, s.coefficient, s.sha256) for s in view.snapshots),
+            ("steps", "kind", *view.coefficient_names, "sha256"),
+            ((s.steps, s.kind, *s.coefficients, s.sha256) for s in view.snapshots),
         ),
         "## Cost",
         table(("", ""), view.cost),

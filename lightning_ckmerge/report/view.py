@@ -68,11 +68,11 @@ class FrontRow:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotRow:
-    """A snapshot's line in the table."""
+    """A snapshot's line in the table; one coefficient, or one a group."""
 
     kind: str
     steps: str
-    coefficient: str
+    coefficients: list[str]
     sha256: str
 
 
@@ -87,6 +87,7 @@ class View:
         metrics: What validation logs, on every loader: chosen by one, shown on all. The monitored one first; no rows
             where there is no other.
         compared: Names of the candidates that ``metrics`` compares, from the latest weights to the winner.
+        coefficient_names: Heads of the snapshots' coefficients: the groups, where they differ.
         metrics_half: The half of the batches that they were compared on.
         monitors: The monitored metrics.
         front: The Pareto front by them on the search half; no rows for one metric.
@@ -107,6 +108,7 @@ class View:
     metrics_half: str
     monitors: list[str]
     front: list[FrontRow]
+    coefficient_names: list[str]
     snapshots: list[SnapshotRow]
     cost: list[tuple[str, str]]
     files: list[tuple[str, str, str]]
@@ -117,6 +119,8 @@ class View:
 def build_view(manifest: Manifest) -> View:
     """Return what a report says about a search."""
     verdict = manifest["verdict"]
+    groups = {name: group["coefficients"] for name, group in manifest.get("groups", {}).items()}
+    columns = groups or {"coefficient": manifest["coefficients"]}
     has_weights = any(WEIGHTS_NAME.fullmatch(name) for name in manifest.get("files", {}))
     return View(
         title=f"Merge at step {count(manifest['step'])}",
@@ -128,14 +132,15 @@ def build_view(manifest: Manifest) -> View:
         candidates=_candidates(manifest),
         **_metrics(manifest),
         **_front(manifest),
+        coefficient_names=list(columns),
         snapshots=[
             SnapshotRow(
                 kind=snapshot["kind"],
                 steps=steps(snapshot),
-                coefficient=number(c, "+.4f"),
+                coefficients=[number(c, "+.4f") for c in c_G],
                 sha256=_hashes(snapshot),
             )
-            for snapshot, c in zip(manifest["snapshots"], manifest["coefficients"], strict=True)
+            for snapshot, *c_G in zip(manifest["snapshots"], *columns.values(), strict=True)
         ],
         cost=_cost(manifest["cost"]),
         files=[

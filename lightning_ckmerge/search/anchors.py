@@ -14,7 +14,7 @@ from dataclasses import replace
 from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName
 from lightning_ckmerge.core.outcome import Candidate, Trial
 from lightning_ckmerge.core.segments import Segment
-from lightning_ckmerge.core.spaces import Decay, KernelName, Space, kernel, normalised
+from lightning_ckmerge.core.spaces import KernelName, Space, kernel, normalised
 
 UNIFORM_SIZES = (2, 4, 8)
 # An EMA's length as a share of the window's steps. Optima on small GPTs lay at 6 to 14 % of the run.
@@ -43,10 +43,10 @@ def make_anchors(
     candidates = [_latest(segments_K), *(c for name in names for c in FIXED[name](segments_K, space))]
     candidates = [_placed(c, segments_K, space) for c in candidates]
     for i, z_D in enumerate(space.initial(segments_K)):
-        candidates.append(_inside(f"initial-{i}", z_D, segments_K, space))
+        candidates.append(candidate_at(f"initial-{i}", z_D, segments_K, space))
     if previous is not None and previous.keys() == space.coordinates(segments_K).keys():
         z_D = {n: min(max(previous[n], r.low), r.high) for n, r in space.coordinates(segments_K).items()}
-        candidates.append(_inside("previous", z_D, segments_K, space))
+        candidates.append(candidate_at("previous", z_D, segments_K, space))
     return _distinct(candidates)
 
 
@@ -65,11 +65,21 @@ def next_anchor(
     losses: dict[tuple[float, ...], float] = {}
     for trial in scored:
         value = sign * trial.search.value
-        usable = trial.feasible and math.isfinite(value)
+        usable = trial.feasible and math.isfinite(value) and not trial.candidate.by_group
         losses.setdefault(_key(trial.candidate.coefficients_K), value if usable else math.inf)
     candidates = (c for name in names if name in DERIVED for c in DERIVED[name](losses))
     found = next((c for c in candidates if _key(c.coefficients_K) not in losses), None)
     return _placed(found, segments_K, space) if found is not None else None
+
+
+def candidate_at(name: str, z_D: Mapping[str, float], segments_K: Sequence[Segment], space: Space) -> Candidate:
+    """Return the space's candidate at these coordinates."""
+    return Candidate(
+        name=name,
+        coefficients_K=space.coefficients(z_D, segments_K),
+        coordinates=dict(z_D),
+        by_group=space.by_group(z_D, segments_K),
+    )
 
 
 def most_anchors(names: Sequence[AnchorName], capacity: int) -> int:
@@ -188,20 +198,8 @@ def _kernel(name: str, shape: KernelName, tau: float, segments_K: Sequence[Segme
     return Candidate(
         name=name,
         coefficients_K=kernel(shape, segments_K, tau),
-        coordinates=_kernel_coordinates(shape, tau, segments_K, space),
+        coordinates=space.place_of_kernel(shape, tau, segments_K),
     )
-
-
-def _kernel_coordinates(
-    shape: KernelName, tau: float, segments_K: Sequence[Segment], space: Space
-) -> dict[str, float] | None:
-    """A kernel is `decay` without extrapolation: the sampler learns from it, if its ``tau`` is in range."""
-    if not isinstance(space, Decay) or space.kernel != shape:
-        return None
-    ranges = space.coordinates(segments_K)
-    if not ranges["tau"].low <= tau <= ranges["tau"].high:
-        return None
-    return {name: tau if name == "tau" else r.low for name, r in ranges.items()}
 
 
 def _placed(anchor: Candidate, segments_K: Sequence[Segment], space: Space) -> Candidate:
@@ -209,15 +207,11 @@ def _placed(anchor: Candidate, segments_K: Sequence[Segment], space: Space) -> C
     return replace(anchor, coordinates=anchor.coordinates or space.inverse(anchor.coefficients_K, segments_K))
 
 
-def _inside(name: str, z_D: Mapping[str, float], segments_K: Sequence[Segment], space: Space) -> Candidate:
-    return Candidate(name=name, coefficients_K=space.coefficients(z_D, segments_K), coordinates=dict(z_D))
-
-
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The first of each set of coefficients; it takes over the coordinates of a later twin."""
-    kept: dict[tuple[float, ...], Candidate] = {}
+    kept: dict[object, Candidate] = {}
     for c in candidates:
-        key = _key(c.coefficients_K)
+        key = (_key(c.coefficients_K), *((group, _key(c_K)) for group, c_K in c.by_group.items()))
         first = kept.setdefault(key, c)
         if first.coordinates is None and c.coordinates is not None:
             kept[key] = replace(first, coordinates=c.coordinates)

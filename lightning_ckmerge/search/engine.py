@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
 
 from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, Constraint, Mode, Objective
+from lightning_ckmerge.core.merge_plan import Coefficients
 from lightning_ckmerge.core.outcome import Candidate, Score, Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import MonitorError, SearchError
-from lightning_ckmerge.search.anchors import make_anchors, most_derived, next_anchor
+from lightning_ckmerge.search.anchors import candidate_at, make_anchors, most_derived, next_anchor
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.pareto import knee, pareto_front, spread
 from lightning_ckmerge.search.racing import Race
@@ -33,11 +34,11 @@ KeepGoing = Callable[[Sequence[float], Sequence[float]], bool]
 class Evaluate(Protocol):
     """Scores coefficients on one half of the batches; the same batches and random numbers every time."""
 
-    def __call__(self, c_K: Sequence[float], half: Half, keep_going: KeepGoing | None = None) -> Score:
+    def __call__(self, c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
         """Return the score.
 
         Args:
-            c_K: K coefficients.
+            c: K coefficients, or K a group.
             half: Which batches.
             keep_going: Asked after each batch, with values and sizes so far, where the metric is a mean over batches;
                 ``False`` ends the evaluation.
@@ -138,7 +139,7 @@ class Search:
         """Score the winner, the latest weights, the best anchor and others of a front on the confirmation half."""
         for trial in {id(t): t for t in (self.latest, self.best_anchor, self.winner, *self.shown)}.values():
             start = time.monotonic()
-            score = self.evaluate(trial.candidate.coefficients_K, "confirm")
+            score = self.evaluate(trial.candidate.coefficients, "confirm")
             self.seconds["confirm"] += time.monotonic() - start
             self._replace(trial, replace(trial, confirm=score))
 
@@ -226,8 +227,7 @@ class Search:
         start = time.monotonic()
         z_D, known = self.agree(lambda: self._opened.begin(name))
         self.seconds["trials"] += time.monotonic() - start
-        c_K = self.problem.space.coefficients(z_D, self.problem.segments_K)
-        return self._score(Candidate(name=name, coefficients_K=c_K, coordinates=z_D), "trials", known)
+        return self._score(candidate_at(name, z_D, self.problem.segments_K, self.problem.space), "trials", known)
 
     def _begin(self, anchor: Candidate) -> Score | None:
         return self._opened.begin(anchor.name, anchor.coordinates)[1] if anchor.coordinates is not None else None
@@ -254,7 +254,7 @@ class Search:
     def _evaluate(self, candidate: Candidate, phase: str) -> Score:
         race = self._race()
         start = time.monotonic()
-        score = self.evaluate(candidate.coefficients_K, "search", race.keep_going if race else None)
+        score = self.evaluate(candidate.coefficients, "search", race.keep_going if race else None)
         elapsed = time.monotonic() - start
         self.seconds[phase] += elapsed
         self.budget.spent(elapsed, score.num_batches)

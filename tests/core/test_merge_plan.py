@@ -189,3 +189,16 @@ def test_another_shape_is_refused_before_anything_is_written() -> None:
     with pytest.raises(SnapshotError, match=r"got \(1,\) in snapshot 1 for \(3,\)\. Clear the buffer"):
         MergePlan([target], [[torch.empty(3)], [torch.empty(1)]], ["parameter"])
     assert (target == 5).all()
+
+
+def test_groups_are_merged_with_their_own_coefficients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sources_KN = [[torch.randn(50, generator=generator) for _ in range(4)] for _ in range(3)]
+    targets = [torch.empty(50) for _ in range(4)]
+    by_group = {"a": (0.2, 0.3, 0.5), "b": (1.5, -0.5, 0.0)}
+    groups_N = ["a", "b", "a", "b"]
+    MergePlan(targets, sources_KN, ["parameter"] * 4, groups_N).merge(by_group)
+    for n, group in enumerate(groups_N):
+        expected = torch.empty(50)
+        merge_tensor(expected, [sources_N[n] for sources_N in sources_KN], by_group[group])
+        assert torch.equal(targets[n], expected)

@@ -19,6 +19,7 @@ from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import (
     Affine,
     Decay,
+    Grouped,
     KernelName,
     Pairwise,
     Simplex,
@@ -34,6 +35,7 @@ from lightning_ckmerge.core.spaces import (
 from lightning_ckmerge.errors import ConfigError
 from tests.core.runs import coordinates, means, runs, with_latest
 
+NAMES = ["embed.weight", "blocks.0.attn.weight", "blocks.0.mlp.weight", "norm.weight"]
 SPACES = [
     Decay(),
     Decay(ratio=None, max_extrapolation=4.0),
@@ -44,6 +46,9 @@ SPACES = [
     Window(),
     Simplex(),
     Affine(),
+    Grouped().bind(NAMES),
+    Grouped(factors={}, max_deviation=0.2).bind(NAMES),
+    Grouped(space=Simplex(), along="w0", max_deviation=0.5).bind(NAMES),
 ]
 spaces = pytest.mark.parametrize("space", SPACES, ids=lambda s: f"{type(s).__name__}-{vars(s)}")
 kernels = pytest.mark.parametrize("name", get_args(KernelName))
@@ -250,6 +255,7 @@ def test_a_space_has_a_name_or_is_an_object() -> None:
         "window": Window,
         "simplex": Simplex,
         "affine": Affine,
+        "grouped": Grouped,
     }
     space = Decay(ratio=2.0)
     assert make_space(space) is space
@@ -270,3 +276,41 @@ def test_a_space_has_a_name_or_is_an_object() -> None:
 def test_a_space_out_of_range_is_refused(make: type[Space], rule: str, value: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{rule}.* got {value}\. \S"):
         make()
+
+
+grouped = pytest.mark.parametrize("space", [s for s in SPACES if isinstance(s, Grouped)], ids=lambda s: str(vars(s)))
+
+
+@grouped
+@given(data=st.data())
+def test_each_groups_coefficients_sum_to_one_at_every_point(space: Grouped, data: st.DataObject) -> None:
+    segments_K = data.draw(runs())
+    by_group = space.by_group(data.draw(coordinates(space, segments_K)), segments_K)
+    assert by_group.keys() == {"embeddings", "attention", "mlp", "norms"}
+    for c_K in by_group.values():
+        assert math.fsum(c_K) == pytest.approx(1, rel=0, abs=1e-12)
+
+
+@given(data=st.data())
+def test_without_factors_and_deviations_groups_have_the_inner_spaces_coefficients(data: st.DataObject) -> None:
+    segments_K = data.draw(runs())
+    space = Grouped(factors={}, max_deviation=0.2).bind(NAMES)
+    z_D = data.draw(coordinates(Decay(), segments_K))
+    c_K = Decay().coefficients(z_D, segments_K)
+    at_zero = {name: z_D.get(name, 0.0) for name in space.coordinates(segments_K)}
+    assert all(group_K == pytest.approx(c_K) for group_K in space.by_group(at_zero, segments_K).values())
+    tau = z_D["tau"]
+    placed = space.place_of_kernel("exponential", tau, segments_K)
+    assert placed == {**dict.fromkeys(at_zero, 0.0), "tau": tau}
+
+
+def test_a_factor_moves_its_group_alone() -> None:
+    segments_K = with_latest(means([40, 20, 10, 10]))
+    by_group = Grouped(factors={"mlp": 0.5}).bind(NAMES).by_group({"tau": 30.0, "beta": 0.5}, segments_K)
+    assert by_group["norms"] == Decay().coefficients({"tau": 30.0, "beta": 0.5}, segments_K)
+    assert by_group["mlp"] == Decay().coefficients({"tau": 15.0, "beta": 0.5}, segments_K)
+
+
+def test_the_coordinate_that_differs_must_be_the_inner_spaces() -> None:
+    with pytest.raises(ConfigError, match=r"got 'lam'.*tau, beta"):
+        Grouped(along="lam", max_deviation=0.1).bind(NAMES).coordinates(with_latest(means([4, 4])))

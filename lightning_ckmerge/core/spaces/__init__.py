@@ -3,6 +3,7 @@
 from lightning_ckmerge.config import SpaceName
 from lightning_ckmerge.core.spaces.base import Coordinates, Interval, Space, near
 from lightning_ckmerge.core.spaces.decay import Decay
+from lightning_ckmerge.core.spaces.grouped import Grouped
 from lightning_ckmerge.core.spaces.kernels import (
     KernelName,
     exponential_kernel,
@@ -18,6 +19,7 @@ __all__ = [
     "Affine",
     "Coordinates",
     "Decay",
+    "Grouped",
     "Interval",
     "KernelName",
     "Pairwise",
@@ -45,4 +47,5 @@ SPACES: dict[SpaceName, type[Space]] = {
     "window": Window,
     "simplex": Simplex,
     "affine": Affine,
+    "grouped": Grouped,
 }

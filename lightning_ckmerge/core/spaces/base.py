@@ -9,9 +9,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.core.spaces.kernels import KernelName
 
 Coordinates = Mapping[str, float]
 
@@ -33,7 +34,7 @@ class Space(ABC):
     """
 
     # The kind of snapshots that the space is meant for; ``None``: either.
-    snapshot: ClassVar[Literal["mean", "point"] | None] = None
+    snapshot: Literal["mean", "point"] | None = None
 
     @abstractmethod
     def coordinates(self, segments_K: Sequence[Segment]) -> dict[str, Interval]:
@@ -43,12 +44,29 @@ class Space(ABC):
     def coefficients(self, z_D: Coordinates, segments_K: Sequence[Segment]) -> tuple[float, ...]:
         """Return K coefficients that sum to 1."""
 
+    def bind(self, names: Sequence[str]) -> Space:
+        """Return the space for a model whose tensors have these names; itself by default."""
+        return self
+
+    @property
+    def group_of(self) -> Mapping[str, str]:
+        """Tensor name -> group, where coefficients differ between groups of tensors; empty by default."""
+        return {}
+
+    def by_group(self, z_D: Coordinates, segments_K: Sequence[Segment]) -> dict[str, tuple[float, ...]]:
+        """Return each group's K coefficients; empty by default, where all tensors have those of ``coefficients``."""
+        return {}
+
     def initial(self, segments_K: Sequence[Segment]) -> list[dict[str, float]]:
         """Return coordinates to score before the sampler starts; none by default."""
         return []
 
     def inverse(self, c_K: Sequence[float], segments_K: Sequence[Segment]) -> dict[str, float] | None:
         """Return coordinates whose coefficients are ``c_K``; ``None`` where there are none, or none are known."""
+        return None
+
+    def place_of_kernel(self, name: KernelName, tau: float, segments_K: Sequence[Segment]) -> dict[str, float] | None:
+        """Return the coordinates of the named kernel of length ``tau`` steps; ``None`` where they are not known."""
         return None
 
     def warnings(self, z_D: Coordinates, segments_K: Sequence[Segment]) -> list[str]:

@@ -64,6 +64,13 @@ class Decay(Space):
         long_K = kernel(self.kernel, segments_K, z_D["tau"] * (self.ratio or z_D["ratio"]))
         return tuple((1 + beta) * s - beta * l for s, l in zip(short_K, long_K, strict=True))
 
+    def place_of_kernel(self, name: KernelName, tau: float, segments_K: Sequence[Segment]) -> dict[str, float] | None:
+        """Return the coordinates of the kernel, which is this space without extrapolation, if ``tau`` is in range."""
+        ranges = self.coordinates(segments_K)
+        if name != self.kernel or not ranges["tau"].low <= tau <= ranges["tau"].high:
+            return None
+        return {n: tau if n == "tau" else r.low for n, r in ranges.items()}
+
     def warnings(self, z_D: Coordinates, segments_K: Sequence[Segment]) -> list[str]:
         """Say when a longer window or a larger step could gain more."""
         at_high = [n for n, i in self.coordinates(segments_K).items() if near(z_D.get(n, i.low), i.high, i)]

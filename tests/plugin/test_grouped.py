@@ -1,0 +1,83 @@
+"""A search with coefficients of each group's own, under a Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, SearchConfig
+from lightning_ckmerge.artifact.rebuild import rebuild
+from lightning_ckmerge.core.spaces import Grouped
+from lightning_ckmerge.report.html import render_html
+from lightning_ckmerge.report.markdown import render_markdown
+
+
+class Noisy(LightningModule):
+    """Learns the next of 16 symbols, at a rate too high to settle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.mlp = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 16)
+
+    def loss(self, x: Tensor) -> Tensor:
+        logits = self.head(self.norm(self.mlp(self.embed(x)).tanh()))
+        return nn.functional.cross_entropy(logits, (x * 3 + 1) % 16, label_smoothing=0.3)
+
+    def training_step(self, x: Tensor) -> Tensor:
+        return self.loss(x)
+
+    def validation_step(self, x: Tensor) -> None:
+        self.log("val_loss", self.loss(x))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=3.0)
+
+
+def test_groups_merge_apart_are_recorded_and_are_rebuilt_bit_for_bit(tmp_path: Path) -> None:
+    seed_everything(0)
+    space = Grouped(factors={"embeddings": 2.0, "mlp": 0.25})
+    callback = CheckpointMergeCallback(
+        dirpath=tmp_path / "merges",
+        every_n_train_steps=80,
+        on_error="raise",
+        buffer=BufferConfig(every_n_train_steps=4, update_every_n_steps=1),
+        search=SearchConfig(space=space, anchors=[], n_trials=6, max_fraction_of_training=None),
+    )
+    module = Noisy()
+    trainer = Trainer(
+        max_steps=80,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[callback],
+        default_root_dir=tmp_path,
+    )
+    batches = DataLoader(torch.randint(16, (2048,)), batch_size=8)
+    trainer.fit(module, batches, DataLoader(torch.arange(16).repeat(12), batch_size=12))
+    artifact = callback.best_artifact
+    assert artifact is not None, "no merge was accepted: the test needs a run that merging helps"
+    groups = artifact.manifest["groups"]
+    assert {name: group["tensors"] for name, group in groups.items()} == {
+        "embeddings": ["embed.weight"],
+        "mlp": ["mlp.weight", "mlp.bias"],
+        "norms": ["norm.weight", "norm.bias"],
+        "head": ["head.weight", "head.bias"],
+    }
+    assert groups["norms"]["coefficients"] == groups["head"]["coefficients"] == artifact.manifest["coefficients"]
+    assert groups["mlp"]["coefficients"] != groups["embeddings"]["coefficients"]
+
+    latest = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+    rebuilt = rebuild(artifact, tmp_path / "merges" / "buffer", latest)
+    assert rebuilt.num_compared == 7
+    assert rebuilt.different == ()
+    for render in (render_markdown, render_html):
+        assert "embeddings" in render(artifact.manifest).lower()
