@@ -20,8 +20,16 @@ from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.config import AdapterMerge, Mode, Objective, SearchConfig
 from lightning_ckmerge.core.boxes import split_name
 from lightning_ckmerge.core.layout import TensorLayout
-from lightning_ckmerge.core.merge_plan import Coefficients, MergePlan
-from lightning_ckmerge.core.outcome import Cost, EvaluationRecord, Score, SearchOutcome, SnapshotRecord, Trial
+from lightning_ckmerge.core.merge_plan import MergePlan
+from lightning_ckmerge.core.outcome import (
+    Coefficients,
+    Cost,
+    EvaluationRecord,
+    Score,
+    SearchOutcome,
+    SnapshotRecord,
+    Trial,
+)
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import SearchError

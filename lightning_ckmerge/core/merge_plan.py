@@ -15,13 +15,10 @@ from torch import Tensor
 from lightning_ckmerge.core.fused import DTYPES, Kernel, Pieces, load_kernel
 from lightning_ckmerge.core.layout import Role
 from lightning_ckmerge.core.merge import check_shapes, merge_tensor
+from lightning_ckmerge.core.outcome import Coefficients
 
 # Compiling takes a second; a smaller model's merges take less than that in a whole search.
 MIN_FUSED_NUMEL = 1 << 22
-
-
-# K numbers that sum to 1, for all tensors or for each group of them.
-Coefficients = Sequence[float] | Mapping[str, Sequence[float]]
 
 
 class MergePlan:

@@ -5,13 +5,14 @@ Letters: K snapshots, oldest first; B batches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lightning_ckmerge.config import Mode
-from lightning_ckmerge.core.merge_plan import Coefficients
 
+# K numbers that sum to 1, for all tensors or for each group of them.
+Coefficients = Sequence[float] | Mapping[str, Sequence[float]]
 Status = Literal["accepted", "rejected", "unconfirmed"]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_ckmerge.config import ArtifactConfig
 from lightning_ckmerge.core.adapters import LoraPair, at_rank, peft_models, stack, trained_pairs
-from lightning_ckmerge.core.merge_plan import Coefficients
+from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.gather import GatheredWeights
 from lightning_ckmerge.errors import ConfigError, UnsupportedError

@@ -19,8 +19,7 @@ from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.core.layout import TensorLayout
-from lightning_ckmerge.core.merge_plan import Coefficients
-from lightning_ckmerge.core.outcome import SearchOutcome
+from lightning_ckmerge.core.outcome import Coefficients, SearchOutcome
 from lightning_ckmerge.core.spaces import make_space
 from lightning_ckmerge.distributed.comm import connect, on_rank_zero, together
 from lightning_ckmerge.distributed.ownership import Ownership

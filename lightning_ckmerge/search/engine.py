@@ -12,8 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
 
 from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, Constraint, Mode, Objective
-from lightning_ckmerge.core.merge_plan import Coefficients
-from lightning_ckmerge.core.outcome import Candidate, Score, Trial
+from lightning_ckmerge.core.outcome import Candidate, Coefficients, Score, Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import MonitorError, SearchError
