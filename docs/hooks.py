@@ -74,12 +74,12 @@ def group_tables() -> str:
 
 def space_tables() -> str:
     """Return each space that has a name, what it is, and its arguments."""
-    return "\n\n".join(section(cls, f"`{name}`: `{path(cls)}`") for name, cls in SPACES.items())
+    return "\n\n".join(section(cls, f"`{name}`") for name, cls in SPACES.items())
 
 
 def sampler_tables() -> str:
     """Return the package's own samplers and their arguments."""
-    return "\n\n".join(section(cls, f"`{path(cls)}`") for cls in (GPHedgeSampler, BrentSampler))
+    return "\n\n".join(section(cls, f"`{cls.__name__}`") for cls in (GPHedgeSampler, BrentSampler))
 
 
 def complete_yaml() -> str:
@@ -127,6 +127,8 @@ def section(cls: type, title: str) -> str:
     text = [parsed.short_description, parsed.long_description]
     arguments_table = table(cls) if inspect.signature(cls).parameters else None
     parts = [in_markdown(p) for p in [*text, *sources] if p]
+    if cls.__module__ != config.__name__:
+        parts.append(f"Class path: `{path(cls)}`")
     return "\n\n".join([f"### {title}", *parts, *([arguments_table] if arguments_table else [])])
 
 
@@ -153,11 +155,13 @@ def table(cls: type) -> str:
 def in_words(annotation: str, names: Mapping[str, Any]) -> str:
     """Return a type as a reader of a YAML sees it; ``names`` are those of the module where it stands.
 
-    >>> in_words("Layout", vars(config)), in_words("tuple[ArtifactFormat, ...]", vars(config))
-    ('`geometric` or `uniform`', 'list of `safetensors`, `ckpt` or `hf`')
+    >>> in_words("int | None", {}), in_words("tuple[Layout, ...]", vars(config)), in_words("str | list[str]", {})
+    ('`int` or `null`', 'list of `geometric` or `uniform`', '`str`, or list of `str`')
     """
-    if listed := re.fullmatch(r"(?:list|tuple)\[(\w+)(?:, \.\.\.)?\]", annotation):
-        return f"list of {in_words(listed[1], names)}"
+    *others, last = annotation.split(" | ")
+    if listed := re.fullmatch(r"(?:list|tuple)\[(\w+)(?:, \.\.\.)?\]", last):
+        one = [in_words(" | ".join(others), names)] if others else []
+        return ", or ".join([*one, f"list of {in_words(listed[1], names)}"])
     words: list[str] = []
     for part in annotation.split(" | "):
         alias = names.get(part)

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 
 import lightning_ckmerge
-from docs import hooks
+from docs import figures, hooks
 from lightning_ckmerge import CheckpointMergeCallback
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.cli.main import app
@@ -139,6 +139,12 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(re.findall(r"^  - .+: ([\w-]+\.md)$", config, flags=re.MULTILINE)) == sorted(
         path.name for name, path in PAGES.items() if name != README
     )
+
+
+def test_the_figures_are_those_of_the_code() -> None:
+    """Goes red if the ring or a space changes: run `python -m docs.figures`."""
+    drawn = {name: (figures.FIGURES / name).read_text(encoding="utf-8") for name in figures.figures()}
+    assert drawn == figures.figures()
 
 
 def test_the_examples_of_the_generator_are_true() -> None:
