@@ -25,7 +25,7 @@ from torch.nn.utils import vector_to_parameters
 from benchmarks.quality.data import CONTEXT, eval_batches, train_batches
 from lightning_ckmerge.buffer.ring import Drop, decide, pooled
 from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName
-from lightning_ckmerge.core.outcome import Score, Trial
+from lightning_ckmerge.core.outcome import Coefficients, Score, Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.search.budget import Budget
@@ -98,6 +98,14 @@ class Case:
         vector_to_parameters(weights_P, self.model.parameters())
         return self.model
 
+    def mix(self, weights_KP: Tensor, c: Coefficients, group_of: Mapping[str, str]) -> Tensor:
+        """Return the weighted sum, with each group's own coefficients where there are groups."""
+        if not isinstance(c, Mapping):
+            return torch.tensor(c) @ weights_KP
+        parameters = list(self.model.named_parameters())
+        parts = weights_KP.split([p.numel() for _, p in parameters], dim=1)
+        return torch.cat([torch.tensor(c[group_of[n]]) @ part for (n, _), part in zip(parameters, parts, strict=True)])
+
     @torch.no_grad()
     def score(self, weights_P: Tensor, split: str, keep_going: KeepGoing | None = None) -> Score:
         """Return the mean loss in nats a byte."""
@@ -150,7 +158,7 @@ def search(
     anchors: Sequence[AnchorName] = DEFAULT_ANCHORS,
     n_trials: int = NUM_TRIALS,
     sampler: BaseSampler | None = None,
-    merge: Callable[[Sequence[float]], Tensor] | None = None,
+    merge: Callable[[Coefficients], Tensor] | None = None,
 ) -> Found:
     """Run one search of the package.
 
@@ -165,10 +173,11 @@ def search(
         merge: From coefficients to weights; a weighted sum by default.
     """
     given = snapshots or case.buffer
-    merge = merge or (lambda c_K: torch.tensor(c_K) @ given.weights_KP)
+    space = space.bind([name for name, _ in case.model.named_parameters()])
+    merge = merge or (lambda c: case.mix(given.weights_KP, c, space.group_of))
 
-    def evaluate(c_K: Sequence[float], half: Half, keep_going: KeepGoing | None = None) -> Score:
-        return case.score(merge(c_K), half, keep_going)
+    def evaluate(c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
+        return case.score(merge(c), half, keep_going)
 
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -193,7 +202,7 @@ def search(
     winner = run.winner if n_trials else min(run.anchors[1:], key=lambda t: t.search.value)
     candidate = winner.candidate
     return Found(
-        weights_P=merge(candidate.coefficients_K),
+        weights_P=merge(candidate.coefficients),
         about={"winner": candidate.name, "coordinates": candidate.coordinates},
         evaluations=run.num_batches / full,
         evaluations_to_99=batches_to_99(run, winner) / full,

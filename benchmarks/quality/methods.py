@@ -10,7 +10,7 @@ from benchmarks.quality import baselines
 from benchmarks.quality.case import Case, Found, search
 from benchmarks.quality.spaces import Softmax, StickBreaking
 from lightning_ckmerge.config import AnchorName
-from lightning_ckmerge.core.spaces import Affine, Decay, Pairwise, Simplex, Space, Window
+from lightning_ckmerge.core.spaces import Affine, Decay, Grouped, Pairwise, Simplex, Space, Window
 from lightning_ckmerge.search.hedge import GPHedgeSampler
 
 # As many coordinates as snapshots: 16 trials would hardly leave the anchors.
@@ -50,6 +50,12 @@ CONTROL = "decay, after a decay"
 METHODS = {
     DEFAULT: Method(searched(Decay()), "the default"),
     "decay, power kernel": Method(searched(Decay(kernel="power")), "the kernel of post-hoc EMA, arXiv:2312.02696"),
+    "grouped": Method(
+        searched(Grouped()),
+        "`decay`, its length longer for embeddings and attention and shorter for MLPs, by factors that "
+        "`benchmarks.quality.factors` read off cpp-0, cpp-1 and python-0: the other three runs had no part in them",
+    ),
+    "grouped, power kernel": Method(searched(Grouped(space=Decay(kernel="power"))), "the same factors"),
     "decay, minus-sqrt kernel": Method(searched(Decay(kernel="minus_sqrt")), "the kernel of WSM, arXiv:2507.17634"),
     "decay, ratio searched": Method(searched(Decay(ratio=None)), "a third coordinate"),
     "EMA length searched": Method(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Trainer
 
 from lightning_ckmerge.buffer.rolling import RollingBuffer
+from lightning_ckmerge.core.groups import describe_groups
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.plugin.loaders import Split, limited
@@ -49,6 +50,8 @@ def render_plan(
         f"more. Artifacts go to {dirpath}.",
         f"  a search: {_evaluations(callback, trainer, total_steps)}",
     ]
+    if space.group_of:
+        lines.append(f"  groups: {describe_groups(space.group_of)}.")
     if merged is not None:
         chosen = [slot for slot in layout.slots if slot.name in merged]
         num_bytes = sum(slot.numel * slot.dtype.itemsize for slot in chosen)

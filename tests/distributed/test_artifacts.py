@@ -22,6 +22,7 @@ from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.rebuild import rebuild
 from lightning_ckmerge.artifact.shards import ShardWriter
 from lightning_ckmerge.artifact.weights import LocalWeights, write_weights
+from lightning_ckmerge.core.spaces import Grouped
 from lightning_ckmerge.distributed.comm import Ranks
 from lightning_ckmerge.distributed.gather import GatheredWeights
 from lightning_ckmerge.distributed.scatter import scatter
@@ -179,6 +180,26 @@ def test_a_merge_is_rebuilt_from_what_all_ranks_kept(ranks: RankPool, tmp_path: 
     integers = [n for n in artifact.tensors() if n.endswith("num_batches_tracked")]
     assert list(built.not_compared) == integers
     assert built.num_compared == len(artifact.tensors()) - len(integers) > 0
+
+
+def trained_in_groups(strategy: str, root: str) -> int:
+    space = Grouped(groups={"weights": "weight$"}, factors={"weights": 0.5})
+    search = SearchConfig(
+        space=space, anchors=[], n_trials=6, sampler=RandomSampler(seed=0), max_fraction_of_training=None
+    )
+    merge = make_merge(root, search=search, search_on_train_end=False)
+    return fit(strategy, root, merge, model=partial(Classifier, norm=strategy == "ddp")).trainer.global_step
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_groups_keep_their_coefficients_whichever_rank_holds_which_part(
+    ranks: RankPool, tmp_path: Path, strategy: str
+) -> None:
+    ranks.run(trained_in_groups, strategy, str(tmp_path))
+    artifact = Artifact.open(tmp_path / "merges" / "step=000000012")
+    groups = artifact.manifest["groups"]
+    assert groups["weights"]["coefficients"] != groups["other"]["coefficients"]
+    assert not rebuild(artifact, tmp_path / "merges" / "buffer").different
 
 
 class TwoMetrics(Classifier):

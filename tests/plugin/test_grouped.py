@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
@@ -40,7 +41,10 @@ class Noisy(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=3.0)
 
 
-def test_groups_merge_apart_are_recorded_and_are_rebuilt_bit_for_bit(tmp_path: Path) -> None:
+def test_groups_merge_apart_are_recorded_and_are_rebuilt_bit_for_bit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     seed_everything(0)
     space = Grouped(factors={"embeddings": 2.0, "mlp": 0.25})
     callback = CheckpointMergeCallback(
@@ -63,6 +67,7 @@ def test_groups_merge_apart_are_recorded_and_are_rebuilt_bit_for_bit(tmp_path: P
     )
     batches = DataLoader(torch.randint(16, (2048,)), batch_size=8)
     trainer.fit(module, batches, DataLoader(torch.arange(16).repeat(12), batch_size=12))
+    assert "groups: embeddings: 1 tensor, such as embed.weight; mlp: 2 tensors" in caplog.text
     artifact = callback.best_artifact
     assert artifact is not None, "no merge was accepted: the test needs a run that merging helps"
     groups = artifact.manifest["groups"]

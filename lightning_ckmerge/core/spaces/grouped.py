@@ -16,7 +16,7 @@ from lightning_ckmerge.core.spaces.decay import Decay
 from lightning_ckmerge.core.spaces.kernels import KernelName
 from lightning_ckmerge.errors import ConfigError
 
-# What `decay`'s best `tau` of a kind is, of the best shared one: medians over three small GPTs, by gradients.
+# A kind's best `tau` over the best shared one, in three runs of a small GPT (`python -m benchmarks.quality.factors`).
 KIND_FACTORS = {"embeddings": 1.65, "attention": 1.2, "mlp": 0.8}
 
 
