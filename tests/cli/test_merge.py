@@ -207,8 +207,11 @@ finally:
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     paths = write_large(tmp_path / "in", 2, 60, 1 << 20)
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lightning_ckmerge.cli.main import app; app()"
-    command = [sys.executable, "-c", program, "merge", *paths, "--schedule", "uniform", "--out", tmp_path / "o" / "out"]
+    # A shell's background jobs ignore Ctrl-C, and so would what they start.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from lightning_ckmerge.cli.main import app; app()"
+    options = ["--schedule", "uniform", "--out", tmp_path / "o" / "out"]
+    command = [sys.executable, "-c", f"{heed}; {start}", "merge", *paths, *options]
     process: Any = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list((tmp_path / "o").glob(".tmp-out-*/*")):
