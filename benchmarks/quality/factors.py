@@ -56,7 +56,7 @@ def optimum(case: Case, group_of: Sequence[int]) -> np.ndarray:
             found = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()) / len(case.batches["search"])
             for slope, new in zip(slopes, torch.autograd.grad(found, parameters), strict=True):
                 slope += new
-            value += float(found)
+            value += float(found.detach())
         slope_parts = parameters_to_vector(slopes).split(sizes)
         slope_GK = torch.zeros(num_groups, len(weights_KP), dtype=torch.float64)
         for g, part, slope in zip(group_of, parts, slope_parts, strict=True):
