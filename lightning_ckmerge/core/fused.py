@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_ckmerge.core.compiler import NoCompilerError, compile_library
-from lightning_ckmerge.core.merge import base_index, merge_tensor
+from lightning_ckmerge.core.merge import blending, merge_tensor
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Pieces are dealt out over threads; this many elements take a millisecond or so.
@@ -69,8 +69,7 @@ class Kernel:
 
         Other Python threads run meanwhile.
         """
-        base = base_index(c_K)
-        used = [base, *(k for k, c in enumerate(c_K) if c != 0 and k != base)]
+        used, shares = zip(*blending(c_K), strict=True)
         num_pieces = (len(pieces) if last is None else last) - first
         self._merge(
             ctypes.c_int64(num_pieces),
@@ -78,7 +77,7 @@ class Kernel:
             ctypes.c_int32(len(used) - 1),
             (ctypes.c_void_p * len(used))(*(_address(pieces.sources_K[k], first).value for k in used)),
             (ctypes.c_int32 * len(used))(*(pieces.dtypes_K[k] == torch.bfloat16 for k in used)),
-            (ctypes.c_float * len(used))(*(c_K[k] for k in used[1:])),
+            (ctypes.c_float * len(used))(*shares[1:]),
             _address(pieces.targets, first),
             ctypes.c_int32(pieces.target_dtype == torch.bfloat16),
         )

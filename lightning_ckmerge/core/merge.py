@@ -7,6 +7,7 @@ in blocks that stay in cache, and no temporary is larger than one block.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ BLOCK_NUMEL = 1 << 18
 def merge_tensor(target: Tensor, sources_K: Sequence[Tensor], c_K: Sequence[float], role: Role = "parameter") -> None:
     """Write ``sum_k c_k source_k`` into ``target``, rounding once.
 
-    The sum is taken as ``base + sum_k c_k (source_k - base)``, where ``base`` has the largest coefficient: equal
-    sources come out unchanged to the bit (frozen weights), and the rounding error shrinks with their distance.
+    The sum is taken as a mean that moves towards one source after another, as ``blending`` says: equal sources come
+    out unchanged to the bit (frozen weights), and each costs one pass over a block.
 
     Args:
         target: The tensor to overwrite: floating, shape ``(*S)``, any dtype, device and strides.
@@ -42,31 +43,38 @@ def merge_tensor(target: Tensor, sources_K: Sequence[Tensor], c_K: Sequence[floa
     tensor([2., 4.])
     """
     check_shapes(target, sources_K)
-    newest = sources_K[-1]
-    b = base_index(c_K)
-    base = sources_K[b]
-    terms = [(s, float(c)) for k, (s, c) in enumerate(zip(sources_K, c_K, strict=True)) if c != 0 and k != b]
     if not target.is_contiguous():
         dense = torch.empty(target.shape, dtype=target.dtype, device=target.device)
         merge_tensor(dense, sources_K, c_K, role)
         target.copy_(dense)
         return
+    (first, _), *others = blending(c_K)
+    dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
     flat = target.view(-1)
     for start in range(0, flat.numel(), BLOCK_NUMEL):
         block = slice(start, start + BLOCK_NUMEL)
         out = flat[block]
-        base_block = _block(base, block, out)
-        total = base_block.clone()
-        for source, c in terms:
-            total.add_(_block(source, block, out) - base_block, alpha=c)
+        mean = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype, device=out.device)
+        mean.copy_(_block(sources_K[first], block))
+        for k, share in others:
+            mean.lerp_(_block(sources_K[k], block).to(mean), share)
         if role == "buffer":
-            total = torch.where(total.isfinite(), total, _block(newest, block, out))
-        out.copy_(total)
+            mean = torch.where(mean.isfinite(), mean, _block(sources_K[-1], block).to(mean))
+        if mean is not out:
+            out.copy_(mean)
 
 
-def base_index(c_K: Sequence[float]) -> int:
-    """Return which snapshot the others' differences are taken from: the first with the largest coefficient."""
-    return max(range(len(c_K)), key=lambda k: c_K[k])
+def blending(c_K: Sequence[float]) -> list[tuple[int, float]]:
+    """Return in which order snapshots move a mean, and each one's share: ``mean += share (source - mean)``.
+
+    The largest coefficient comes first: so what has been added up never comes near 0, whatever is negative.
+
+    >>> blending([0.25, 0.0, 1.0, -0.25])
+    [(2, 1.0), (0, 0.2), (3, -0.25)]
+    """
+    used = sorted((k for k, c in enumerate(c_K) if c != 0), key=lambda k: -c_K[k])
+    totals = accumulate(float(c_K[k]) for k in used)
+    return [(k, float(c_K[k]) / total) for k, total in zip(used, totals, strict=True)]
 
 
 def check_shapes(target: Tensor, sources_K: Sequence[Tensor]) -> None:
@@ -79,9 +87,8 @@ def check_shapes(target: Tensor, sources_K: Sequence[Tensor]) -> None:
             )
 
 
-def _block(source: Tensor, block: slice, like: Tensor) -> Tensor:
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return source.reshape(-1)[block].to(device=like.device, dtype=dtype)
+def _block(source: Tensor, block: slice) -> Tensor:
+    return source.reshape(-1)[block]
 
 
 @torch.no_grad()
