@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_ckmerge.buffer.archive import Archive, lost
+from lightning_ckmerge.buffer.beside import beside_training, reached
 from lightning_ckmerge.buffer.blocks import cast_blocks, fill_nonfinite, with_dtype
 from lightning_ckmerge.buffer.state import BufferState, Progress
 from lightning_ckmerge.buffer.storage import Storage, Stored
@@ -250,11 +251,9 @@ class RollingBuffer:
         for slot, mean, newest in zip(self._layout.slots, self._means, weights, strict=True):
             if slot.role == "buffer":
                 fill_nonfinite(mean, newest)
-        if self._device.type == "cuda":
-            # The writer's thread has a stream of its own, which would not wait for this one.
-            torch.cuda.current_stream(self._device).synchronize()
         segment = self._progress.segment(self.config.snapshot)
-        self._writer.submit(partial(self._store, segment, self._accumulator, self.segment_steps))
+        store = partial(self._store, segment, self._accumulator, self.segment_steps, reached(self._device))
+        self._writer.submit(store)
         if self._open_file:
             self._archive.retire(self._open_file.name)
         self._accumulator, self._means, self._open_file = None, [], None
@@ -262,17 +261,15 @@ class RollingBuffer:
         if self._double_segments and segment.last_step >= MAX_FINEST_SEGMENTS * self.segment_steps:
             self.segment_steps *= 2
 
-    def _store(self, segment: Segment, accumulator: Flats, finest: int) -> None:
+    def _store(self, segment: Segment, accumulator: Flats, finest: int, ready: torch.cuda.Event | None) -> None:
         """Runs in the writer's thread."""
-        if self._device.type == "cuda":
-            # A new thread starts on GPU 0, and pinning memory from there would open a context on it.
-            torch.cuda.set_device(self._device)
         blocks = cast_blocks(self.accumulator_layout.views(accumulator), self.stored_layout)
-        try:
-            self._archive.admit(segment, blocks)
-        finally:
-            self._free_accumulators.put(accumulator)
-        self._archive.make_room(finest)
+        with beside_training(self._device, ready):
+            try:
+                self._archive.admit(segment, blocks)
+            finally:
+                self._free_accumulators.put(accumulator)
+            self._archive.make_room(finest)
 
     def _save_mean(self) -> None:
         """Write the mean in progress to a file, where that would survive and has not been done at this step."""

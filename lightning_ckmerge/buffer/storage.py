@@ -134,7 +134,7 @@ class MemoryStorage:
             flats[block.dtype][start : filled[block.dtype]].copy_(block)
         if self.device.type == "cuda":
             # The caller's memory may be overwritten, and ours read, on another thread's stream.
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         self._snapshots[name] = flats
         return Stored(name=name, num_bytes=layout.num_bytes, sha256=None)
 
