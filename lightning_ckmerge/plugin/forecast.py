@@ -38,7 +38,8 @@ class Forecast:
         total_steps: Optimizer steps of the run.
         num_searches: Searches over the run.
         buffer_memory: Memory of the buffer.
-        search_memory: Further host memory during a search.
+        search_memory: Further host memory during a search: a copy of the weights, and the batches that
+            ``evaluation.cache_batches`` lets it keep, at most.
         disk: Buffer and artifacts, over all ranks.
         search_batches: Validation batches that a candidate is scored on, on each rank.
         confirm_batches: Those kept for the verdict.
@@ -90,7 +91,7 @@ def forecast(configured: Configured, callback: CheckpointMergeCallback) -> Forec
         segment_steps=segment_steps,
         buffer_memory=_a_rank(buffer.num_bytes_in_memory, num_ranks),
         # The copy of everything that a rank holds, adapters' base included: whole where the model is replicated.
-        search_memory=TensorLayout(ownership.local()).num_bytes,
+        search_memory=TensorLayout(ownership.local()).num_bytes + callback.evaluation.cache_bytes,
         disk=buffer.num_bytes_on_disk + _artifact_bytes(callback, layout),
         free_disk=_free_disk(dirpath),
         warnings=warnings,

@@ -47,7 +47,7 @@ def render_plan(
         f"lightning-ckmerge: up to {config.capacity} {config.snapshot} snapshots, {config.layout}, the finest of "
         f"{buffer.segment_steps} steps; space {type(space).__name__.lower()}.",
         f"  buffer{each}: {memory} in memory and at most {disk} on disk; a search holds {size(layout.num_bytes)} "
-        f"more. Artifacts go to {dirpath}.",
+        f"more, and at most {size(callback.evaluation.cache_bytes)} of batches. Artifacts go to {dirpath}.",
         f"  a search: {_evaluations(callback, trainer, total_steps)}",
     ]
     if space.group_of:

@@ -27,6 +27,7 @@ def test_a_plan_counts_what_the_run_will_take(tmp_path: Path) -> None:
     assert (plan["total_steps"], plan["num_searches"], plan["segment_steps"]) == (NUM_STEPS, 4, 5)
     # Two segments in progress; twice the ring, a pair being pooled, and what the last two checkpoints hold.
     assert plan["buffer_memory"] == 2 * MODEL_BYTES
+    assert plan["search_memory"] == MODEL_BYTES + 256_000_000
     assert plan["disk"] == (2 * 4 + 2 + 2) * MODEL_BYTES + 3 * MODEL_BYTES
     assert (plan["search_batches"], plan["confirm_batches"]) == (20, 20)
     assert plan["evaluations"] == 20 * (9 + 3) + 3 * 20

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader, Subset
 
+from lightning_ckmerge import EvaluationConfig, SearchConfig
 from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.distributed.comm import Alone, Comm, Ranks
 from lightning_ckmerge.pipeline import Merger
 from lightning_ckmerge.plugin.batches import BatchRecorder
+from lightning_ckmerge.plugin.run import MergeRun
 from tests.distributed.trainers import Classifier, fit, make_merge, points
 from tests.ranks import RankPool
 
@@ -139,3 +141,48 @@ def test_a_search_over_shards_merges_without_a_collective(ranks: RankPool, tmp_p
     for counts in ranks.run(collectives_of_merges, str(tmp_path)):
         assert len(counts) > 10
         assert set(counts) == {0}
+
+
+def messages_of_a_search(root: str, strategy: str, n_trials: int) -> tuple[int, int]:
+    """How often ranks talk in one search without races, and how many batches a rank scores a candidate on."""
+    counts = {"messages": 0, "batches": 0}
+    exchange, search, begin_batch = Ranks.exchange, MergeRun.search, BatchRecorder.begin_batch
+
+    def counted(self: Ranks, value: Any) -> list[Any]:
+        counts["messages"] += 1
+        return exchange(self, value)
+
+    def one_search(self: MergeRun) -> Any:
+        counts.update(messages=0, batches=0)
+        return search(self)
+
+    def one_batch(self: BatchRecorder, *args: Any) -> None:
+        counts["batches"] += 1
+        begin_batch(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Ranks, "exchange", counted)
+        patch.setattr(MergeRun, "search", one_search)
+        patch.setattr(BatchRecorder, "begin_batch", one_batch)
+        options = {
+            "search": SearchConfig(max_fraction_of_training=None, n_trials=n_trials),
+            "evaluation": EvaluationConfig(staged=False, confirm_fraction=0.01),
+        }
+        callback = make_merge(root, every_n_train_steps=1000, **options)
+        fit(strategy, root, callback, model=partial(Classifier, norm=False))
+    manifest = read_manifest(next(Path(root, "merges").glob("step=*")))
+    return counts["messages"], counts["batches"] // len([*manifest["anchors"], *manifest["trials"]])
+
+
+@pytest.mark.parametrize(("strategy", "each"), [("ddp", 8), ("fsdp2", 7)])
+def test_ranks_talk_once_a_batch_and_a_few_times_a_trial(
+    ranks: RankPool, tmp_path: Path, strategy: str, each: int
+) -> None:
+    """Before each batch; and whether to go on, where, that the merge is made, the loader's end, that of all loaders,
+    the value, and that it is told. Ranks that hold the model whole ask before they send each other its parts.
+    """
+    few = ranks.run(messages_of_a_search, str(tmp_path / "few"), strategy, 2)
+    more = ranks.run(messages_of_a_search, str(tmp_path / "more"), strategy, 5)
+    for (some, num_batches), (all_, _) in zip(few, more, strict=True):
+        assert num_batches > 1
+        assert all_ - some == 3 * (num_batches + each)

@@ -282,7 +282,8 @@ def test_a_run_without_adapters_says_nothing_of_them(tmp_path: Path) -> None:
 
 
 def test_a_plan_counts_the_base_for_the_search_alone(tmp_path: Path) -> None:
-    callback = {"class_path": "lightning_ckmerge.CheckpointMergeCallback"}
+    evaluation = {"cache_batches": 0}
+    callback = {"class_path": "lightning_ckmerge.CheckpointMergeCallback", "init_args": {"evaluation": evaluation}}
     config = {
         "trainer": {"accelerator": "cpu", "max_steps": 8, "logger": False, "callbacks": [callback]},
         "model": {"class_path": "tests.plugin.lora.Adapted"},
