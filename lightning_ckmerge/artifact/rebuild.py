@@ -93,7 +93,10 @@ def _merged(name: str, tensors_K: Sequence[Tensor], c_K: Sequence[float], like: 
 def _kept(
     artifact: Artifact, buffer: Path, latest: Mapping[str, Tensor] | None, checkpoints: Sequence[Source]
 ) -> dict[int, Mapping[str, Tensor]]:
-    """Return the snapshots that count, by their place. Leaving out zeros changes no bit of a merge."""
+    """Return the snapshots that count, by their place. Leaving out zeros changes no bit of a merge.
+
+    Products that were merged have been stacked from just these.
+    """
     manifest, stored = artifact.manifest, artifact.tensors()
     shapes = {name: stored.spec(name).shape for name in stored}
     rows = [group["coefficients"] for group in manifest.get("groups", {}).values()] or [manifest["coefficients"]]
@@ -110,10 +113,11 @@ def _kept(
             missing.append(f"steps {snapshot['first_step']}-{snapshot['last_step']} (coefficient {c:.4g}{files})")
         else:
             kept_K[k] = found
-    if latest is not None:
-        kept_K[len(largest_K) - 1] = latest
-    elif largest_K[-1] != 0:
-        missing.append(f"the latest weights (coefficient {largest_K[-1]:.4g})")
+    if largest_K[-1] != 0:
+        if latest is not None:
+            kept_K[len(largest_K) - 1] = latest
+        else:
+            missing.append(f"the latest weights (coefficient {largest_K[-1]:.4g})")
     if missing:
         raise SnapshotError(
             f"a rebuild needs every snapshot that counts, but these are not kept in {buffer}: {'; '.join(missing)}. "

@@ -135,7 +135,7 @@ def trained_pairs(module: nn.Module) -> list[LoraPair]:
 def stack(side: Side, factors_K: Sequence[Tensor], c_K: Sequence[float]) -> Tensor:
     """Return one factor of ``sum_k c_k B_k A_k``: the snapshots' factors side by side, those of ``B`` weighted.
 
-    Snapshots with a coefficient of 0 are left out, so a single snapshot comes out as it is.
+    A single snapshot with a coefficient of 1 comes out as it is.
 
     Args:
         side: Which factor.
@@ -148,10 +148,9 @@ def stack(side: Side, factors_K: Sequence[Tensor], c_K: Sequence[float]) -> Tens
             [1.0000, 0.2500],
             [1.0000, 0.2500]])
     """
-    used = [(f, c) for f, c in zip(factors_K, c_K, strict=True) if c != 0]
     if side == "B":
-        used = [(_times(f, c), c) for f, c in used]
-    return torch.cat([f for f, _ in used], RANK_DIM[side])
+        factors_K = [_times(f, c) for f, c in zip(factors_K, c_K, strict=True)]
+    return torch.cat(list(factors_K), RANK_DIM[side])
 
 
 def side_of(name: str) -> Side | None:

@@ -16,6 +16,16 @@ Coefficients = Sequence[float] | Mapping[str, Sequence[float]]
 Status = Literal["accepted", "rejected", "unconfirmed"]
 
 
+def counted(c: Coefficients) -> list[int]:
+    """Return the places of the snapshots that count: their coefficient is not 0, in one of the groups at least.
+
+    >>> counted([0.5, 0.0, 0.5]), counted({"mlp": [0.0, 0.0, 1.0], "norms": [0.5, 0.0, 0.5]})
+    ([0, 2], [0, 2])
+    """
+    rows = c.values() if isinstance(c, Mapping) else [c]
+    return [k for k, c_G in enumerate(zip(*rows, strict=True)) if any(c_G)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Score:
     """One candidate's evaluation on one half of the batches.

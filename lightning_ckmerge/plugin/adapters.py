@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_ckmerge.config import ArtifactConfig
 from lightning_ckmerge.core.adapters import LoraPair, at_rank, peft_models, stack, trained_pairs
-from lightning_ckmerge.core.outcome import Coefficients
+from lightning_ckmerge.core.outcome import Coefficients, counted
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.gather import GatheredWeights
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
@@ -20,15 +20,19 @@ from lightning_ckmerge.errors import ConfigError, UnsupportedError
 Load = Callable[[Coefficients], None]
 
 
-def find_adapters(module: nn.Module, config: ArtifactConfig, comm: Comm, *, is_sharded: bool) -> Adapters | None:
+def find_adapters(
+    module: nn.Module, config: ArtifactConfig, comm: Comm, group_of: Mapping[str, str], *, is_sharded: bool
+) -> Adapters | None:
     """Return the module's adapters, ``None`` if it has none. A collective.
+
+    Arguments are those of ``Adapters``.
 
     Raises:
         ConfigError: They cannot be merged, or written, as ``config`` says.
         UnsupportedError: Products of sharded factors.
     """
     if peft_models(module):
-        return Adapters(module, config, GatheredWeights(module, comm), is_sharded=is_sharded)
+        return Adapters(module, config, GatheredWeights(module, comm), group_of, is_sharded=is_sharded)
     if config.adapters == "products":
         trained_pairs(module)  # says that there are none
     return None
@@ -41,6 +45,7 @@ class Adapters:
         module: The LightningModule, which holds at least one model with adapters.
         config: How to merge them, and what to write.
         weights: Those that an artifact holds.
+        group_of: Tensor name -> group, where coefficients differ between groups.
         is_sharded: Whether ranks hold parts of the factors.
 
     Raises:
@@ -49,7 +54,13 @@ class Adapters:
     """
 
     def __init__(
-        self, module: nn.Module, config: ArtifactConfig, weights: GatheredWeights, *, is_sharded: bool
+        self,
+        module: nn.Module,
+        config: ArtifactConfig,
+        weights: GatheredWeights,
+        group_of: Mapping[str, str],
+        *,
+        is_sharded: bool,
     ) -> None:
         self.merge = config.adapters
         self._left_out = weights.left_out
@@ -59,6 +70,7 @@ class Adapters:
                 "or a strategy that holds the model whole, such as `ddp`."
             )
         self._pairs = trained_pairs(module) if self.merge == "products" else []
+        self._groups = _groups(module, self._pairs, group_of)
         models = peft_models(module)
         self._exported = _exported(*next(iter(models.items())), weights.specs) if len(models) == 1 else {}
         if "hf" in config.formats and not self._exported:
@@ -67,9 +79,9 @@ class Adapters:
                 "with adapters. Leave the format out, and use `load_merged` after training."
             )
 
-    def describe(self, coefficients_K: Sequence[float]) -> dict[str, Any]:
+    def describe(self, c: Coefficients) -> dict[str, Any]:
         """Return what a manifest says about the adapters of a merge with these coefficients."""
-        num_merged = sum(c != 0 for c in coefficients_K)
+        num_merged = len(counted(c))
         stacked = {pair.adapter for pair in self._pairs}
         exported = {
             adapter: {**parts, "config": {**parts["config"], **at_rank(parts["config"], num_merged)}}
@@ -97,18 +109,36 @@ class Adapters:
             for pair, original in zip(self._pairs, originals, strict=True):
                 pair.put(original)
 
-        def load_products(c_K: Coefficients) -> None:
-            assert not isinstance(c_K, Mapping), "the callback refuses groups beside products"
+        def load_products(c: Coefficients) -> None:
             restore()
-            load(c_K)
-            for pair, factors_K in zip(self._pairs, zip(*snapshots_K, strict=True), strict=True):
-                a_K, b_K = zip(*factors_K, strict=True)
+            load(c)
+            # The same snapshots in all groups, so that all layers have one rank, which the adapter's config can say.
+            used = counted(c)
+            for i, (pair, group) in enumerate(zip(self._pairs, self._groups, strict=True)):
+                all_K = c[group] if isinstance(c, Mapping) else c
+                c_K, (a_K, b_K) = [all_K[k] for k in used], zip(*(snapshots_K[k][i] for k in used), strict=True)
                 pair.put((_parameter(stack("A", a_K, c_K)), _parameter(stack("B", b_K, c_K))))
 
         try:
             yield load_products
         finally:
             restore()
+
+
+def _groups(module: nn.Module, pairs: Sequence[LoraPair], group_of: Mapping[str, str]) -> list[str]:
+    """Return each pair's group; an empty text where coefficients do not differ between groups."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    found = []
+    for pair in pairs:
+        a, b = (names[id(factor)] for factor in pair.factors)
+        if group_of.get(a) != group_of.get(b):
+            raise ConfigError(
+                f'`artifact.adapters` "products" needs both factors of a LoRA layer in one group of `search.space`, '
+                f"got {a} in {group_of[a]!r} and {b} in {group_of[b]!r}. Write `groups` that match the layer's name, "
+                'or use "factors".'
+            )
+        found.append(group_of.get(a, ""))
+    return found
 
 
 def _factors_of(pairs: Sequence[LoraPair], load: Load, k: int, num_snapshots: int) -> list[tuple[Any, Any]]:

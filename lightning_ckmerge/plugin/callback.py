@@ -22,7 +22,7 @@ from lightning_ckmerge.config import (
     require_at_least,
     require_choice,
 )
-from lightning_ckmerge.core.spaces import Grouped, make_space
+from lightning_ckmerge.core.spaces import make_space
 from lightning_ckmerge.errors import ConfigError, MonitorError
 from lightning_ckmerge.plugin.evaluation import logged_names
 from lightning_ckmerge.plugin.run import MergeRun
@@ -91,11 +91,6 @@ class CheckpointMergeCallback(Callback):
             raise ConfigError(
                 f"`search.space` {type(make_space(search.space)).__name__.lower()} needs {needed} snapshots, got "
                 f"`buffer.snapshot` {buffer.snapshot!r}. Set it to {needed!r}, or search another space."
-            )
-        if artifact.adapters == "products" and isinstance(make_space(search.space), Grouped):
-            raise ConfigError(
-                '`artifact.adapters` must be "factors" where `search.space` is "grouped", got "products". '
-                "Use that, or search a space with one set of coefficients."
             )
         if apply == "on_train_end" and artifact.adapters == "products":
             raise ConfigError(

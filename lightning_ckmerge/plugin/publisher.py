@@ -86,7 +86,7 @@ class Publisher:
     def _manifest(self, outcome: SearchOutcome) -> Manifest:
         manifest = build_manifest(outcome)
         if self._adapters is not None:
-            manifest["adapters"] = self._adapters.describe(manifest["coefficients"])
+            manifest["adapters"] = self._adapters.describe(outcome.winner.candidate.coefficients)
         return manifest
 
     def _merged(self, outcome: SearchOutcome, job: SearchJob) -> GatheredWeights:

@@ -70,7 +70,11 @@ class MergeRun:
         self._previous: dict[str, float] | None = None
         self._last_artifact: Artifact | None = None
         self._adapters = find_adapters(
-            self._module, callback.artifact, self._comm, is_sharded=self._ownership.is_sharded
+            self._module,
+            callback.artifact,
+            self._comm,
+            self._space.group_of,
+            is_sharded=self._ownership.is_sharded,
         )
         self._publisher = Publisher(callback, trainer, dirpath, self._adapters, self._comm)
         self._searching = False

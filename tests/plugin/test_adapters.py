@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_ckmerge import ArtifactConfig, CheckpointMergeCallback, load_merged
+from lightning_ckmerge import ArtifactConfig, CheckpointMergeCallback, SearchConfig, load_merged
 from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.core.groups import assign_groups
+from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.core.spaces import Coordinates, Grouped, Interval, Space
 from lightning_ckmerge.errors import ArtifactError, ConfigError, SnapshotError
 from tests.cli.commands import ckmerge, ckmerge_json
 from tests.cli.transformers_models import Language, gpt2
@@ -30,24 +34,69 @@ KINDS = ("factors", "products")
 FORMATS = ("safetensors", "hf")
 
 
+class Sparse(Space):
+    """Groups that count different ones of the four snapshots, and none of them the third."""
+
+    def __init__(self, group_of: Mapping[str, str] | None = None) -> None:
+        self._group_of = group_of or {}
+
+    def bind(self, names: Sequence[str]) -> Sparse:
+        return Sparse(assign_groups(names, "kind"))
+
+    @property
+    def group_of(self) -> Mapping[str, str]:
+        return self._group_of
+
+    def coordinates(self, segments_K: Sequence[Segment]) -> dict[str, Interval]:
+        return {"x": Interval(low=0.25, high=0.75)}
+
+    def coefficients(self, z_D: Coordinates, segments_K: Sequence[Segment]) -> tuple[float, ...]:
+        return (1.0, 0.0, 0.0, 0.0)
+
+    def by_group(self, z_D: Coordinates, segments_K: Sequence[Segment]) -> dict[str, tuple[float, ...]]:
+        x = z_D["x"]
+        return {"embeddings": (0.0, x, 0.0, 1 - x), "attention": (1 - x, 0.0, 0.0, x), "norms": (0.0, 0.0, 0.0, 1.0)}
+
+
+# Products, with a trial that wins and whose coefficients differ between groups.
+BY_GROUP = {"grouped": "grouped", "sparse": Sparse()}
+RUNS = (*KINDS, *BY_GROUP)
+
+
 class Published:
     """A run's artifact, and the snapshots that it is the merge of, each as a whole model."""
 
     def __init__(self, root: Path, kind: Any, **options: Any) -> None:
         self.make = partial(adapted, **options)
         self.module = self.fresh()
-        train(self.module, make_merge(root, artifact=ArtifactConfig(formats=FORMATS, adapters=kind)))
+        self.merge: Any = "factors" if kind == "factors" else "products"
+        search = SearchConfig(
+            space=BY_GROUP.get(kind, "grouped"),
+            anchors=[] if kind in BY_GROUP else ["uniform"],
+            n_trials=2,
+            max_fraction_of_training=None,
+        )
+        artifact = ArtifactConfig(formats=FORMATS, adapters=self.merge)
+        train(self.module, make_merge(root, search=search, artifact=artifact))
         self.artifact = Artifact.open(next((root / "merges").glob("step=*")))
         self.buffer = root / "merges" / "buffer"
+        self.groups = {name: g["coefficients"] for name, g in self.artifact.manifest.get("groups", {}).items()}
+        assert self.groups.keys() == ({"embeddings", "attention", "norms"} if kind in BY_GROUP else set())
 
     @property
-    def weighted(self) -> list[tuple[float, dict[str, Tensor]]]:
-        """Coefficients that are not 0, each with its snapshot's tensors."""
+    def counted(self) -> dict[int, dict[str, Tensor]]:
+        """The snapshots with a coefficient other than 0 in any group, by their place."""
         manifest = self.artifact.manifest
+        rows = self.groups.values() or [manifest["coefficients"]]
         files = [next(self.buffer.glob(f"*-{s['last_step']:09d}-point.safetensors")) for s in manifest["snapshots"]]
-        found = [(c, load_file(f)) for c, f in zip(manifest["coefficients"], files, strict=True) if c]
+        found = {k: load_file(file) for k, file in enumerate(files) if any(c_K[k] for c_K in rows)}
         assert len(found) > 1
         return found
+
+    def weighted(self, name: str, tensors_K: Mapping[int, Tensor]) -> Any:
+        """The sum of a tensor's values, by place, with the coefficients of its kind."""
+        c_K = self.groups.get(assign_groups([name], "kind")[name], self.artifact.manifest["coefficients"])
+        return sum(c_K[k] * tensor for k, tensor in tensors_K.items())
 
     def fresh(self) -> Adapted:
         return Adapted(self.make())
@@ -55,7 +104,7 @@ class Published:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Published]:
-    return {kind: Published(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+    return {kind: Published(tmp_path_factory.mktemp(kind), kind) for kind in RUNS}
 
 
 def trained_names(module: pl.LightningModule) -> set[str]:
@@ -79,19 +128,21 @@ def test_snapshots_and_artifact_hold_what_is_trained_and_no_base(runs: dict[str,
 def test_factors_are_averaged_each(runs: dict[str, Published]) -> None:
     run = runs["factors"]
     stored = run.artifact.tensors()
+    counted = run.counted
     for name in trained_names(Adapted()):
-        expected = sum(c * tensors[name] for c, tensors in run.weighted)
+        expected = run.weighted(name, {k: tensors[name] for k, tensors in counted.items()})
         torch.testing.assert_close(stored[name], expected, msg=name)
 
 
 def merged_into_base(run: Published) -> Any:
     """A GPT-2 without adapters, its weights the sum of what PEFT's own ``merge_and_unload`` makes of each snapshot."""
-    total: dict[str, Any] = {}
-    for c, tensors in run.weighted:
+    merged: dict[str, dict[int, Tensor]] = {}
+    for k, tensors in run.counted.items():
         module = run.fresh()
         module.load_state_dict(tensors, strict=False)
         for name, tensor in module.net["lm"].merge_and_unload().state_dict().items():
-            total[name] = total.get(name, 0) + c * tensor
+            merged.setdefault(name, {})[k] = tensor
+    total = {name: run.weighted(name, tensors_K) for name, tensors_K in merged.items()}
     model = gpt2()
     # The embedding has an adapter, and the head, which is tied to its base, has none.
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
@@ -100,35 +151,37 @@ def merged_into_base(run: Published) -> Any:
     return model
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_products_are_merged_exactly(tmp_path: Path, runs: dict[str, Published], rslora: bool) -> None:
-    """Goes red if factors are averaged, a coefficient is missing, or the scaling changes with the rank."""
-    run = Published(tmp_path, "products", use_rslora=True) if rslora else runs["products"]
+@pytest.mark.parametrize("kind", ["products", *BY_GROUP, "rslora"])
+def test_products_are_merged_exactly(tmp_path: Path, runs: dict[str, Published], kind: str) -> None:
+    """Goes red if factors are averaged, a coefficient is another group's, or the scaling changes with the rank."""
+    run = Published(tmp_path, "products", use_rslora=True) if kind == "rslora" else runs[kind]
     expected = logits(merged_into_base(run))
     module = run.fresh()
     load_merged(run.artifact, module)
     torch.testing.assert_close(logits(module.net["lm"]), expected, rtol=1e-4, atol=1e-5)
     averaged = run.fresh()
-    averaged.load_state_dict({n: sum(c * t[n] for c, t in run.weighted) for n in run.weighted[0][1]}, strict=False)
+    counted = run.counted
+    factors = {n: run.weighted(n, {k: t[n] for k, t in counted.items()}) for n in trained_names(averaged)}
+    averaged.load_state_dict(factors, strict=False)
     assert not torch.allclose(logits(averaged.net["lm"]), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUNS)
 def test_the_manifest_says_how_and_the_reports_too(runs: dict[str, Published], kind: str) -> None:
     run = runs[kind]
     said = run.artifact.manifest["adapters"]
     module = Adapted()
-    assert said["merge"] == kind
+    assert said["merge"] == run.merge
     assert set(said["left_out"]) == set(module.state_dict()) - trained_names(module) - {"seen"}
-    rank = len(run.weighted) * RANK if kind == "products" else RANK
+    rank = len(run.counted) * RANK if run.merge == "products" else RANK
     config = said["peft"]["default"]["config"]
     assert (config["r"], config["lora_alpha"]) == (rank, 3 * rank)
-    sentence = {"factors": "averaged, tensor by tensor;", "products": "LoRA's products merged exactly;"}[kind]
+    sentence = {"factors": "averaged, tensor by tensor;", "products": "LoRA's products merged exactly;"}[run.merge]
     for text in (run.artifact.path / "report.md", run.artifact.path / "hf" / "README.md"):
         assert sentence in text.read_text()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUNS)
 def test_the_winners_value_is_that_of_what_is_published(runs: dict[str, Published], kind: str) -> None:
     manifest = runs[kind].artifact.manifest
     module = runs[kind].fresh()
@@ -139,7 +192,7 @@ def test_the_winners_value_is_that_of_what_is_published(runs: dict[str, Publishe
     assert winner["search"]["value"] == pytest.approx(logged["val_loss"], abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUNS)
 def test_peft_opens_the_hf_directory_with_equal_logits(runs: dict[str, Published], tmp_path: Path, kind: str) -> None:
     run = runs[kind]
     module = run.fresh()
@@ -153,7 +206,7 @@ def test_peft_opens_the_hf_directory_with_equal_logits(runs: dict[str, Published
     assert all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUNS)
 def test_export_needs_nothing_but_the_artifact(runs: dict[str, Published], tmp_path: Path, kind: str) -> None:
     artifact = runs[kind].artifact
     found = ckmerge_json("export", artifact.path, "--to", "hf", "--out", tmp_path / "out")
@@ -163,7 +216,7 @@ def test_export_needs_nothing_but_the_artifact(runs: dict[str, Published], tmp_p
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUNS)
 def test_verify_rebuilds_the_adapters_bit_for_bit(runs: dict[str, Published], tmp_path: Path, kind: str) -> None:
     """From the kept snapshots and a checkpoint, which holds the base as well."""
     run, latest = runs[kind], tmp_path / "step=8.ckpt"
@@ -265,6 +318,11 @@ def test_what_cannot_be_merged_by_products_is_refused_before_training(tmp_path: 
     config = ArtifactConfig(adapters="products")
     with pytest.raises(ConfigError, match="needs LoRA layers of PEFT that are trained, got none in Language"):
         train(Language(gpt2()), make_merge(tmp_path, artifact=config))
+    space = Grouped(groups={"first": r"_A\."}, factors={"first": 2.0})
+    with pytest.raises(
+        ConfigError, match=r"one group.*lora_embedding_A.* in 'first' and .*lora_embedding_B.* in 'other'"
+    ):
+        train(Adapted(), make_merge(tmp_path, artifact=config, search=SearchConfig(space=space)))
     with pytest.raises(ConfigError, match='`apply` "on_train_end" would give the module\'s LoRA layers another rank'):
         CheckpointMergeCallback(artifact=config, apply="on_train_end")
 
