@@ -108,11 +108,13 @@ class LastSearch:
         """Return a candidate's weights, rebuilt from the snapshots that the buffer keeps."""
         files = {sha256(path): path for path in (self.artifact.path.parent / "buffer").glob("*.safetensors")}
         merged = {name: torch.zeros_like(tensor) for name, tensor in self.latest.items()}
-        for snapshot, c in zip(self.manifest["snapshots"], candidate["coefficients"], strict=True):
-            if c:
-                weights = load_file(files[snapshot["sha256"]]) if snapshot["sha256"] else self.latest
-                for name, total in merged.items():
-                    total.add_(weights[name], alpha=c)
+        # The winner's coefficients may differ between groups of tensors.
+        groups = self.manifest.get("groups", {}).values() if candidate is self.winner else ()
+        own = {name: group["coefficients"] for group in groups for name in group["tensors"]}
+        for k, snapshot in enumerate(self.manifest["snapshots"]):
+            weights = load_file(files[snapshot["sha256"]]) if snapshot["sha256"] else self.latest
+            for name, total in merged.items():
+                total.add_(weights[name], alpha=own.get(name, candidate["coefficients"])[k])
         return merged
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_ckmerge.artifact.load import Artifact, load_merged
     from lightning_ckmerge.config import ArtifactConfig, BufferConfig, Constraint, EvaluationConfig, SearchConfig
-    from lightning_ckmerge.core.spaces import Decay, Interval, Pairwise, Space, Window
+    from lightning_ckmerge.core.spaces import Decay, Grouped, Interval, Pairwise, Space, Window
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ _HOMES = {
     "Constraint": "config",
     "Decay": "core.spaces",
     "EvaluationConfig": "config",
+    "Grouped": "core.spaces",
     "Interval": "core.spaces",
     "Pairwise": "core.spaces",
     "SearchConfig": "config",
@@ -40,6 +41,7 @@ __all__ = [
     "Constraint",
     "Decay",
     "EvaluationConfig",
+    "Grouped",
     "Interval",
     "Pairwise",
     "SearchConfig",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Mode = Literal["min", "max"]
 Apply = Literal["emit", "on_train_end"]
 OnError = Literal["warn", "raise"]
-SpaceName = Literal["decay", "pairwise", "window", "simplex", "affine", "grouped"]
+SpaceName = Literal["grouped", "decay", "pairwise", "window", "simplex", "affine"]
 AnchorName = Literal["uniform", "ema", "wsm-linear", "wsm-minus-sqrt", "best-single", "greedy-soup", "metrics-weighted"]
 DEFAULT_ANCHORS: tuple[AnchorName, ...] = ("uniform", "ema")
 Layout = Literal["geometric", "uniform"]
@@ -135,8 +135,8 @@ class SearchConfig:
     """Where a search looks, and what it may spend.
 
     Args:
-        space: ``decay``, ``pairwise`` (the paper's, needs ``point`` snapshots), ``window``, ``simplex``, ``affine`` or
-            ``grouped``; or a ``Space`` object.
+        space: ``grouped``, ``decay``, ``pairwise`` (the paper's, needs ``point`` snapshots), ``window``, ``simplex`` or
+            ``affine``; or a ``Space`` object.
         n_trials: Candidates proposed by the sampler, anchors not counted; at least 1.
         anchors: Known merges that are scored first, beside the latest weights: ``uniform``, ``ema``, ``wsm-linear``,
             ``wsm-minus-sqrt``; and, which cost an evaluation a snapshot or more, ``best-single``, ``greedy-soup``,
@@ -155,7 +155,7 @@ class SearchConfig:
         storage: Optuna storage URL; ``None``: a journal file beside the artifacts.
     """
 
-    space: SpaceName | Space = "decay"
+    space: SpaceName | Space = "grouped"
     n_trials: int = 16
     anchors: list[AnchorName] = field(default_factory=lambda: [*DEFAULT_ANCHORS])
     sampler: BaseSampler | None = None

@@ -34,7 +34,7 @@ WRONG = [
     (BufferConfig, "storage", "gpu", "`buffer.storage` must be one of disk, cpu, device"),
     (BufferConfig, "dtype", "int8", "`buffer.dtype` must be one of float32, bfloat16, float16"),
     (BufferConfig, "bucket_size", "64", "`buffer.bucket_size` must be a positive number with a unit"),
-    (SearchConfig, "space", "simplx", "`search.space` must be one of decay, pairwise, window"),
+    (SearchConfig, "space", "simplx", "`search.space` must be one of grouped, decay, pairwise"),
     (SearchConfig, "n_trials", 0, "`search.n_trials >= 1`"),
     (SearchConfig, "anchors", ("swa",), "`search.anchors` must be one of uniform, ema, wsm-linear"),
     (SearchConfig, "timeout_s", 0.0, "`search.timeout_s > 0`"),

@@ -159,7 +159,7 @@ def test_a_search_gives_a_whole_account(tmp_path: Path) -> None:
     run = Run()
     job = make_job(run, tmp_path)
     outcome = run_search(job)
-    assert (outcome.step, outcome.monitor, outcome.mode, outcome.space) == (60, "val_loss", "min", "decay")
+    assert (outcome.step, outcome.monitor, outcome.mode, outcome.space) == (60, "val_loss", "min", "grouped")
     assert len(outcome.trials) == 6
     assert outcome.anchors[0].candidate.name == "latest"
     assert len({len(t.candidate.coefficients_K) for t in (*outcome.anchors, *outcome.trials)}) == 1
@@ -264,7 +264,7 @@ def test_the_same_search_goes_on_in_its_study(tmp_path: Path) -> None:
 def test_a_search_of_something_else_does_not_go_on_in_the_same_study(tmp_path: Path, kind: str) -> None:
     run = Run()
     config = SearchConfig(n_trials=1, sampler=RandomSampler(seed=0))
-    job = make_job(run, tmp_path, config)
+    job = make_job(run, tmp_path, config, space=Decay())
     latest = run_search(job).anchors[0].candidate
     job.merger.merge(latest.coefficients_K)
     if kind == "snapshot":

@@ -19,6 +19,7 @@ NAMES = [
     "Constraint",
     "Decay",
     "EvaluationConfig",
+    "Grouped",
     "Interval",
     "Pairwise",
     "SearchConfig",

@@ -27,6 +27,8 @@ COSTS = {
     "evaluations_unstaged": "without dropping losers early",
     "seconds": "seconds",
 }
+# The default and the space inside it, whose variants are compared with it.
+FAMILY = ("grouped", "decay")
 SIMPLEX = "simplex"
 
 Run = Mapping[str, Any]
@@ -149,7 +151,7 @@ def page(runs: Sequence[Run]) -> str:
         "",
         "Points of the share by which a variant beats the default, run by run:",
         "",
-        compared(runs, [name for name in names if name.startswith("decay,")], DEFAULT),
+        compared(runs, [name for name in names if name != DEFAULT and name.partition(",")[0] in FAMILY], DEFAULT),
         "",
         "Coordinates of the simplex, against those of the package (numbers in [0, 1], normalised):",
         "",

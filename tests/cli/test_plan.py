@@ -93,7 +93,7 @@ def test_nothing_is_written_and_the_text_says_the_same(tmp_path: Path) -> None:
 
 def test_a_config_without_the_callback_is_planned_with_its_defaults(tmp_path: Path) -> None:
     path = write_config(tmp_path, trainer={"callbacks": None})
-    assert plan_of(path)["space"] == "decay"
+    assert plan_of(path)["space"] == "grouped"
     assert BufferConfig().capacity == 10
     assert "no CheckpointMergeCallback" in ckmerge("plan", path).stderr
 

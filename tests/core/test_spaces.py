@@ -311,6 +311,24 @@ def test_a_factor_moves_its_group_alone() -> None:
     assert by_group["mlp"] == Decay().coefficients({"tau": 15.0, "beta": 0.5}, segments_K)
 
 
+@pytest.mark.parametrize(
+    ("space", "names"),
+    [
+        (Grouped(), ["conv.weight", "bn1.weight"]),
+        (Grouped(), ["h.0.attn.weight", "h.1.attn.weight"]),
+        (Grouped(factors={}), NAMES),
+        (Grouped(max_deviation=0.2), ["mlp.weight"]),
+    ],
+)
+def test_where_nothing_sets_groups_apart_the_inner_space_is_searched(space: Grouped, names: list[str]) -> None:
+    """So that the sampler knows the EMA anchors, and nobody reads of groups that are all alike."""
+    segments_K = with_latest(means([40, 20, 10, 10]))
+    bound = space.bind(NAMES).bind(names)
+    assert bound.group_of == bound.by_group({"tau": 30.0, "beta": 0.5}, segments_K) == {}
+    assert bound.coordinates(segments_K) == Decay().coordinates(segments_K)
+    assert bound.place_of_kernel("exponential", 30.0, segments_K) == {"tau": 30.0, "beta": 0.0}
+
+
 def test_the_coordinate_that_differs_must_be_the_inner_spaces() -> None:
     with pytest.raises(ConfigError, match=r"got 'lam'.*tau, beta"):
         Grouped(along="lam", max_deviation=0.1).bind(NAMES).coordinates(with_latest(means([4, 4])))

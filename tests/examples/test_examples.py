@@ -105,7 +105,7 @@ def test_the_yaml_configures_both_callbacks_and_comes_back_unchanged(cli: Cli, t
     again.write_text(printed)
     assert cli("fit", "--config", str(again), "--print_config") == printed
     ours, pair, _ = yaml.safe_load(printed)["trainer"]["callbacks"]
-    assert ours["init_args"]["search"]["space"] == "decay"
+    assert ours["init_args"]["search"]["space"] == "grouped"
     assert pair["init_args"]["search"]["space"] == "pairwise"
     assert pair["init_args"]["buffer"]["snapshot"] == "point"
 

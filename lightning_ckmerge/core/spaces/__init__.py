@@ -42,10 +42,10 @@ def make_space(space: SpaceName | Space) -> Space:
 
 
 SPACES: dict[SpaceName, type[Space]] = {
+    "grouped": Grouped,
     "decay": Decay,
     "pairwise": Pairwise,
     "window": Window,
     "simplex": Simplex,
     "affine": Affine,
-    "grouped": Grouped,
 }

@@ -25,7 +25,8 @@ class Grouped(Space):
 
     The factors cost nothing: a search has the inner space's coordinates. The default ones are for groups by ``kind``:
     embeddings are best averaged over longer, and MLPs over shorter times than the rest. With ``max_deviation`` above
-    0 a search has a further coordinate a group, in a narrow range around 0.
+    0 a search has a further coordinate a group, in a narrow range around 0. A model in which nothing sets two groups
+    apart, such as one without embeddings, attention and MLPs, is merged as by the inner space.
 
     Args:
         space: The inner space; ``None``: `decay`.
@@ -65,9 +66,13 @@ class Grouped(Space):
         self._group_of: dict[str, str] = {}
 
     def bind(self, names: Sequence[str]) -> Grouped:
-        """Return this space with the groups that a model of tensors ``names`` has."""
+        """Return this space with the groups of a model of tensors ``names``; none where nothing sets them apart."""
         bound = copy.copy(self)
-        bound._group_of = assign_groups(names, self.groups)
+        group_of = assign_groups(names, self.groups)
+        found = set(group_of.values())
+        may_deviate = self.max_deviation > 0 and len(found) > 1
+        differ = may_deviate or len({self.factors.get(group, 1.0) for group in found}) > 1
+        bound._group_of = group_of if differ else {}
         return bound
 
     @property
@@ -103,13 +108,13 @@ class Grouped(Space):
         return [self._undeviating(z_D, segments_K) for z_D in self.space.initial(segments_K)]
 
     def inverse(self, c_K: Sequence[float], segments_K: Sequence[Segment]) -> dict[str, float] | None:
-        """Return the inner space's, without deviations; ``None`` where factors tell the groups apart."""
-        z_D = None if self.factors else self.space.inverse(c_K, segments_K)
+        """Return the inner space's, without deviations; ``None`` where factors set the groups apart."""
+        z_D = None if self._has_factors else self.space.inverse(c_K, segments_K)
         return None if z_D is None else self._undeviating(z_D, segments_K)
 
     def place_of_kernel(self, name: KernelName, tau: float, segments_K: Sequence[Segment]) -> dict[str, float] | None:
         """Return the inner space's, likewise."""
-        z_D = None if self.factors else self.space.place_of_kernel(name, tau, segments_K)
+        z_D = None if self._has_factors else self.space.place_of_kernel(name, tau, segments_K)
         return None if z_D is None else self._undeviating(z_D, segments_K)
 
     def warnings(self, z_D: Coordinates, segments_K: Sequence[Segment]) -> list[str]:
@@ -119,6 +124,10 @@ class Grouped(Space):
     @property
     def _names(self) -> list[str]:
         return list(dict.fromkeys(self._group_of.values()))
+
+    @property
+    def _has_factors(self) -> bool:
+        return any(self.factors.get(group, 1.0) != 1 for group in self._names)
 
     def _along(self, inner: dict[str, Interval]) -> str:
         if self.along is None:
