@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Mode = Literal["min", "max"]
 Apply = Literal["emit", "on_train_end"]
 OnError = Literal["warn", "raise"]
-SpaceName = Literal["grouped", "decay", "pairwise", "window", "simplex", "affine"]
+SpaceName = Literal["grouped", "decay", "pairwise", "window", "simplex", "affine", "auto"]
 AnchorName = Literal["uniform", "ema", "wsm-linear", "wsm-minus-sqrt", "best-single", "greedy-soup", "metrics-weighted"]
 DEFAULT_ANCHORS: tuple[AnchorName, ...] = ("uniform", "ema")
 Layout = Literal["geometric", "uniform"]
@@ -135,8 +135,8 @@ class SearchConfig:
     """Where a search looks, and what it may spend.
 
     Args:
-        space: ``grouped``, ``decay``, ``pairwise`` (the paper's, needs ``point`` snapshots), ``window``, ``simplex`` or
-            ``affine``; or a ``Space`` object.
+        space: ``grouped``, ``decay``, ``pairwise`` (the paper's, needs ``point`` snapshots), ``window``, ``simplex``,
+            ``affine`` or ``auto``; or a ``Space`` object.
         n_trials: Candidates proposed by the sampler, anchors not counted; at least 1.
         anchors: Known merges that are scored first, beside the latest weights: ``uniform``, ``ema``, ``wsm-linear``,
             ``wsm-minus-sqrt``; and, which cost an evaluation a snapshot or more, ``best-single``, ``greedy-soup``,

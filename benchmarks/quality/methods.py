@@ -10,7 +10,7 @@ from benchmarks.quality import baselines
 from benchmarks.quality.case import Case, Found, search
 from benchmarks.quality.spaces import Softmax, StickBreaking
 from lightning_ckmerge.config import AnchorName
-from lightning_ckmerge.core.spaces import Affine, Decay, Grouped, Pairwise, Simplex, Space, Window
+from lightning_ckmerge.core.spaces import Affine, Auto, Decay, Grouped, Pairwise, Simplex, Space, Window
 from lightning_ckmerge.search.hedge import GPHedgeSampler
 
 # As many coordinates as snapshots: 16 trials would hardly leave the anchors.
@@ -54,6 +54,13 @@ METHODS = {
         "`benchmarks.quality.factors` read off cpp-0, cpp-1 and python-0: the other three runs had no part in them",
     ),
     "grouped, power kernel": Method(searched(Grouped(space=Decay(kernel="power"))), "the same factors"),
+    "grouped, lengths searched": Method(
+        searched(Grouped(max_deviation=0.2)), "the same factors, and around them a coordinate a kind"
+    ),
+    "auto": Method(
+        searched(Auto()), "`tau`, `beta`, kernel, window, pooling and whether kinds differ, all in one study"
+    ),
+    "auto, 32 trials": Method(searched(Auto(), n_trials=NUM_FREE_TRIALS), "as many as free coefficients have"),
     "decay": Method(searched(Decay()), "an EMA's length and a step past it, the same for all tensors"),
     "decay, power kernel": Method(searched(Decay(kernel="power")), "the kernel of post-hoc EMA, arXiv:2312.02696"),
     "decay, minus-sqrt kernel": Method(searched(Decay(kernel="minus_sqrt")), "the kernel of WSM, arXiv:2507.17634"),

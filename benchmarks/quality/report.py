@@ -27,8 +27,8 @@ COSTS = {
     "evaluations_unstaged": "without dropping losers early",
     "seconds": "seconds",
 }
-# The default and the space inside it, whose variants are compared with it.
-FAMILY = ("grouped", "decay")
+# The default, the space inside it, and the one around it, whose variants are compared with it.
+FAMILY = ("grouped", "decay", "auto")
 SIMPLEX = "simplex"
 
 Run = Mapping[str, Any]

@@ -44,10 +44,11 @@ def test_a_plan_counts_what_the_run_will_take(tmp_path: Path) -> None:
         ({}, {"every_n_train_steps": 30}, "num_searches", 3),
         ({}, {"evaluation": {"limit_batches": 10}}, "search_batches", 5),
         ({"limit_val_batches": 0.5}, {}, "confirm_batches", 10),
+        ({}, {"search": {"space": "auto"}}, "space", "auto"),
     ],
 )
 def test_a_plan_follows_the_config(
-    tmp_path: Path, trainer: dict[str, Any], config: dict[str, Any], field: str, value: float
+    tmp_path: Path, trainer: dict[str, Any], config: dict[str, Any], field: str, value: Any
 ) -> None:
     plan = plan_of(write_config(tmp_path, trainer=trainer, **config))
     if field == "buffer_memory":

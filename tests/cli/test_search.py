@@ -78,8 +78,12 @@ def test_values_are_those_of_trainer_validate(checkpoints: Path, tmp_path: Path)
     assert value() == pytest.approx(manifest["anchors"][0]["search"]["value"], rel=1e-5)
 
 
-def test_the_artifact_can_be_rebuilt_from_the_checkpoints(checkpoints: Path, tmp_path: Path) -> None:
-    artifact = ckmerge_json(*search_args(checkpoints, tmp_path))["artifact"]
+@pytest.mark.parametrize("search", [{}, {"space": "auto"}], ids=["default", "auto"])
+def test_the_artifact_can_be_rebuilt_from_the_checkpoints(
+    checkpoints: Path, tmp_path: Path, search: dict[str, Any]
+) -> None:
+    config = {"search": {"n_trials": 3, **search}}
+    artifact = ckmerge_json(*search_args(checkpoints, tmp_path, **config))["artifact"]
     last = find_sources(checkpoints)[len(STEPS) - 1]
     args = ("verify", artifact, "--rebuild", "--checkpoints", checkpoints, "--latest", last)
     assert ckmerge_json(*args)["rebuild"]["state"] == "equal"

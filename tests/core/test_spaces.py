@@ -18,6 +18,7 @@ from lightning_ckmerge.config import SpaceName
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import (
     Affine,
+    Auto,
     Decay,
     Grouped,
     KernelName,
@@ -49,6 +50,8 @@ SPACES = [
     Grouped().bind(NAMES),
     Grouped(factors={}, max_deviation=0.2).bind(NAMES),
     Grouped(space=Simplex(), along="w0", max_deviation=0.5).bind(NAMES),
+    Auto(),
+    Auto().bind(NAMES),
 ]
 spaces = pytest.mark.parametrize("space", SPACES, ids=lambda s: f"{type(s).__name__}-{vars(s)}")
 kernels = pytest.mark.parametrize("name", get_args(KernelName))
@@ -150,7 +153,7 @@ def test_minus_sqrt_weighs_what_the_falling_rate_loses() -> None:
     assert c_K == pytest.approx((0, (1 / 3) ** 0.5, (2 / 3) ** 0.5 - (1 / 3) ** 0.5, 1 - (2 / 3) ** 0.5, 0))
 
 
-@pytest.mark.parametrize("space", [Simplex(), Affine()], ids=["simplex", "affine"])
+@pytest.mark.parametrize("space", [Simplex(), Affine(), Auto()], ids=["simplex", "affine", "auto"])
 @given(data=st.data())
 def test_coefficients_are_those_of_their_own_inverse(space: Space, data: st.DataObject) -> None:
     segments_K = data.draw(runs())
@@ -256,6 +259,7 @@ def test_a_space_has_a_name_or_is_an_object() -> None:
         "simplex": Simplex,
         "affine": Affine,
         "grouped": Grouped,
+        "auto": Auto,
     }
     space = Decay(ratio=2.0)
     assert make_space(space) is space

@@ -79,13 +79,14 @@ def main(root: Path, options: dict[str, Any]) -> None:
     ckpt_path = options.pop("ckpt_path", None)
     notes = Notes(root, options.pop("save_at", None))
     every = options.pop("every_n_train_steps", 10)
+    search = SearchConfig(n_trials=3, max_fraction_of_training=None, **options.pop("search", {}))
     merge = CheckpointMergeCallback(
         dirpath=root / "merges",
         every_n_train_steps=every,
         search_on_train_end=False,
         save_top_k=-1,
         on_error="raise",
-        search=SearchConfig(n_trials=3, max_fraction_of_training=None),
+        search=search,
         buffer=BufferConfig(every_n_train_steps=4, update_every_n_steps=1),
     )
     trainer = pl.Trainer(

@@ -1,4 +1,4 @@
-"""A search with coefficients of each group's own, under a Trainer."""
+"""Searches with coefficients of each group's own, and with whole numbers among the coordinates, under a Trainer."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, SearchConfig
+from lightning_ckmerge import Artifact, BufferConfig, CheckpointMergeCallback, SearchConfig
 from lightning_ckmerge.artifact.rebuild import rebuild
-from lightning_ckmerge.core.spaces import Grouped
+from lightning_ckmerge.config import SpaceName
+from lightning_ckmerge.core.spaces import Grouped, Space
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
 
@@ -41,14 +42,11 @@ class Noisy(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=3.0)
 
 
-def test_groups_merge_apart_are_recorded_and_are_rebuilt_bit_for_bit(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO")
+def train(root: Path, space: Space | SpaceName) -> tuple[Noisy, Artifact]:
+    """Train, search once at the end, and return what was accepted."""
     seed_everything(0)
-    space = Grouped(factors={"embeddings": 2.0, "mlp": 0.25})
     callback = CheckpointMergeCallback(
-        dirpath=tmp_path / "merges",
+        dirpath=root / "merges",
         every_n_train_steps=80,
         on_error="raise",
         buffer=BufferConfig(every_n_train_steps=4, update_every_n_steps=1),
@@ -63,13 +61,21 @@ def test_groups_merge_apart_are_recorded_and_are_rebuilt_bit_for_bit(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[callback],
-        default_root_dir=tmp_path,
+        default_root_dir=root,
     )
     batches = DataLoader(torch.randint(16, (2048,)), batch_size=8)
     trainer.fit(module, batches, DataLoader(torch.arange(16).repeat(12), batch_size=12))
-    assert "groups: embeddings: 1 tensor, such as embed.weight; mlp: 2 tensors" in caplog.text
     artifact = callback.best_artifact
     assert artifact is not None, "no merge was accepted: the test needs a run that merging helps"
+    return module, artifact
+
+
+def test_groups_merge_apart_are_recorded_and_are_rebuilt_bit_for_bit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    module, artifact = train(tmp_path, Grouped(factors={"embeddings": 2.0, "mlp": 0.25}))
+    assert "groups: embeddings: 1 tensor, such as embed.weight; mlp: 2 tensors" in caplog.text
     groups = artifact.manifest["groups"]
     assert {name: group["tensors"] for name, group in groups.items()} == {
         "embeddings": ["embed.weight"],
@@ -79,10 +85,25 @@ def test_groups_merge_apart_are_recorded_and_are_rebuilt_bit_for_bit(
     }
     assert groups["norms"]["coefficients"] == groups["head"]["coefficients"] == artifact.manifest["coefficients"]
     assert groups["mlp"]["coefficients"] != groups["embeddings"]["coefficients"]
+    check_rebuilt_and_rendered(tmp_path, module, artifact)
 
+
+def test_choices_among_the_coordinates_are_recorded_as_whole_numbers(tmp_path: Path) -> None:
+    module, artifact = train(tmp_path, "auto")
+    assert artifact.manifest["space"] == "auto"
+    for trial in artifact.manifest["trials"]:
+        z_D = trial["coordinates"]
+        assert list(z_D) == ["tau", "beta", "kernel", "window", "pool", "groups"]
+        assert all(isinstance(z_D[name], int) for name in ("kernel", "window", "pool", "groups"))
+    assert "Along window" in render_html(artifact.manifest)
+    check_rebuilt_and_rendered(tmp_path, module, artifact)
+
+
+def check_rebuilt_and_rendered(root: Path, module: Noisy, artifact: Artifact) -> None:
     latest = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-    rebuilt = rebuild(artifact, tmp_path / "merges" / "buffer", latest)
+    rebuilt = rebuild(artifact, root / "merges" / "buffer", latest)
     assert rebuilt.num_compared == 7
     assert rebuilt.different == ()
     for render in (render_markdown, render_html):
-        assert "embeddings" in render(artifact.manifest).lower()
+        shown = render(artifact.manifest).lower()
+        assert "embeddings" in shown or "groups" not in artifact.manifest

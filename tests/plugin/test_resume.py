@@ -84,15 +84,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(accumulate: int, save_at: int
     assert len({name.split("-")[0] for name in studies(tmp_path / "halves")}) == 1  # one run
 
 
-def test_a_search_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("search", [{}, {"space": "auto"}], ids=["default", "auto"])
+def test_a_search_that_was_killed_goes_on_where_it_was(tmp_path: Path, search: dict[str, str]) -> None:
     """Killed while it scores trials; the search at the same step asks for none of those again."""
     root = tmp_path / "killed"
-    wait(start(root, max_steps=NUM_STEPS, save_at=7, dies_after=60), code=9)
+    wait(start(root, max_steps=NUM_STEPS, save_at=7, dies_after=60, search=search), code=9)
     assert not manifests(root / "merges")
     (study,) = studies(root).values()
     told = {t.user_attrs["name"]: t.value for t in study.trials if t.state.is_finished()}
     assert told
-    train(root, max_steps=11, ckpt_path=str(root / "saved.ckpt"))
+    train(root, max_steps=11, ckpt_path=str(root / "saved.ckpt"), search=search)
     (manifest,) = manifests(root / "merges")
     (study,) = studies(root).values()
     again = [t for t in study.trials if t.state == optuna.trial.TrialState.COMPLETE]

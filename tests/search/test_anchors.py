@@ -14,11 +14,19 @@ from lightning_ckmerge.config import AnchorName
 from lightning_ckmerge.core.outcome import Candidate, Score, Trial
 from lightning_ckmerge.core.schedules import Schedule
 from lightning_ckmerge.core.segments import Segment
-from lightning_ckmerge.core.spaces import Decay, Pairwise, Simplex, Space, Window
+from lightning_ckmerge.core.spaces import Auto, Decay, Pairwise, Simplex, Space, Window
 from lightning_ckmerge.search.anchors import make_anchors, most_anchors, next_anchor
 from tests.core.runs import coordinates, means, runs, with_latest
 
-SPACES = [Decay(), Decay(ratio=None), Decay(max_extrapolation=0, kernel="minus_sqrt"), Pairwise(), Window(), Simplex()]
+SPACES = [
+    Decay(),
+    Decay(ratio=None),
+    Decay(max_extrapolation=0, kernel="minus_sqrt"),
+    Pairwise(),
+    Window(),
+    Simplex(),
+    Auto(),
+]
 NAMES: tuple[AnchorName, ...] = get_args(AnchorName)
 names_of_anchors = st.permutations(NAMES).flatmap(lambda all: st.integers(0, len(all)).map(lambda n: all[:n]))
 spaces = pytest.mark.parametrize("space", SPACES, ids=lambda s: f"{type(s).__name__}-{vars(s)}")

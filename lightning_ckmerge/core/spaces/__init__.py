@@ -1,6 +1,7 @@
 """Spaces: families of coefficients, and the coordinates that describe them."""
 
 from lightning_ckmerge.config import SpaceName
+from lightning_ckmerge.core.spaces.auto import Auto
 from lightning_ckmerge.core.spaces.base import Coordinates, Interval, Space, near
 from lightning_ckmerge.core.spaces.decay import Decay
 from lightning_ckmerge.core.spaces.grouped import Grouped
@@ -17,6 +18,7 @@ from lightning_ckmerge.core.spaces.windows import Pairwise, Window
 
 __all__ = [
     "Affine",
+    "Auto",
     "Coordinates",
     "Decay",
     "Grouped",
@@ -48,4 +50,5 @@ SPACES: dict[SpaceName, type[Space]] = {
     "window": Window,
     "simplex": Simplex,
     "affine": Affine,
+    "auto": Auto,
 }
