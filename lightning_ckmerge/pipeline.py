@@ -35,7 +35,8 @@ from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search.anchors import candidate_at
 from lightning_ckmerge.search.budget import Budget
-from lightning_ckmerge.search.engine import Half, KeepGoing, Problem, Search, T, most_confirmed
+from lightning_ckmerge.search.engine import Search, T, most_confirmed
+from lightning_ckmerge.search.problem import Half, KeepGoing, Problem
 from lightning_ckmerge.search.shared import SharedStudy
 from lightning_ckmerge.search.slope import Point, Progress
 from lightning_ckmerge.search.study import SearchStudy, make_sampler

@@ -26,7 +26,7 @@ from lightning_ckmerge.distributed.comm import Alone
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
-from lightning_ckmerge.search.engine import Half, KeepGoing
+from lightning_ckmerge.search.problem import Half, KeepGoing
 
 
 class Module(nn.Module):
@@ -196,7 +196,7 @@ def test_a_gain_is_told_in_steps_of_the_runs_validations_or_else_of_its_searches
 def test_the_anchors_of_the_config_are_scored(tmp_path: Path) -> None:
     run = Run()
     outcome = run_search(make_job(run, tmp_path, SearchConfig(n_trials=1, anchors=["wsm-minus-sqrt"])))
-    assert [t.candidate.name for t in outcome.anchors] == ["latest", "wsm-minus-sqrt"]
+    assert [t.candidate.name for t in outcome.anchors] == ["latest", "initial-0", "wsm-minus-sqrt"]
     run.buffer.close()
 
 
@@ -234,7 +234,7 @@ def test_merging_the_latest_weights_alone_puts_them_back(tmp_path: Path) -> None
 
 def test_optuna_opens_the_journal(tmp_path: Path) -> None:
     run = Run()
-    job = make_job(run, tmp_path)
+    job = make_job(run, tmp_path, staged=False)
     outcome = run_search(job)
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(job.journal)))
     study = optuna.load_study(study_name=job.name, storage=storage)
@@ -249,11 +249,11 @@ def test_optuna_opens_the_journal(tmp_path: Path) -> None:
 def test_the_same_search_goes_on_in_its_study(tmp_path: Path) -> None:
     """What it has told is not scored again."""
     run = Run()
-    job = make_job(run, tmp_path, SearchConfig(n_trials=2))
+    job = make_job(run, tmp_path, SearchConfig(n_trials=2), staged=False)
     first = run_search(job)
     job.merger.merge(first.anchors[0].candidate.coefficients_K)
     validation = Validation(run.module)
-    second = run_search(make_job(run, tmp_path, SearchConfig(n_trials=3), validation=validation))
+    second = run_search(dataclasses.replace(job, config=SearchConfig(n_trials=3), validation=validation))
     assert [(t.candidate, t.search) for t in second.trials[:2]] == [(t.candidate, t.search) for t in first.trials]
     known = [t for t in (*first.anchors, *first.trials) if t.candidate.coordinates]
     assert validation.halves.count("search") == len(second.anchors) + len(second.trials) - len(known)

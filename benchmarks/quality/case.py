@@ -29,7 +29,8 @@ from lightning_ckmerge.core.outcome import Coefficients, Score, Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.search.budget import Budget
-from lightning_ckmerge.search.engine import Half, KeepGoing, Problem, Search
+from lightning_ckmerge.search.engine import Search
+from lightning_ckmerge.search.problem import Half, KeepGoing, Problem
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
 
 CAPACITY = 10
@@ -159,6 +160,7 @@ def search(
     n_trials: int = NUM_TRIALS,
     sampler: BaseSampler | None = None,
     merge: Callable[[Coefficients], Tensor] | None = None,
+    staged: bool = True,
 ) -> Found:
     """Run one search of the package.
 
@@ -171,6 +173,7 @@ def search(
             weights.
         sampler: The package's default by default.
         merge: From coefficients to weights; a weighted sum by default.
+        staged: Whether losers are dropped early.
     """
     given = snapshots or case.buffer
     space = space.bind([name for name, _ in case.model.named_parameters()])
@@ -192,10 +195,22 @@ def search(
                 fingerprint="",
             )
 
-        problem = Problem(
-            mode="min", space=space, segments_K=given.segments_K, n_trials=n_trials, anchors=tuple(anchors)
+        scored: list[Trial] = []
+        run = Search(
+            problem=Problem(
+                mode="min",
+                space=space,
+                segments_K=given.segments_K,
+                n_trials=n_trials,
+                anchors=tuple(anchors),
+                staged=staged,
+            ),
+            evaluate=evaluate,
+            open_study=open_study,
+            budget=Budget(),
+            agree=lambda f: f(),
+            on_scored=lambda trial, total: scored.append(trial),
         )
-        run = Search(problem=problem, evaluate=evaluate, open_study=open_study, budget=Budget(), agree=lambda f: f())
         run.run()
     seconds = time.monotonic() - start
     full = len(case.batches["search"])
@@ -205,21 +220,27 @@ def search(
         weights_P=merge(candidate.coefficients),
         about={"winner": candidate.name, "coordinates": candidate.coordinates},
         evaluations=run.num_batches / full,
-        evaluations_to_99=batches_to_99(run, winner) / full,
+        evaluations_to_99=batches_to_99(scored, run, winner) / full,
         evaluations_unstaged=(run.num_batches + run.num_batches_saved) / full,
         seconds=seconds,
     )
 
 
-def batches_to_99(run: Search, winner: Trial) -> int:
-    """Return the batch evaluations until a candidate had 99 % of the winner's gain over the latest weights."""
+def batches_to_99(scored: Sequence[Trial], run: Search, winner: Trial) -> int:
+    """Return the batch evaluations until a candidate had 99 % of the winner's gain over the latest weights.
+
+    Args:
+        scored: In the order in which they were scored; one that was dropped may win in the end.
+        run: The search.
+        winner: Its winner.
+    """
     latest, spent = run.latest.search.value, 0
-    for trial in (*run.anchors, *run.trials):
+    for trial in scored:
         spent += trial.search.num_batches
         gain = latest - trial.search.value
-        if trial is winner or (trial.search.complete and gain >= 0.99 * (latest - winner.search.value)):
-            break
-    return spent
+        if trial.search.complete and gain >= 0.99 * (latest - winner.search.value):
+            return spent
+    return run.num_batches
 
 
 def _buffer(means_MP: Tensor, latest_P: Tensor, segment_steps: int) -> Snapshots:

@@ -32,7 +32,7 @@ class Method:
 
 def known(anchor: AnchorName, snapshots: str = "buffer") -> Callable[[Case], Found]:
     """The best of the package's anchors of this name, over the buffer or other snapshots of the case."""
-    return lambda case: search(case, Decay(), snapshots=getattr(case, snapshots), anchors=[anchor], n_trials=0)
+    return lambda case: search(case, Window(), snapshots=getattr(case, snapshots), anchors=[anchor], n_trials=0)
 
 
 def searched(space: Space, **options: Any) -> Callable[[Case], Found]:

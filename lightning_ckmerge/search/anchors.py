@@ -32,7 +32,10 @@ def make_anchors(
     previous: Mapping[str, float] | None = None,
     names: Sequence[AnchorName] = DEFAULT_ANCHORS,
 ) -> list[Candidate]:
-    """Return the anchors that depend on no score, the latest weights first, no two with equal coefficients.
+    """Return the anchors that depend on no score, no two with equal coefficients.
+
+    The latest weights come first, then what is likely to be the best: the sooner a good one is known, the sooner others
+    are dropped.
 
     Args:
         segments_K: K segments, oldest first; the last is the latest weights.
@@ -40,14 +43,14 @@ def make_anchors(
         previous: Coordinates of the previous search's optimum, moved into the space's ranges.
         names: Which ones, in their order.
     """
-    candidates = [_latest(segments_K), *(c for name in names for c in FIXED[name](segments_K, space))]
-    candidates = [_placed(c, segments_K, space) for c in candidates]
-    for i, z_D in enumerate(space.initial(segments_K)):
-        candidates.append(candidate_at(f"initial-{i}", z_D, segments_K, space))
+    candidates = [_placed(_latest(segments_K), segments_K, space)]
     if previous is not None and previous.keys() == space.coordinates(segments_K).keys():
         z_D = {n: min(max(previous[n], r.low), r.high) for n, r in space.coordinates(segments_K).items()}
         candidates.append(candidate_at("previous", z_D, segments_K, space))
-    return _distinct(candidates)
+    for i, z_D in enumerate(space.initial(segments_K)):
+        candidates.append(candidate_at(f"initial-{i}", z_D, segments_K, space))
+    named = [c for name in names for c in FIXED[name](segments_K, space)]
+    return _distinct([*candidates, *(_placed(c, segments_K, space) for c in named)])
 
 
 def next_anchor(
@@ -87,8 +90,8 @@ def most_anchors(names: Sequence[AnchorName], capacity: int) -> int:
     counts = {"uniform": len(UNIFORM_SIZES) + 1, "ema": len(EMA_SHARES), "wsm-linear": 1, "wsm-minus-sqrt": 1}
     num_singles = capacity if any(FIXED[name] is _singles for name in names) else 0
     num_fixed = sum(counts.get(name, 0) for name in set(names)) + num_singles
-    # The latest weights, and the previous optimum.
-    return 2 + num_fixed + most_derived(names, capacity + 1)
+    # The latest weights, the previous optimum, and what the space begins with.
+    return 3 + num_fixed + most_derived(names, capacity + 1)
 
 
 def most_derived(names: Sequence[AnchorName], num_snapshots: int) -> int:

@@ -7,75 +7,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, TypeVar
+from typing import TypeVar
 
-from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, Constraint, Mode, Objective
-from lightning_ckmerge.core.outcome import Candidate, Coefficients, Score, Trial
-from lightning_ckmerge.core.segments import Segment
-from lightning_ckmerge.core.spaces import Space
+from lightning_ckmerge.core.outcome import Candidate, Score, Trial
 from lightning_ckmerge.errors import MonitorError, SearchError
 from lightning_ckmerge.search.anchors import candidate_at, make_anchors, most_derived, next_anchor
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.pareto import knee, pareto_front, spread
-from lightning_ckmerge.search.racing import Race
+from lightning_ckmerge.search.problem import Evaluate, Problem
+from lightning_ckmerge.search.racing import MIN_PROMISE, Race
 from lightning_ckmerge.search.study import SearchStudy
 
 # Each merge of a front that is published costs a confirmation, and a model on the disk.
 MAX_SHOWN = 5
 
 T = TypeVar("T")
-Half = Literal["search", "confirm"]
-KeepGoing = Callable[[Sequence[float], Sequence[float]], bool]
-
-
-class Evaluate(Protocol):
-    """Scores coefficients on one half of the batches; the same batches and random numbers every time."""
-
-    def __call__(self, c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
-        """Return the score.
-
-        Args:
-            c: K coefficients, or K a group.
-            half: Which batches.
-            keep_going: Asked after each batch, with values and sizes so far, where the metric is a mean over batches;
-                ``False`` ends the evaluation.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What to search.
-
-    Args:
-        segments_K: K segments, oldest first; the last is the latest weights.
-        previous: Coordinates of the previous search's optimum.
-        others: More metrics to search by than the first, whose mode is ``mode``: the search is for the Pareto front.
-        n_trials: The sampler's proposals.
-        anchors: Names of known merges to score first, beside the latest weights.
-        staged: Whether to drop losers early, where no constraint needs all batches.
-    """
-
-    mode: Mode
-    space: Space
-    segments_K: tuple[Segment, ...]
-    n_trials: int
-    anchors: tuple[AnchorName, ...] = DEFAULT_ANCHORS
-    staged: bool = True
-    constraints: tuple[Constraint, ...] = ()
-    previous: Mapping[str, float] | None = None
-    others: tuple[Objective, ...] = ()
-
-    @property
-    def signs(self) -> tuple[int, ...]:
-        """1 for each metric of which lower values are better, -1 for the others."""
-        return (self.sign, *(o.sign for o in self.others))
-
-    @property
-    def sign(self) -> int:
-        """1 if lower values are better, -1 if higher ones are."""
-        return 1 if self.mode == "min" else -1
 
 
 def most_confirmed(*, has_others: bool) -> int:
@@ -111,6 +59,10 @@ class Search:
 
     def run(self) -> None:
         """Score the anchors, then the sampler's trials, until they are done or the budget is spent."""
+        self._run()
+        self._finish()
+
+    def _run(self) -> None:
         problem = self.problem
         anchors = make_anchors(problem.segments_K, problem.space, problem.previous, problem.anchors)
         self._total = len(anchors) + most_derived(problem.anchors, len(problem.segments_K)) + problem.n_trials
@@ -185,8 +137,8 @@ class Search:
     def num_batches_saved(self) -> int:
         """Batch evaluations that dropping losers early avoided."""
         full = self.latest.search.num_batches
-        dropped = [t.search for t in (*self.anchors, *self.trials) if not t.search.complete]
-        return sum(full - s.num_batches for s in dropped)
+        # What was dropped late and scored to its end after all took more.
+        return max(0, sum(full - t.search.num_batches for t in (*self.anchors, *self.trials)))
 
     def _best(self, trials: Sequence[Trial]) -> Trial:
         """The first of the best, so that the latest weights win a draw."""
@@ -202,9 +154,24 @@ class Search:
     def _losses(self, trial: Trial) -> tuple[float, ...]:
         return tuple(s * o.value for s, o in zip(self.problem.signs, trial.search.objectives, strict=True))
 
-    def _must_stop(self) -> bool:
+    def _finish(self) -> None:
+        """Score what was dropped as a near draw to its end, if by its estimate it is the best: it may win after all."""
+        loss = {id(t): self.problem.sign * t.search.value for t in (*self.anchors, *self.trials)}
+        dropped = (t for t in (*self.anchors, *self.trials) if not t.search.complete and math.isfinite(loss[id(t)]))
+        best = min(dropped, key=lambda t: loss[id(t)], default=self.winner)
+        if loss[id(best)] >= loss[id(self.winner)] or self._over_budget() is not None:
+            return
+        score = self._evaluate(best.candidate, "trials", race=None)
+        # What it took before counts as well.
+        score = replace(score, num_batches=score.num_batches + best.search.num_batches)
+        self._replace(best, replace(best, search=score))
+
+    def _over_budget(self) -> str | None:
         # Not all loaders know their length; the latest weights have been through it.
-        reason = self.agree(lambda: self.budget.stop_reason(self.latest.search.num_batches))
+        return self.agree(lambda: self.budget.stop_reason(self.latest.search.num_batches))
+
+    def _must_stop(self) -> bool:
+        reason = self._over_budget()
         if reason is not None:
             self.stopped_early = f"after {len(self.anchors)} anchors and {len(self.trials)} trials: {reason}"
         return reason is not None
@@ -242,7 +209,7 @@ class Search:
 
     def _score(self, candidate: Candidate, phase: str, known: Score | None = None) -> Trial:
         """Score a candidate, unless an interrupted run of this search has done so, and tell the study."""
-        score = known or self._evaluate(candidate, phase)
+        score = known or self._evaluate(candidate, phase, self._race())
         feasible = all(v <= 0 for v in self._violations(score).values())
         trial = Trial(candidate=candidate, search=score, feasible=feasible)
         if self.anchors and known is None:
@@ -250,8 +217,7 @@ class Search:
         self.on_scored(trial, self._total)
         return trial
 
-    def _evaluate(self, candidate: Candidate, phase: str) -> Score:
-        race = self._race()
+    def _evaluate(self, candidate: Candidate, phase: str, race: Race | None) -> Score:
         start = time.monotonic()
         score = self.evaluate(candidate.coefficients, "search", race.keep_going if race else None)
         elapsed = time.monotonic() - start
@@ -266,7 +232,8 @@ class Search:
             return None
         if not self.anchors or self.winner.search.values_B is None:
             return None
-        return Race(self.winner.search, self.problem.sign)
+        sign, incumbent = self.problem.sign, self.winner.search
+        return Race(incumbent, sign, margin=MIN_PROMISE * sign * (self.latest.search.value - incumbent.value))
 
     def _violations(self, score: Score) -> dict[str, float]:
         """By how much each constraint is broken, against the latest weights; nothing for the latest weights."""

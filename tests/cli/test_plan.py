@@ -30,7 +30,7 @@ def test_a_plan_counts_what_the_run_will_take(tmp_path: Path) -> None:
     assert plan["search_memory"] == MODEL_BYTES + 256_000_000
     assert plan["disk"] == (2 * 4 + 2 + 2) * MODEL_BYTES + 3 * MODEL_BYTES
     assert (plan["search_batches"], plan["confirm_batches"]) == (20, 20)
-    assert plan["evaluations"] == 20 * (9 + 3) + 3 * 20
+    assert plan["evaluations"] == 20 * (10 + 3) + 3 * 20
     assert plan["free_disk"] > 0
 
 
@@ -88,7 +88,7 @@ def test_nothing_is_written_and_the_text_says_the_same(tmp_path: Path) -> None:
     path = write_config(tmp_path, dirpath=str(tmp_path / "merges"))
     text = ckmerge("plan", path).output
     assert [p.name for p in tmp_path.iterdir()] == ["run.yaml"]
-    assert "up to 300 forward batches" in text
+    assert "up to 320 forward batches" in text
     assert "SingleDeviceStrategy, 1 rank" in text
 
 

@@ -64,15 +64,23 @@ def test_an_anchors_coordinates_lie_in_the_space_and_give_its_coefficients(space
 def test_a_long_window_has_all_the_known_candidates() -> None:
     anchors = make_anchors(with_latest(means([1000] * 9 + [500, 250, 250])), Decay())
     assert [a.name for a in anchors] == [
-        "latest",
-        *("uniform-2", "uniform-4", "uniform-8", "uniform-all"),
+        *("latest", "initial-0"),
         *("ema-500", "ema-1200", "ema-3000"),
+        *("uniform-2", "uniform-4", "uniform-8", "uniform-all"),
     ]
     by_name = {a.name: a for a in anchors}
     assert by_name["uniform-2"].coefficients_K[-3:] == (0.5, 0.5, 0.0)
     # Weighted by their steps: the mean over the last 2,000.
     assert by_name["uniform-4"].coefficients_K[-5:] == (0.5, 0.25, 0.125, 0.125, 0.0)
-    assert {n for n, a in by_name.items() if a.coordinates} == {"ema-500", "ema-1200", "ema-3000"}
+    assert {n for n, a in by_name.items() if a.coordinates} == {"initial-0", "ema-500", "ema-1200", "ema-3000"}
+    assert by_name["initial-0"].coordinates == {"tau": 1000.0, "beta": 0.6}
+
+
+def test_what_is_likely_to_be_the_best_comes_first() -> None:
+    """The better the incumbent, the sooner others are dropped."""
+    previous = {"tau": 120.0, "beta": 0.8}
+    anchors = make_anchors(with_latest(means([100] * 9)), Decay(), previous)
+    assert [a.name for a in anchors[:4]] == ["latest", "previous", "initial-0", "ema-45"]
 
 
 def test_a_uniform_mean_is_not_scored_twice_where_all_are_few() -> None:
@@ -154,7 +162,7 @@ def test_published_schedules_are_those_that_merge_checkpoints() -> None:
 
 
 def test_each_snapshot_alone() -> None:
-    anchors = make_anchors(with_latest(means([50, 25, 25]), steps_since=5), Decay(), names=["best-single"])
+    anchors = make_anchors(with_latest(means([50, 25, 25]), steps_since=5), Window(), names=["best-single"])
     assert [a.name for a in anchors] == ["latest", "single-50", "single-75", "single-100"]
     assert [a.coefficients_K.index(1.0) for a in anchors] == [3, 0, 1, 2]
 

@@ -18,7 +18,8 @@ from lightning_ckmerge.core.spaces import Pairwise, Window
 from lightning_ckmerge.errors import MonitorError, SearchError
 from lightning_ckmerge.search import engine
 from lightning_ckmerge.search.budget import Budget
-from lightning_ckmerge.search.engine import Half, KeepGoing
+from lightning_ckmerge.search.problem import Half, KeepGoing
+from lightning_ckmerge.search.racing import MIN_BATCHES
 from tests.core.runs import means, with_latest
 from tests.search.paraboloid import OPTIMUM, Paraboloid, make_search
 
@@ -114,6 +115,47 @@ def test_staged_evaluation_finds_the_same_for_less(tmp_path: Path, seed: int) ->
     assert slow.num_batches_saved == 0
 
 
+def near_draws() -> Paraboloid:
+    """All merges gain 1 over the latest weights, but for a thousandth that depends on the coefficients."""
+    return Paraboloid(noise=0.5, change=lambda c_K, loss: 1.0 if c_K[-1] == 1 else 1e-3 * loss)
+
+
+def test_what_promises_next_to_nothing_is_dropped(journal: Path) -> None:
+    """Every trial that is better than the incumbent, by a thousandth of the gain: the best of them is scored to its
+    end, and wins."""
+    evaluate = near_draws()
+    search = make_search(evaluate, journal)
+    search.run()
+    complete = [t for t in search.anchors + search.trials if t.search.complete]
+    assert complete == [*search.anchors[:2], search.winner]
+    assert search.winner.search.num_batches == MIN_BATCHES + evaluate.batches
+    told = [t.value for t in stored(journal).values()]
+    assert search.winner.search.value == pytest.approx(min(told), abs=1e-9)
+    assert search.num_batches == evaluate.scored_batches
+    assert search.num_batches + search.num_batches_saved == evaluate.batches * len(search.anchors + search.trials)
+
+
+def test_the_winner_of_a_near_draw_is_the_same_for_an_interrupted_search(journal: Path) -> None:
+    """What was told is its estimate."""
+    whole = make_search(near_draws(), journal)
+    whole.run()
+    again = make_search(near_draws(), journal)
+    again.run()
+    assert again.winner == whole.winner
+
+
+def test_a_near_draw_is_left_where_the_budget_is_spent(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch takes a second. Before the last trial 88 are spent, and 20 more allowed, after it 92."""
+    evaluate = near_draws()
+    clock = SimpleNamespace(monotonic=lambda: float(evaluate.scored_batches))
+    monkeypatch.setattr(engine, "time", clock)
+    search = make_search(evaluate, journal, budget=Budget(110, clock=clock.monotonic), n_trials=6)
+    search.run()
+    assert evaluate.scored_batches == 92
+    assert search.winner is search.anchors[1]
+    assert search.stopped_early is None
+
+
 def test_a_dropped_candidates_estimate_is_told(journal: Path) -> None:
     """Its own batches alone would say more about the batches than about the candidate."""
     evaluate = Paraboloid(noise=0.5, jitter=0.001)
@@ -136,7 +178,7 @@ def test_constraints_keep_a_candidate_from_winning_and_are_told(journal: Path) -
     evaluate = Paraboloid(metrics=lambda c_K: {"other": min(0.0, c_K[0])})
     search = make_search(evaluate, journal, constraints=(other,), previous={"tau": 150.0, "beta": 1.0}, n_trials=4)
     search.run()
-    optimum = search.anchors[-1]
+    optimum = search.anchors[1]
     assert optimum.candidate.coefficients_K == OPTIMUM
     assert not optimum.feasible
     scored = search.anchors + search.trials
@@ -193,7 +235,7 @@ def test_infinitely_good_is_not_good(journal: Path, staged: bool) -> None:
     overflow = Paraboloid(change=lambda c_K, loss: -math.inf if min(c_K) < 0 else loss)
     search = make_search(overflow, journal, staged=staged, previous={"tau": 150.0, "beta": 1.0}, n_trials=1)
     search.run()
-    assert not any(t.search.complete and math.isfinite(t.search.value) for t in search.anchors[-1:])
+    assert not any(t.search.complete and math.isfinite(t.search.value) for t in search.anchors[1:2])
     assert math.isfinite(search.winner.search.value)
 
 
@@ -205,7 +247,7 @@ def test_what_was_not_scored_to_its_end_does_not_win(journal: Path) -> None:
             score = super().__call__(c_K, half)
             if len(self.calls) <= 3:
                 return score
-            return replace(score, values_B=(-9.0,) * 4, sizes_B=(1.0,) * 4, num_batches=4, complete=False)
+            return replace(score, value=-9.0, values_B=(-9.0,) * 4, sizes_B=(1.0,) * 4, num_batches=4, complete=False)
 
     search = make_search(Cut(), journal, n_trials=1)
     search.run()
@@ -234,7 +276,7 @@ def test_latest_weights_without_a_value_end_the_search(journal: Path, value: flo
     assert not journal.exists()
 
 
-@pytest.mark.parametrize(("allowed_s", "num_scored"), [(0.5, 1), (9.5, 8), (10.5, 9)])
+@pytest.mark.parametrize(("allowed_s", "num_scored"), [(0.5, 1), (10.5, 9), (11.5, 10)])
 def test_it_stops_before_it_exceeds_its_budget(
     journal: Path, allowed_s: float, num_scored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,7 +289,7 @@ def test_it_stops_before_it_exceeds_its_budget(
     search.run()
     assert len(evaluate.calls) == num_scored
     assert search.stopped_early == (
-        f"after {min(8, num_scored)} anchors and {max(0, num_scored - 8)} trials: {num_scored + 2} s would exceed the "
+        f"after {min(9, num_scored)} anchors and {max(0, num_scored - 9)} trials: {num_scored + 2} s would exceed the "
         f"{allowed_s:.3g} s that `search.timeout_s` allows, {num_scored} s are spent"
     )
 
@@ -256,7 +298,7 @@ def test_anchors_by_name_are_scored_first_and_count_against_the_budget(journal: 
     """A soup's candidates depend on the scores of the snapshots alone, so no list of them exists before."""
     evaluate = Paraboloid()
     anchors: tuple[AnchorName, ...] = ("best-single", "greedy-soup", "metrics-weighted")
-    search = make_search(evaluate, journal, anchors=anchors, n_trials=1)
+    search = make_search(evaluate, journal, space=Window(), anchors=anchors, n_trials=1)
     seen: list[int] = []
     search.on_scored = lambda trial, total: seen.append(total)
     search.run()
@@ -277,7 +319,7 @@ def test_the_budget_may_end_between_two_soups(journal: Path, monkeypatch: pytest
     clock = SimpleNamespace(monotonic=lambda: float(len(evaluate.calls)))
     monkeypatch.setattr(engine, "time", clock)
     budget = Budget(14.5, reason="`search.timeout_s`", reserved_batches=20, clock=clock.monotonic)
-    search = make_search(evaluate, journal, budget=budget, staged=False, anchors=("greedy-soup",))
+    search = make_search(evaluate, journal, budget=budget, staged=False, space=Window(), anchors=("greedy-soup",))
     search.run()
     assert names(search.anchors)[-1] == "greedy-soup-2"
     assert search.stopped_early is not None
@@ -285,7 +327,7 @@ def test_the_budget_may_end_between_two_soups(journal: Path, monkeypatch: pytest
 
 
 def test_without_anchors_the_latest_weights_come_first(journal: Path) -> None:
-    search = make_search(Paraboloid(), journal, anchors=(), n_trials=2)
+    search = make_search(Paraboloid(), journal, space=Window(), anchors=(), n_trials=2)
     search.run()
     assert names(search.anchors + search.trials) == ["latest", "trial-0", "trial-1"]
 

@@ -16,8 +16,9 @@ from lightning_ckmerge.core.outcome import Score, Trial
 from lightning_ckmerge.core.spaces import Decay
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search.brent import BrentSampler
-from lightning_ckmerge.search.engine import MAX_SHOWN, Half, KeepGoing, Search
+from lightning_ckmerge.search.engine import MAX_SHOWN, Search
 from lightning_ckmerge.search.hedge import GPHedgeSampler
+from lightning_ckmerge.search.problem import Half, KeepGoing
 from lightning_ckmerge.search.study import make_sampler
 from tests.search.paraboloid import OPTIMUM, SEGMENTS, Paraboloid, make_search
 

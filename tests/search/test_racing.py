@@ -60,6 +60,14 @@ def test_a_clear_loser_is_dropped_after_the_fewest_batches(sign: int) -> None:
     assert batches_until_dropped(race, [v + 0.5 * sign for v in incumbent_B]) == MIN_BATCHES
 
 
+@given(values_B=st.lists(values, min_size=5, max_size=30), sign=st.sampled_from([1, -1]))
+def test_where_a_margin_is_asked_for_what_falls_short_of_it_is_dropped(values_B: list[float], sign: int) -> None:
+    race = Race(score(values_B), sign, margin=1.0)
+    assert batches_until_dropped(race, values_B) == MIN_BATCHES
+    assert batches_until_dropped(race, [v - 0.5 * sign for v in values_B]) == MIN_BATCHES
+    assert batches_until_dropped(race, [v - 1.5 * sign for v in values_B]) == len(values_B)
+
+
 def test_a_noisy_loser_is_given_the_benefit_of_the_doubt() -> None:
     incumbent_B = [0.0] * 20
     candidate_B = [0.5 if i % 2 else -0.4 for i in range(20)]

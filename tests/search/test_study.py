@@ -54,10 +54,10 @@ def study_names(journal: Path) -> list[str]:
 
 def test_an_interrupted_search_goes_on_where_it_was(journal: Path, recording: Recording) -> None:
     """Goes red if the stored study is loaded without a sampler, for which Optuna takes TPE."""
-    first = make_search(halting(13), journal, sampler=recording, n_trials=8)
+    first = make_search(halting(14), journal, sampler=recording, n_trials=8)
     with pytest.raises(HaltError):
         first.run()
-    assert len(first.anchors) == 8
+    assert len(first.anchors) == 9
     assert len(first.trials) == 4
     told, Recording.proposed[:] = proposals(first), []
 
@@ -144,7 +144,7 @@ def test_a_sampler_given_by_the_user_starts_each_search_alike(tmp_path: Path, ma
 def test_any_optuna_storage_will_do(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     with pytest.raises(HaltError):
-        make_search(halting(11), url, n_trials=4, sampler=RandomSampler(seed=0)).run()
+        make_search(halting(12), url, n_trials=4, sampler=RandomSampler(seed=0)).run()
     search = make_search(Paraboloid(), url, n_trials=4, sampler=RandomSampler(seed=0))
     search.run()
     study = optuna.load_study(study_name="search", storage=url)

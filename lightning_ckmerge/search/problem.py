@@ -1,0 +1,66 @@
+"""What is searched, and how a candidate is scored.
+
+Letters: K snapshots, oldest first; the last is the latest weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, Constraint, Mode, Objective
+from lightning_ckmerge.core.outcome import Coefficients, Score
+from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.core.spaces import Space
+
+Half = Literal["search", "confirm"]
+KeepGoing = Callable[[Sequence[float], Sequence[float]], bool]
+
+
+class Evaluate(Protocol):
+    """Scores coefficients on one half of the batches; the same batches and random numbers every time."""
+
+    def __call__(self, c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
+        """Return the score.
+
+        Args:
+            c: K coefficients, or K a group.
+            half: Which batches.
+            keep_going: Asked after each batch, with values and sizes so far, where the metric is a mean over batches;
+                ``False`` ends the evaluation.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What to search.
+
+    Args:
+        segments_K: K segments, oldest first; the last is the latest weights.
+        previous: Coordinates of the previous search's optimum.
+        others: More metrics to search by than the first, whose mode is ``mode``: the search is for the Pareto front.
+        n_trials: The sampler's proposals.
+        anchors: Names of known merges to score first, beside the latest weights.
+        staged: Whether to drop losers early, where no constraint needs all batches.
+    """
+
+    mode: Mode
+    space: Space
+    segments_K: tuple[Segment, ...]
+    n_trials: int
+    anchors: tuple[AnchorName, ...] = DEFAULT_ANCHORS
+    staged: bool = True
+    constraints: tuple[Constraint, ...] = ()
+    previous: Mapping[str, float] | None = None
+    others: tuple[Objective, ...] = ()
+
+    @property
+    def signs(self) -> tuple[int, ...]:
+        """1 for each metric of which lower values are better, -1 for the others."""
+        return (self.sign, *(o.sign for o in self.others))
+
+    @property
+    def sign(self) -> int:
+        """1 if lower values are better, -1 if higher ones are."""
+        return 1 if self.mode == "min" else -1
