@@ -2,6 +2,7 @@
 
 python -m benchmarks.quality.train       trains the runs and keeps their trails (hours on two cores)
 python -m benchmarks.quality.measure     scores every method of methods.py on every run, and keeps what it has
+python -m benchmarks.quality.warm        compares what a search may take over from the run's previous one
 python -m benchmarks.quality.report      writes results.json, docs/quality.md and its chart
 """
 

@@ -67,7 +67,17 @@ class Case:
     @cached_property
     def buffer(self) -> Snapshots:
         """What a geometric buffer of means holds at the end, and the latest weights."""
-        return _buffer(self._trail["means_MP"], self.latest_P, self.about["segment_steps"])
+        return self.buffer_after(self.num_segments)
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of the run."""
+        return len(self._trail["means_MP"])
+
+    def buffer_after(self, num_segments: int) -> Snapshots:
+        """Return what it holds after so many segments of the run."""
+        means_MP, points_MP = (self._trail[name][:num_segments] for name in ("means_MP", "points_MP"))
+        return _buffer(means_MP, points_MP[-1], self.about["segment_steps"])
 
     @cached_property
     def window(self) -> Snapshots:
@@ -178,33 +188,64 @@ def search(
     given = snapshots or case.buffer
     space = space.bind([name for name, _ in case.model.named_parameters()])
     merge = merge or (lambda c: case.mix(given.weights_KP, c, space.group_of))
+    start = time.monotonic()
+    run, scored = run_search(
+        case, space, given.segments_K, merge, sampler=sampler, n_trials=n_trials, anchors=tuple(anchors), staged=staged
+    )
+    seconds = time.monotonic() - start
+    full = len(case.batches["search"])
+    winner = run.winner if n_trials else min(run.anchors[1:], key=lambda t: t.search.value)
+    candidate, latest = winner.candidate, run.latest.search.value
+    return Found(
+        weights_P=merge(candidate.coefficients),
+        about={"winner": candidate.name, "coordinates": candidate.coordinates},
+        evaluations=run.num_batches / full,
+        evaluations_to_99=batches_until(latest + 0.99 * (winner.search.value - latest), run, scored) / full,
+        evaluations_unstaged=(run.num_batches + run.num_batches_saved) / full,
+        seconds=seconds,
+    )
+
+
+def run_search(
+    case: Case,
+    space: Space,
+    segments_K: tuple[Segment, ...],
+    merge: Callable[[Coefficients], Tensor],
+    *,
+    sampler: BaseSampler | None = None,
+    make_study: Callable[..., SearchStudy] = SearchStudy,
+    **problem: Any,
+) -> tuple[Search, list[Trial]]:
+    """Run one search, and return it and its candidates in the order in which they were scored.
+
+    Args:
+        case: The run.
+        space: What is searched, bound to the case's model.
+        segments_K: The snapshots' places.
+        merge: From coefficients to weights.
+        sampler: The package's default by default.
+        make_study: Makes the study; its arguments are those of ``SearchStudy``.
+        problem: Further fields of ``Problem``.
+    """
+    scored: list[Trial] = []
 
     def evaluate(c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
         return case.score(merge(c), half, keep_going)
 
-    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
 
         def open_study(latest: Score) -> SearchStudy:
-            return SearchStudy(
+            return make_study(
                 Path(folder) / "journal",
                 "search",
                 sampler=make_sampler(sampler, 0),
-                intervals=space.coordinates(given.segments_K),
+                intervals=space.coordinates(segments_K),
                 mode="min",
                 fingerprint="",
             )
 
-        scored: list[Trial] = []
         run = Search(
-            problem=Problem(
-                mode="min",
-                space=space,
-                segments_K=given.segments_K,
-                n_trials=n_trials,
-                anchors=tuple(anchors),
-                staged=staged,
-            ),
+            problem=Problem(mode="min", space=space, segments_K=segments_K, **problem),
             evaluate=evaluate,
             open_study=open_study,
             budget=Budget(),
@@ -212,33 +253,21 @@ def search(
             on_scored=lambda trial, total: scored.append(trial),
         )
         run.run()
-    seconds = time.monotonic() - start
-    full = len(case.batches["search"])
-    winner = run.winner if n_trials else min(run.anchors[1:], key=lambda t: t.search.value)
-    candidate = winner.candidate
-    return Found(
-        weights_P=merge(candidate.coefficients),
-        about={"winner": candidate.name, "coordinates": candidate.coordinates},
-        evaluations=run.num_batches / full,
-        evaluations_to_99=batches_to_99(scored, run, winner) / full,
-        evaluations_unstaged=(run.num_batches + run.num_batches_saved) / full,
-        seconds=seconds,
-    )
+    return run, scored
 
 
-def batches_to_99(scored: Sequence[Trial], run: Search, winner: Trial) -> int:
-    """Return the batch evaluations until a candidate had 99 % of the winner's gain over the latest weights.
+def batches_until(value: float, run: Search, scored: Sequence[Trial]) -> int:
+    """Return the batch evaluations until a candidate was scored as low as ``value``, all of them if none was.
 
     Args:
-        scored: In the order in which they were scored; one that was dropped may win in the end.
+        value: A loss.
         run: The search.
-        winner: Its winner.
+        scored: Its candidates in the order in which they were scored; one that was dropped may win in the end.
     """
-    latest, spent = run.latest.search.value, 0
+    spent = 0
     for trial in scored:
         spent += trial.search.num_batches
-        gain = latest - trial.search.value
-        if trial.search.complete and gain >= 0.99 * (latest - winner.search.value):
+        if trial.search.complete and trial.search.value <= value:
             return spent
     return run.num_batches
 
