@@ -11,6 +11,7 @@ from lightning_ckmerge.errors import ConfigError
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
+    from optuna.terminator import BaseTerminator
 
     from lightning_ckmerge.core.spaces import Space
 
@@ -145,6 +146,11 @@ class SearchConfig:
             ``lightning_ckmerge.search.hedge.GPHedgeSampler``, the paper's, and ``...search.brent.BrentSampler``, for a
             space of one coordinate, such as ``pairwise``.
         seed: Seed of the default sampler.
+        min_gain_left: Stop when less than this share of the gain over the latest weights is left to expect, by a
+            Gaussian process, after six trials or more; in [0, 1), 0: never. All trials run where several metrics are
+            monitored or constraints are set, and in ``ckmerge search``, where processes may share them.
+        terminator: Any Optuna terminator, asked after each trial whether to stop; for one monitored metric. Not asked
+            in ``ckmerge search`` either.
         timeout_s: Seconds that one search may take; it stops early rather than exceed.
         max_fraction_of_training: Share of the training time so far that all searches together may take, in (0, 1];
             ``None``: no such limit.
@@ -160,6 +166,8 @@ class SearchConfig:
     anchors: list[AnchorName] = field(default_factory=lambda: [*DEFAULT_ANCHORS])
     sampler: BaseSampler | None = None
     seed: int = 0
+    min_gain_left: float = 0.002
+    terminator: BaseTerminator | None = None
     timeout_s: float | None = None
     max_fraction_of_training: float | None = 0.05
     at_low_lr: AtLowRate = "skip"
@@ -172,6 +180,10 @@ class SearchConfig:
         require_at_least("search.n_trials", self.n_trials, 1, "The default is 16.")
         for name in self.anchors:
             require_choice("search.anchors", name, get_args(AnchorName))
+        if not 0 <= self.min_gain_left < 1:
+            raise ConfigError(
+                f"`0 <= search.min_gain_left < 1` must hold, got {self.min_gain_left}. 0 runs all trials."
+            )
         require_positive("search.timeout_s", self.timeout_s, "Leave it out for no limit.")
         require_choice("search.at_low_lr", self.at_low_lr, get_args(AtLowRate))
         require_fraction("search.max_fraction_of_training", self.max_fraction_of_training, "`null` sets no limit.")

@@ -39,6 +39,7 @@ from lightning_ckmerge.search.engine import Search, T, most_confirmed
 from lightning_ckmerge.search.problem import Half, KeepGoing, Problem
 from lightning_ckmerge.search.shared import SharedStudy
 from lightning_ckmerge.search.slope import Point, Progress
+from lightning_ckmerge.search.stopping import NEVER, Stopping
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
 from lightning_ckmerge.search.verdict import reach_verdict
 
@@ -213,12 +214,21 @@ def _search(job: SearchJob, evaluation: _Evaluation | None = None) -> Search:
         open_study=lambda latest: _open_study(job, latest),
         budget=budget,
         agree=job.agree,
+        stopping=_stopping(job),
         on_scored=job.on_scored,
     )
     search.run()
     if search.stopped_early is not None and not (search.anchors[1:] or search.trials):
         raise SearchError(f"the search stopped {search.stopped_early}. Raise {job.allowed_by} or search less often.")
     return search
+
+
+def _stopping(job: SearchJob) -> Stopping:
+    if job.shared:  # every process ends with all trials
+        return NEVER
+    # The Gaussian process knows one objective, and no constraint.
+    min_gain_left = 0.0 if job.others or job.config.constraints else job.config.min_gain_left
+    return Stopping(min_gain_left=min_gain_left, terminator=job.config.terminator)
 
 
 @dataclass
@@ -310,7 +320,7 @@ def _warnings(job: SearchJob, search: Search, winner: Trial) -> list[str]:
     found = list(job.notes)
     if z_D is not None:
         found += job.space.warnings(z_D, job.merger.segments_K)
-    if search.stopped_early is not None:
+    if search.stopped_early is not None and not search.found_enough:
         found.append(f"The search stopped {search.stopped_early}.")
     if not job.validation.can_confirm():
         found.append("One validation batch cannot be split: nothing could be confirmed. Use more or smaller batches.")

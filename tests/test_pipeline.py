@@ -17,7 +17,7 @@ from optuna.samplers import RandomSampler
 from torch import Tensor, nn
 
 from lightning_ckmerge.buffer import MemoryStorage, RollingBuffer, Snapshot
-from lightning_ckmerge.config import AnchorName, BufferConfig, SearchConfig
+from lightning_ckmerge.config import AnchorName, BufferConfig, Constraint, SearchConfig
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.segments import Segment
@@ -27,6 +27,7 @@ from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
 from lightning_ckmerge.search.problem import Half, KeepGoing
+from lightning_ckmerge.search.stopping import MIN_TRIALS
 
 
 class Module(nn.Module):
@@ -391,6 +392,29 @@ def test_a_spent_budget_is_reported(tmp_path: Path, anchors: list[AnchorName]) -
     assert f"The search stopped {outcome.cost.stopped_early}." in outcome.verdict.warnings
     assert len(outcome.trials) < 1000
     assert outcome.winner.confirm is not None
+    run.buffer.close()
+
+
+@pytest.mark.parametrize(
+    ("search", "job", "stops"),
+    [
+        ({}, {}, True),
+        ({}, {"shared": True}, False),
+        ({"constraints": [Constraint(monitor="val_loss")]}, {}, False),
+        ({"min_gain_left": 0.0}, {}, False),
+    ],
+    ids=["one metric", "shared", "constraints", "never"],
+)
+def test_it_stops_for_good_where_one_process_searches_by_one_metric(
+    search: dict[str, Any], job: dict[str, Any], stops: bool, tmp_path: Path
+) -> None:
+    """That enough was found is no shortage, and no warning."""
+    run = Run()
+    config = SearchConfig(**{"n_trials": 8, "min_gain_left": 0.5, **search})
+    outcome = run_search(make_job(run, tmp_path, config, **job))
+    assert len(outcome.trials) == (MIN_TRIALS if stops else 8)
+    assert ("search.min_gain_left" in (outcome.cost.stopped_early or "")) == stops
+    assert not any("stopped" in w for w in outcome.verdict.warnings)
     run.buffer.close()
 
 

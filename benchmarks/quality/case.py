@@ -24,17 +24,19 @@ from torch.nn.utils import vector_to_parameters
 
 from benchmarks.quality.data import CONTEXT, eval_batches, train_batches
 from lightning_ckmerge.buffer.ring import Drop, decide, pooled
-from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName
+from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, SearchConfig
 from lightning_ckmerge.core.outcome import Coefficients, Score, Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.problem import Half, KeepGoing, Problem
+from lightning_ckmerge.search.stopping import Stopping
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
 
 CAPACITY = 10
 NUM_TRIALS = 16
+DEFAULT_STOPPING = Stopping(min_gain_left=SearchConfig().min_gain_left)
 # A pair of checkpoints this many segments apart: of 1, 3, 5, 10 and 20 the best at lam = 0.5 on a run of 500 steps.
 PAIR_SPACING = 3
 SPLITS = ("search", "confirm", "test", "other")
@@ -171,6 +173,7 @@ def search(
     sampler: BaseSampler | None = None,
     merge: Callable[[Coefficients], Tensor] | None = None,
     staged: bool = True,
+    stopping: Stopping = DEFAULT_STOPPING,
 ) -> Found:
     """Run one search of the package.
 
@@ -184,13 +187,22 @@ def search(
         sampler: The package's default by default.
         merge: From coefficients to weights; a weighted sum by default.
         staged: Whether losers are dropped early.
+        stopping: When it has found enough; as the package does by default.
     """
     given = snapshots or case.buffer
     space = space.bind([name for name, _ in case.model.named_parameters()])
     merge = merge or (lambda c: case.mix(given.weights_KP, c, space.group_of))
     start = time.monotonic()
     run, scored = run_search(
-        case, space, given.segments_K, merge, sampler=sampler, n_trials=n_trials, anchors=tuple(anchors), staged=staged
+        case,
+        space,
+        given.segments_K,
+        merge,
+        sampler=sampler,
+        stopping=stopping,
+        n_trials=n_trials,
+        anchors=tuple(anchors),
+        staged=staged,
     )
     seconds = time.monotonic() - start
     full = len(case.batches["search"])
@@ -213,6 +225,7 @@ def run_search(
     merge: Callable[[Coefficients], Tensor],
     *,
     sampler: BaseSampler | None = None,
+    stopping: Stopping = DEFAULT_STOPPING,
     make_study: Callable[..., SearchStudy] = SearchStudy,
     **problem: Any,
 ) -> tuple[Search, list[Trial]]:
@@ -224,6 +237,7 @@ def run_search(
         segments_K: The snapshots' places.
         merge: From coefficients to weights.
         sampler: The package's default by default.
+        stopping: When it has found enough; as the package does by default.
         make_study: Makes the study; its arguments are those of ``SearchStudy``.
         problem: Further fields of ``Problem``.
     """
@@ -250,6 +264,7 @@ def run_search(
             open_study=open_study,
             budget=Budget(),
             agree=lambda f: f(),
+            stopping=stopping,
             on_scored=lambda trial, total: scored.append(trial),
         )
         run.run()

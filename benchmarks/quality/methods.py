@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from optuna.exceptions import ExperimentalWarning
+from optuna.terminator import BestValueStagnationEvaluator, Terminator
 
 from benchmarks.quality import baselines
 from benchmarks.quality.case import Case, Found, search
@@ -12,6 +16,7 @@ from benchmarks.quality.spaces import Softmax, StickBreaking
 from lightning_ckmerge.config import AnchorName
 from lightning_ckmerge.core.spaces import Affine, Auto, Decay, Grouped, Pairwise, Simplex, Space, Window
 from lightning_ckmerge.search.hedge import GPHedgeSampler
+from lightning_ckmerge.search.stopping import NEVER, Stopping
 
 # As many coordinates as snapshots: 16 trials would hardly leave the anchors.
 NUM_FREE_TRIALS = 32
@@ -45,6 +50,16 @@ def pair(case: Case) -> Found:
     return search(case, Pairwise(), snapshots=case.pair, anchors=(), sampler=GPHedgeSampler(seed=0))
 
 
+def stagnating(case: Case) -> Found:
+    """The default, ended by one of Optuna's terminators."""
+    with warnings.catch_warnings():
+        # Optuna 5.0 calls evaluators experimental, and all terminators deprecated.
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        terminator = Terminator(BestValueStagnationEvaluator(max_stagnation_trials=5), min_n_trials=1)
+    return search(case, Grouped(), stopping=Stopping(terminator=terminator))
+
+
 DEFAULT = "grouped"
 CONTROL = "decay, after a decay"
 METHODS = {
@@ -52,6 +67,14 @@ METHODS = {
         searched(Grouped()),
         "the default: `decay`, its length longer for embeddings and attention and shorter for MLPs, by factors that "
         "`benchmarks.quality.factors` read off cpp-0, cpp-1 and python-0: the other three runs had no part in them",
+    ),
+    "grouped, all trials": Method(searched(Grouped(), stopping=NEVER), "the default, but for its early end"),
+    "grouped, nothing dropped": Method(
+        searched(Grouped(), stopping=NEVER, staged=False),
+        "all trials, on all batches: what the default should equal",
+    ),
+    "grouped, stagnation": Method(
+        stagnating, "ended by Optuna's terminator, after five trials in a row without a better one"
     ),
     "grouped, power kernel": Method(searched(Grouped(space=Decay(kernel="power"))), "the same factors"),
     "grouped, lengths searched": Method(

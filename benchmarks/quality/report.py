@@ -131,9 +131,9 @@ def page(runs: Sequence[Run]) -> str:
         ),
         "",
         f"An evaluation is one pass over the search half, {data['val'] // 2} batches of {data['batch_size']} windows, "
-        f"or as much of something else: a gradient counts {FORWARDS_PER_GRADIENT}. A search scores its anchors and "
-        f"{NUM_TRIALS} trials, or {NUM_FREE_TRIALS} of free coefficients. Anchors are counted, the verdict's passes "
-        "over the other half are not. Of the default, dropping losers early saves a factor of "
+        f"or as much of something else: a gradient counts {FORWARDS_PER_GRADIENT}. A search scores its anchors and up "
+        f"to {NUM_TRIALS} trials, or {NUM_FREE_TRIALS} of free coefficients. Anchors are counted, the verdict's "
+        "passes over the other half are not. Of the default, dropping losers early saves a factor of "
         f"{spread(staging(runs), 1)}. Seconds include the sampler's; they are of cores that others used too, several "
         "runs side by side, the methods in another order for each.",
         "",

@@ -24,6 +24,7 @@ from benchmarks.quality.report import spread, table
 from lightning_ckmerge.core.outcome import Score, Trial
 from lightning_ckmerge.core.spaces import Grouped
 from lightning_ckmerge.search.engine import Search
+from lightning_ckmerge.search.stopping import NEVER
 from lightning_ckmerge.search.study import SearchStudy
 
 SHARE_BEFORE = 0.75
@@ -66,7 +67,8 @@ def variants(case: Case) -> dict[str, Ran]:
         def merge(c: Any) -> torch.Tensor:
             return case.mix(snapshots.weights_KP, c, space.group_of)
 
-        return run_search(case, space, snapshots.segments_K, merge, n_trials=NUM_TRIALS, **options)
+        # All trials, so that the searches can be compared after as many.
+        return run_search(case, space, snapshots.segments_K, merge, stopping=NEVER, n_trials=NUM_TRIALS, **options)
 
     before, earlier = search(case.buffer_after(round(SHARE_BEFORE * case.num_segments)))
     optimum = before.winner

@@ -92,6 +92,8 @@ class CheckpointMergeCallback(Callback):
                 f"`search.space` {type(make_space(search.space)).__name__.lower()} needs {needed} snapshots, got "
                 f"`buffer.snapshot` {buffer.snapshot!r}. Set it to {needed!r}, or search another space."
             )
+        if others and search.terminator is not None:
+            raise ConfigError(f"`search.terminator` follows one metric, got {1 + len(others)} in `monitor`. Name one.")
         if apply == "on_train_end" and artifact.adapters == "products":
             raise ConfigError(
                 '`apply` "on_train_end" would give the module\'s LoRA layers another rank, got `artifact.adapters` '

@@ -18,6 +18,7 @@ from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.pareto import knee, pareto_front, spread
 from lightning_ckmerge.search.problem import Evaluate, Problem
 from lightning_ckmerge.search.racing import MIN_PROMISE, Race
+from lightning_ckmerge.search.stopping import NEVER, Stopping
 from lightning_ckmerge.search.study import SearchStudy
 
 # Each merge of a front that is published costs a confirmation, and a model on the disk.
@@ -41,6 +42,7 @@ class Search:
         open_study: Makes the study, on rank 0, once the latest weights' score is known.
         budget: What it may spend.
         agree: Runs a function on rank 0 and returns its result on every rank.
+        stopping: When it has found enough, where one metric is searched by and no constraint is set.
         on_scored: Told of each scored trial and of how many are expected in all, at most.
     """
 
@@ -49,16 +51,18 @@ class Search:
     open_study: Callable[[Score], SearchStudy]
     budget: Budget
     agree: Callable[[Callable[[], T]], T]
+    stopping: Stopping = NEVER
     on_scored: Callable[[Trial, int], None] = lambda trial, total: None
     anchors: list[Trial] = field(default_factory=list)
     trials: list[Trial] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("anchors", "trials", "confirm"), 0.0))
     stopped_early: str | None = None
+    found_enough: bool = False
     _study: SearchStudy | None = None
     _total: int = 0
 
     def run(self) -> None:
-        """Score the anchors, then the sampler's trials, until they are done or the budget is spent."""
+        """Score the anchors, then the sampler's trials, until they are done, or enough is found, or spent."""
         self._run()
         self._finish()
 
@@ -159,7 +163,7 @@ class Search:
         loss = {id(t): self.problem.sign * t.search.value for t in (*self.anchors, *self.trials)}
         dropped = (t for t in (*self.anchors, *self.trials) if not t.search.complete and math.isfinite(loss[id(t)]))
         best = min(dropped, key=lambda t: loss[id(t)], default=self.winner)
-        if loss[id(best)] >= loss[id(self.winner)] or self._over_budget() is not None:
+        if loss[id(best)] >= loss[id(self.winner)] or self.agree(self._over_budget) is not None:
             return
         score = self._evaluate(best.candidate, "trials", race=None)
         # What it took before counts as well.
@@ -168,10 +172,20 @@ class Search:
 
     def _over_budget(self) -> str | None:
         # Not all loaders know their length; the latest weights have been through it.
-        return self.agree(lambda: self.budget.stop_reason(self.latest.search.num_batches))
+        return self.budget.stop_reason(self.latest.search.num_batches)
+
+    def _reason_to_stop(self) -> tuple[str | None, bool]:
+        """Why to stop, and whether that is for the best."""
+        reason = self._over_budget()
+        if reason is not None or not self.trials or self._opened.knows(f"trial-{len(self.trials)}"):
+            # What is known was asked for before an interruption: the search went on.
+            return reason, False
+        gain = self.problem.sign * (self.latest.search.value - self.winner.search.value)
+        reason = self.stopping.reason(self._opened.study, num_trials=len(self.trials), gain=gain)
+        return reason, reason is not None
 
     def _must_stop(self) -> bool:
-        reason = self._over_budget()
+        reason, self.found_enough = self.agree(self._reason_to_stop)
         if reason is not None:
             self.stopped_early = f"after {len(self.anchors)} anchors and {len(self.trials)} trials: {reason}"
         return reason is not None

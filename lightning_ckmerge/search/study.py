@@ -82,6 +82,16 @@ class SearchStudy:
         """The study's name in its storage."""
         return self._study.study_name
 
+    @property
+    def study(self) -> Study:
+        """What has been told, as Optuna keeps it."""
+        return self._study
+
+    def knows(self, name: str) -> bool:
+        """Whether a candidate of this name was scored, by this process or before an interruption."""
+        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return any(t.user_attrs.get("name") == name for t in complete)
+
     def begin(self, name: str, fixed: Mapping[str, float] | None = None) -> tuple[dict[str, float], Score | None]:
         """Return the next candidate's coordinates, and its score if an interrupted run of this search has scored it.
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from optuna.study import Study
+from optuna.terminator import BaseTerminator
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader, Subset
@@ -186,3 +188,27 @@ def test_ranks_talk_once_a_batch_and_a_few_times_a_trial(
     for (some, num_batches), (all_, _) in zip(few, more, strict=True):
         assert num_batches > 1
         assert all_ - some == 3 * (num_batches + each)
+
+
+class AfterTwo(BaseTerminator):
+    """Says stop after two of the sampler's trials."""
+
+    num_asked = 0
+
+    def should_terminate(self, study: Study) -> bool:
+        type(self).num_asked += 1
+        return sum(t.user_attrs["name"].startswith("trial-") for t in study.trials) == 2
+
+
+def search_until_told(root: str) -> tuple[int, int]:
+    """How often this rank asked the terminator in two searches, and how many trials the last one has."""
+    AfterTwo.num_asked = 0
+    search = SearchConfig(max_fraction_of_training=None, n_trials=6, terminator=AfterTwo())
+    fit("ddp", root, make_merge(root, search=search), model=partial(Classifier, norm=False))
+    manifest = read_manifest(max(Path(root, "merges").glob("step=*")))
+    assert "`search.terminator`, AfterTwo, says so" in manifest["cost"]["stopped_early"]
+    return AfterTwo.num_asked, len(manifest["trials"])
+
+
+def test_the_first_rank_asks_whether_to_stop_and_all_do(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(search_until_told, str(tmp_path)) == [(4, 2), (0, 2)]

@@ -323,12 +323,12 @@ def test_a_search_stops_early_within_its_limit(tmp_path: Path) -> None:
             if searching(self.trainer):
                 time.sleep(0.02)
 
-    options = search_with(n_trials=500, timeout_s=1.5)
+    options = search_with(n_trials=500, timeout_s=3, min_gain_left=0)
     run = fit(Case(model=Slow), tmp_path, [make_merge(search=options, every_n_train_steps=8)])
     (manifest,) = manifests(merges_dir(run))
     assert 0 < len(manifest["trials"]) < 500
     assert "search.timeout_s" in manifest["cost"]["stopped_early"]
-    assert sum(manifest["cost"]["seconds"].values()) < 3
+    assert sum(manifest["cost"]["seconds"].values()) < 5
 
 
 def test_a_checkpoint_saved_after_training_holds_the_buffer(tmp_path: Path) -> None:
