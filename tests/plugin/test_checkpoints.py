@@ -51,7 +51,7 @@ class Regression(pl.LightningModule):
         self.log("val_loss", (self.net(batch[0]) - batch[1]).square().mean())
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
+        return torch.optim.SGD(self.parameters(), lr=0.2)
 
 
 def loader(size: int, seed: int) -> DataLoader[Any]:
