@@ -139,9 +139,9 @@ class SearchConfig:
         space: ``grouped``, ``decay``, ``pairwise`` (the paper's, needs ``point`` snapshots), ``window``, ``simplex``,
             ``affine`` or ``auto``; or a ``Space`` object.
         n_trials: Candidates proposed by the sampler, anchors not counted; at least 1.
-        anchors: Known merges that are scored first, beside the latest weights: ``uniform``, ``ema``, ``wsm-linear``,
-            ``wsm-minus-sqrt``; and, which cost an evaluation a snapshot or more, ``best-single``, ``greedy-soup``,
-            ``metrics-weighted``.
+        anchors: Known merges that are scored first, after the latest weights, the last search's optimum and the
+            space's own first point: ``ema``, ``uniform``, ``wsm-linear``, ``wsm-minus-sqrt``; and, which cost an
+            evaluation a snapshot or more, ``best-single``, ``greedy-soup``, ``metrics-weighted``.
         sampler: Any Optuna sampler; ``None``: ``GPSampler(deterministic_objective=True)``. Of our own there are
             ``lightning_ckmerge.search.hedge.GPHedgeSampler``, the paper's, and ``...search.brent.BrentSampler``, for a
             space of one coordinate, such as ``pairwise``.

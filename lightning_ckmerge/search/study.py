@@ -31,7 +31,7 @@ from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
 from lightning_ckmerge.errors import ConfigError, SearchError
 
-# Anchors in the space count as start-up trials, so a plain `decay` search draws one random point.
+# Anchors in the space count as start-up trials: a search of `grouped` draws three random points, one of `decay` none.
 NUM_STARTUP_TRIALS = 4
 NUM_ATTEMPTS = 4
 ATTEMPT_S = 0.5
