@@ -16,6 +16,7 @@ from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
+from lightning_ckmerge.search.stopping import MIN_TRIALS, Stopping
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
 from tests.search.paraboloid import HaltError, Paraboloid, halting, make_search, proposals
 
@@ -156,7 +157,8 @@ def test_any_optuna_storage_will_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
 def test_it_runs_where_gradients_are_off(tmp_path: Path, mode: Callable[[], Any]) -> None:
     """Validation hooks run there; a Gaussian process is fitted with gradients."""
-    inside, outside = (make_search(Paraboloid(), tmp_path / n, n_trials=6) for n in ("inside", "outside"))
+    inside, outside = (make_search(Paraboloid(), tmp_path / n, n_trials=MIN_TRIALS + 2) for n in ("inside", "outside"))
+    inside.stopping = outside.stopping = Stopping(min_gain_left=1e-9)
     with mode():
         inside.run()
         assert not torch.is_grad_enabled()
@@ -171,7 +173,9 @@ def test_nothing_outside_the_search_changes(journal: Path, capfd: pytest.Capture
     np.random.seed(1)
     random.seed(1)
     before = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
-    make_search(Paraboloid(), journal, n_trials=6).run()
+    search = make_search(Paraboloid(), journal, n_trials=MIN_TRIALS + 2)
+    search.stopping = Stopping(min_gain_left=1e-9)
+    search.run()
     after = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())
     assert torch.equal(after[0], before[0])
     assert after[1:] == before[1:]
