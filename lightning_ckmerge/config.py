@@ -27,6 +27,7 @@ StorageKind = Literal["disk", "cpu", "device"]
 BufferDtype = Literal["float32", "bfloat16", "float16"]
 ArtifactFormat = Literal["safetensors", "ckpt", "hf"]
 AtLowRate = Literal["skip", "search"]
+Refine = Literal["gradient"]
 AdapterMerge = Literal["factors", "products"]
 
 
@@ -151,6 +152,10 @@ class SearchConfig:
             monitored or constraints are set, and in ``ckmerge search``, where processes may share them.
         terminator: Any Optuna terminator, asked after each trial whether to stop; for one monitored metric. Not asked
             in ``ckmerge search`` either.
+        refine: ``gradient``: three steps downhill from the best candidate, by gradients, over the coefficients of each
+            snapshot in each group of the space. Each takes about four evaluations. Needs ``validation_step`` to return
+            the loss that ``monitor`` is the mean of, and a strategy that holds the model whole: a single device or
+            ``ddp``. ``None``: none.
         timeout_s: Seconds that one search may take; it stops early rather than exceed.
         max_fraction_of_training: Share of the training time so far that all searches together may take, in (0, 1];
             ``None``: no such limit.
@@ -168,6 +173,7 @@ class SearchConfig:
     seed: int = 0
     min_gain_left: float = 0.002
     terminator: BaseTerminator | None = None
+    refine: Refine | None = None
     timeout_s: float | None = None
     max_fraction_of_training: float | None = 0.05
     at_low_lr: AtLowRate = "skip"
@@ -184,6 +190,8 @@ class SearchConfig:
             raise ConfigError(
                 f"`0 <= search.min_gain_left < 1` must hold, got {self.min_gain_left}. 0 runs all trials."
             )
+        if self.refine is not None:
+            require_choice("search.refine", self.refine, get_args(Refine))
         require_positive("search.timeout_s", self.timeout_s, "Leave it out for no limit.")
         require_choice("search.at_low_lr", self.at_low_lr, get_args(AtLowRate))
         require_fraction("search.max_fraction_of_training", self.max_fraction_of_training, "`null` sets no limit.")

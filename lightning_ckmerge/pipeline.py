@@ -37,6 +37,7 @@ from lightning_ckmerge.search.anchors import candidate_at
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.engine import Search, T, most_confirmed
 from lightning_ckmerge.search.problem import Half, KeepGoing, Problem
+from lightning_ckmerge.search.refine import MAX_REFINED, Differentiate, refine
 from lightning_ckmerge.search.shared import SharedStudy
 from lightning_ckmerge.search.slope import Point, Progress
 from lightning_ckmerge.search.stopping import NEVER, Stopping
@@ -97,6 +98,10 @@ class Merger:
         """Overwrite the live tensors with ``sum_k c_k snapshot_k``."""
         self._plan.merge(c)
 
+    def inner_products(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return each group's inner products, as ``MergePlan`` does, of N derivatives by the live tensors."""
+        return self._plan.inner_products(gradients)
+
     def records(self) -> tuple[SnapshotRecord, ...]:
         """Return the snapshots as the manifest names them."""
         return tuple(
@@ -132,6 +137,8 @@ class SearchJob:
         journal: The journal file that is used where ``config.storage`` is ``None``.
         shared: Other processes may work on this search at the same time.
         adapters: How adapters are merged; ``None``: there are none.
+        differentiate: Gives the gradient for ``config.refine``.
+        tolerant: Whether the search goes on without a refinement that fails; its verdict's warnings then say why.
     """
 
     name: str
@@ -159,6 +166,8 @@ class SearchJob:
     agree: Callable[[Callable[[], T]], T]
     shared: bool = False
     adapters: AdapterMerge | None = None
+    differentiate: Differentiate | None = None
+    tolerant: bool = True
 
 
 def run_search(job: SearchJob) -> SearchOutcome:
@@ -171,9 +180,10 @@ def run_search(job: SearchJob) -> SearchOutcome:
     """
     start = time.monotonic()
     search = _search(job)
+    warnings = _refine(job, search)
     if job.validation.can_confirm():
         search.confirm()
-    return _outcome(job, search, time.monotonic() - start)
+    return _outcome(job, search, time.monotonic() - start, warnings)
 
 
 def join_search(job: SearchJob) -> int:
@@ -205,6 +215,7 @@ def _search(job: SearchJob, evaluation: _Evaluation | None = None) -> Search:
         constraints=tuple(job.config.constraints),
         previous=job.previous,
         others=tuple(job.others),
+        max_added=MAX_REFINED if job.config.refine else 0,
     )
     reserved = most_confirmed(has_others=bool(job.others)) * sum(job.validation.num_batches("confirm"))
     budget = Budget(job.allowed_s, reason=job.allowed_by, reserved_batches=reserved)
@@ -229,6 +240,15 @@ def _stopping(job: SearchJob) -> Stopping:
     # The Gaussian process knows one objective, and no constraint.
     min_gain_left = 0.0 if job.others or job.config.constraints else job.config.min_gain_left
     return Stopping(min_gain_left=min_gain_left, terminator=job.config.terminator)
+
+
+def _refine(job: SearchJob, search: Search) -> list[str]:
+    """Refine the winner where that is asked for, and return why it stopped, if that was a fault."""
+    if job.config.refine is None:
+        return []
+    assert job.differentiate is not None
+    reason = refine(search, job.differentiate, tolerant=job.tolerant)
+    return [f"The refinement by gradients stopped: {reason}"] if reason else []
 
 
 @dataclass
@@ -273,7 +293,7 @@ def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
     )
 
 
-def _outcome(job: SearchJob, search: Search, elapsed_s: float) -> SearchOutcome:
+def _outcome(job: SearchJob, search: Search, elapsed_s: float, warnings: Sequence[str]) -> SearchOutcome:
     winner, latest = search.winner, search.latest
     judge = partial(
         reach_verdict,
@@ -297,7 +317,7 @@ def _outcome(job: SearchJob, search: Search, elapsed_s: float) -> SearchOutcome:
         winner=winner,
         anchors=tuple(search.anchors),
         trials=tuple(search.trials),
-        verdict=judge(winner, warnings=tuple(_warnings(job, search, winner))),
+        verdict=judge(winner, warnings=(*_warnings(job, search, winner), *warnings)),
         evaluation=_evaluation_record(job, latest),
         cost=Cost(
             seconds=seconds,

@@ -52,6 +52,7 @@ WRONG = [
     (EvaluationConfig, "confirm_fraction", math.nan, "`0 < evaluation.confirm_fraction < 1`"),
     (EvaluationConfig, "recalibrate_batches", -1, "`evaluation.recalibrate_batches >= 0`"),
     (ArtifactConfig, "adapters", "product", "`artifact.adapters` must be one of factors, products"),
+    (SearchConfig, "refine", "newton", "`search.refine` must be one of gradient"),
     (EvaluationConfig, "cache_batches", -1, "`evaluation.cache_batches >= 0`"),
     (EvaluationConfig, "cache_batches", "64", "`evaluation.cache_batches` must be a positive number with a unit"),
     (ArtifactConfig, "formats", ("onnx",), "`artifact.formats` must be one of safetensors, ckpt"),

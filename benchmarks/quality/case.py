@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,14 @@ from torch.nn.utils import vector_to_parameters
 from benchmarks.quality.data import CONTEXT, eval_batches, train_batches
 from lightning_ckmerge.buffer.ring import Drop, decide, pooled
 from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, SearchConfig
+from lightning_ckmerge.core.merge_plan import MergePlan
 from lightning_ckmerge.core.outcome import Coefficients, Score, Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.problem import Half, KeepGoing, Problem
+from lightning_ckmerge.search.refine import FORWARDS_PER_GRADIENT, refine
 from lightning_ckmerge.search.stopping import Stopping
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
 
@@ -137,6 +139,21 @@ class Case:
             complete=len(values_B) == len(self.batches[split]),
         )
 
+    def differentiate(self, weights_P: Tensor, weights_KP: Tensor, group_of: Mapping[str, str]) -> dict[str, Any]:
+        """Return what ``refine`` asks for: each group's inner products ``(K, K)``, at these weights."""
+        model, batches = self.load(weights_P), self.batches["search"]
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        gradients = [torch.zeros_like(p) for p in parameters]
+        for batch in batches:
+            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()) / len(batches)
+            torch._foreach_add_(gradients, torch.autograd.grad(loss, parameters))
+        sources_KN = [
+            [part.view_as(p) for part, p in zip(w_P.split([p.numel() for p in parameters]), parameters, strict=True)]
+            for w_P in weights_KP
+        ]
+        plan = MergePlan(gradients, sources_KN, ["parameter"] * len(names), [group_of.get(n, "") for n in names])
+        return {group: products.numpy() for group, products in plan.inner_products(gradients).items()}
+
     def losses(self, weights_P: Tensor) -> dict[str, float]:
         """Return the loss on every split."""
         return {split: self.score(weights_P, split).value for split in SPLITS}
@@ -174,6 +191,7 @@ def search(
     merge: Callable[[Coefficients], Tensor] | None = None,
     staged: bool = True,
     stopping: Stopping = DEFAULT_STOPPING,
+    refined: bool = False,
 ) -> Found:
     """Run one search of the package.
 
@@ -188,11 +206,12 @@ def search(
         merge: From coefficients to weights; a weighted sum by default.
         staged: Whether losers are dropped early.
         stopping: When it has found enough; as the package does by default.
+        refined: Whether to follow the gradient from the winner.
     """
     given = snapshots or case.buffer
     space = space.bind([name for name, _ in case.model.named_parameters()])
     merge = merge or (lambda c: case.mix(given.weights_KP, c, space.group_of))
-    start = time.monotonic()
+    start, full = time.monotonic(), len(case.batches["search"])
     run, scored = run_search(
         case,
         space,
@@ -204,8 +223,16 @@ def search(
         anchors=tuple(anchors),
         staged=staged,
     )
+    if refined:
+
+        def differentiate(c: Coefficients) -> dict[str, Any]:
+            # Gradients stand among the candidates, so that their time counts.
+            cost = replace(run.latest.search, num_batches=FORWARDS_PER_GRADIENT * full, complete=False)
+            scored.append(replace(run.latest, search=cost))
+            return case.differentiate(merge(c), given.weights_KP, space.group_of)
+
+        refine(run, differentiate)
     seconds = time.monotonic() - start
-    full = len(case.batches["search"])
     winner = run.winner if n_trials else min(run.anchors[1:], key=lambda t: t.search.value)
     candidate, latest = winner.candidate, run.latest.search.value
     return Found(

@@ -80,6 +80,11 @@ METHODS = {
     "grouped, lengths searched": Method(
         searched(Grouped(max_deviation=0.2)), "the same factors, and around them a coordinate a kind"
     ),
+    "grouped, refined by gradients": Method(
+        searched(Grouped(), refined=True),
+        "`search.refine`: from the default's winner three steps downhill, over a coefficient a snapshot and kind; each "
+        "of the three gradients counts as three evaluations",
+    ),
     "auto": Method(
         searched(Auto()), "`tau`, `beta`, kernel, window, pooling and whether kinds differ, all in one study"
     ),

@@ -87,6 +87,32 @@ def check_shapes(target: Tensor, sources_K: Sequence[Tensor]) -> None:
             )
 
 
+@torch.no_grad()
+def inner_products(gradient: Tensor, sources_K: Sequence[Tensor]) -> Tensor:
+    """Return the inner products of K vectors, ``(K, K)`` in float64: K - 1 differences of sources, and the gradient.
+
+    The differences are ``source_k - source_K``. So the last row tells how fast a value changes as a coefficient moves
+    from the latest weights to each other snapshot, and the rest how far apart the snapshots lie.
+
+    Args:
+        gradient: Derivatives of the value by the merged tensor, shape ``(*S)``.
+        sources_K: K floating tensors of shape ``(*S)``, oldest first; the last is the latest weights.
+
+    >>> inner_products(torch.tensor([1.0, 10.0]), [torch.tensor([3.0, 1.0]), torch.tensor([2.0, 3.0])])
+    tensor([[  5., -19.],
+            [-19., 101.]], dtype=torch.float64)
+    """
+    total_KK = torch.zeros(len(sources_K), len(sources_K), dtype=torch.float64)
+    flat = gradient.reshape(-1)
+    for start in range(0, flat.numel(), BLOCK_NUMEL):
+        block = slice(start, start + BLOCK_NUMEL)
+        vectors_KS = torch.stack([_block(source, block).to(flat) for source in sources_K])
+        vectors_KS[:-1] -= vectors_KS[-1]
+        vectors_KS[-1] = flat[block]
+        total_KK += (vectors_KS @ vectors_KS.T).to(total_KK)
+    return total_KK
+
+
 def _block(source: Tensor, block: slice) -> Tensor:
     return source.reshape(-1)[block]
 

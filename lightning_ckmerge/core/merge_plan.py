@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_ckmerge.core.fused import DTYPES, Kernel, Pieces, load_kernel
 from lightning_ckmerge.core.layout import Role
-from lightning_ckmerge.core.merge import check_shapes, merge_tensor
+from lightning_ckmerge.core.merge import check_shapes, inner_products, merge_tensor
 from lightning_ckmerge.core.outcome import Coefficients
 
 # Compiling takes a second; a smaller model's merges take less than that in a whole search.
@@ -73,6 +73,19 @@ class MergePlan:
             merge_tensor(self._targets_N[n], [s[n] for s in self._sources_KN], c_K, self._roles_N[n])
         if kernel:
             self._merge_fused(kernel, by_group)
+
+    def inner_products(self, gradients_N: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Return for each group the sum over its tensors of ``merge.inner_products``.
+
+        Args:
+            gradients_N: N tensors of the targets' shapes, on their devices; those of buffers do not count.
+        """
+        num_snapshots = len(self._sources_KN)
+        totals = {g: torch.zeros(num_snapshots, num_snapshots, dtype=torch.float64) for g in self._groups_N}
+        for n, (gradient, group, role) in enumerate(zip(gradients_N, self._groups_N, self._roles_N, strict=True)):
+            if role == "parameter":
+                totals[group] += inner_products(gradient, [sources_N[n] for sources_N in self._sources_KN])
+        return totals
 
     def _merge_fused(self, kernel: Kernel, by_group: Mapping[str, Sequence[float]]) -> None:
         if self._pieces is None:

@@ -5,6 +5,7 @@ Letters: K snapshots, oldest first; B batches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -60,9 +61,10 @@ class Candidate:
     """A merge to be scored.
 
     Args:
-        name: ``latest``, ``uniform-4``, ``ema-120``, ... for an anchor; ``trial-7`` for a sampler's proposal.
+        name: ``latest``, ``uniform-4``, ``ema-120``, ... for an anchor; ``trial-7`` for a sampler's proposal;
+            ``refined-2`` for one by gradients.
         coefficients_K: K numbers that sum to 1.
-        coordinates: Its place in the searched space; ``None`` for an anchor outside it.
+        coordinates: Its place in the searched space; ``None`` for what lies outside it.
         by_group: Each group's own coefficients, where groups of tensors differ; ``coefficients_K`` are then what they
             deviate from.
     """
@@ -184,9 +186,9 @@ class Cost:
     """What a search took.
 
     Args:
-        seconds: By phase: ``anchors``, ``trials``, ``confirm``, ``other``.
+        seconds: By phase: ``anchors``, ``trials``, ``gradients`` where there were some, ``confirm``, ``other``.
         share_of_training: All searches so far, over the training time so far.
-        num_batches: Batch evaluations spent.
+        num_batches: Batch evaluations spent; a gradient counts as three.
         num_batches_saved: Batch evaluations that dropping losers early avoided.
         stopped_early: Why fewer trials ran than were asked for; ``None`` if all ran.
     """
@@ -209,7 +211,7 @@ class SearchOutcome:
         group_of: Tensor name -> group, where coefficients differ between groups.
         winner: The best of anchors and trials on the search half, among those that hold the constraints.
         anchors: In the order in which they were scored; the first is ``latest``.
-        trials: The sampler's proposals, likewise.
+        trials: The sampler's proposals, likewise, and what a refinement by gradients added.
         front: Where several metrics are monitored, other merges of the Pareto front, each with its own verdict; the
             winner is the front's knee.
     """
@@ -227,6 +229,16 @@ class SearchOutcome:
     cost: Cost
     group_of: Mapping[str, str] = field(default_factory=dict)
     front: tuple[tuple[Trial, Verdict], ...] = ()
+
+    @property
+    def best_coordinates(self) -> dict[str, float] | None:
+        """The winner's coordinates; where it has none, those of the best candidate that has some."""
+        if self.winner.candidate.coordinates:
+            return self.winner.candidate.coordinates
+        sign = 1 if self.mode == "min" else -1
+        placed = [t for t in (*self.anchors, *self.trials) if t.candidate.coordinates and t.feasible]
+        finite = [t for t in placed if math.isfinite(t.search.value)]
+        return min(finite, key=lambda t: sign * t.search.value).candidate.coordinates if finite else None
 
     def members(self) -> list[SearchOutcome]:
         """Return this search as told of each other merge of the front."""

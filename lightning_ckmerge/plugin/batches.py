@@ -87,7 +87,7 @@ class BatchRecorder:
             so_far = self._totals.get(name, (0.0, 0.0))
             self._totals[name] = (so_far[0] + batch[0], so_far[1] + batch[1])
             if name in self.of:
-                self.of[name].pending.append(batch)
+                self._keep(name, *batch)
         if self._comm.world_size == 1:
             self._pool()
 
@@ -104,6 +104,10 @@ class BatchRecorder:
         self._wait_for(math.inf)
         everywhere = self._comm.exchange((dict(logged), self._totals))
         return {name: _overall(name, everywhere) for name in logged}
+
+    def _keep(self, monitor: str, total: float, size: float) -> None:
+        """Take in a monitored metric's ``sum(value * size)`` and ``sum(size)`` of one batch."""
+        self.of[monitor].pending.append((total, size))
 
     def _wait_for(self, ended: float) -> None:
         self._ended = ended

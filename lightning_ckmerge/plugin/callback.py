@@ -25,6 +25,7 @@ from lightning_ckmerge.config import (
 from lightning_ckmerge.core.spaces import make_space
 from lightning_ckmerge.errors import ConfigError, MonitorError
 from lightning_ckmerge.plugin.evaluation import logged_names
+from lightning_ckmerge.plugin.gradients import loss_of
 from lightning_ckmerge.plugin.run import MergeRun
 from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.strategies import check_supported
@@ -94,6 +95,15 @@ class CheckpointMergeCallback(Callback):
             )
         if others and search.terminator is not None:
             raise ConfigError(f"`search.terminator` follows one metric, got {1 + len(others)} in `monitor`. Name one.")
+        if search.refine is not None and others:
+            raise ConfigError(
+                f"`search.refine` follows the gradient of one metric, got {len(others) + 1} in `monitor`. Name one, or "
+                "leave it out."
+            )
+        if search.refine is not None and artifact.adapters == "products":
+            raise ConfigError(
+                '`search.refine` needs `artifact.adapters` "factors", got "products". Use that, or leave it out.'
+            )
         if apply == "on_train_end" and artifact.adapters == "products":
             raise ConfigError(
                 '`apply` "on_train_end" would give the module\'s LoRA layers another rank, got `artifact.adapters` '
@@ -152,7 +162,7 @@ class CheckpointMergeCallback(Callback):
         """Refuse what cannot be served, before anything is spent."""
         if stage != "fit":
             return
-        _check_served(trainer, self.search.storage)
+        _check_served(trainer, self.search)
         # Loggers of several ranks may count several versions.
         dirpath = trainer.strategy.broadcast(_resolve_dirpath(trainer, self.dirpath))
         callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009 - set where mypy cannot see it
@@ -172,6 +182,13 @@ class CheckpointMergeCallback(Callback):
         assert self._resolved_dirpath is not None
         self._run = MergeRun(self, trainer, self._resolved_dirpath, self._state)
         self._state = None
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Find a missing loss before training, not at the first search."""
+        if self.search.refine is not None and trainer.sanity_checking:
+            loss_of(outputs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find a misspelt ``monitor`` at the first validation, not at the first search; keep the value for reports."""
@@ -236,10 +253,10 @@ class CheckpointMergeCallback(Callback):
         self._state = state_dict or None
 
 
-def _check_served(trainer: Trainer, storage: str | None) -> None:
+def _check_served(trainer: Trainer, search: SearchConfig) -> None:
     """Raise, on all ranks, unless the strategy can be served and rank 0 can open the storage."""
-    check_supported(trainer)
-    fault = None
+    check_supported(trainer, search.refine)
+    fault, storage = None, search.storage
     if storage is not None and trainer.is_global_zero:
         try:
             open_storage(storage)

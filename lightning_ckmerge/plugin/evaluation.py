@@ -11,10 +11,10 @@ import contextlib
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_ckmerge.plugin.batches import BatchRecorder
 from lightning_ckmerge.plugin.loaders import length_of, stoppable
@@ -67,6 +67,7 @@ def evaluate(
     recorder: BatchRecorder,
     like: Any,
     on_start: Callable[..., None] | None = None,
+    step: Callable[..., Any] | None = None,
 ) -> dict[str, float]:
     """Run the user's validation of the live weights, and return what this rank's has logged.
 
@@ -77,6 +78,7 @@ def evaluate(
         recorder: Takes each batch's values, and may stop the evaluation.
         like: The ``CombinedLoader`` that ``parts`` are of.
         on_start: Called when the modules are in evaluation mode.
+        step: Called in place of the module's ``validation_step``.
     """
     stopped = functools.partial(_has_stopped, recorder)
     loop = _make_loop(trainer, [stoppable(p, stopped) for p in parts], like)
@@ -88,8 +90,9 @@ def evaluate(
     }
     if on_start is not None:
         hooks["on_validation_start"] = on_start
+    own_step = {} if step is None else {"validation_step": step}
     try:
-        with _isolated(trainer, loop), _listening(callback, hooks):
+        with _isolated(trainer, loop), _listening(callback, hooks), _listening(trainer.lightning_module, own_step):
             logged = loop.run()
     finally:
         loop.teardown()
@@ -237,9 +240,9 @@ def _isolated(trainer: Any, loop: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _listening(callback: Callback, hooks: dict[str, Callable[..., None]]) -> Iterator[None]:
-    """Replace hooks of one callback object, and take the replacements away again."""
-    own = vars(callback)
+def _listening(listener: Callback | LightningModule, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Replace hooks of one object, and take the replacements away again."""
+    own = vars(listener)
     saved = {name: own[name] for name in hooks if name in own}
     own.update(hooks)
     try:

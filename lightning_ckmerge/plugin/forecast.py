@@ -26,6 +26,7 @@ from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
 from lightning_ckmerge.plugin.strategies import check_supported
 from lightning_ckmerge.search.anchors import most_anchors
 from lightning_ckmerge.search.engine import MAX_SHOWN, most_confirmed
+from lightning_ckmerge.search.refine import MAX_EVALUATIONS
 
 
 @dataclass(kw_only=True)
@@ -200,7 +201,8 @@ def _count_batches(plan: Forecast, callback: CheckpointMergeCallback, trainer: A
     plan.search_batches = sum(s.num_batches("search") or 0 for s in splits)
     plan.confirm_batches = sum(s.num_batches("confirm") or 0 for s in splits)
     num_confirmed = most_confirmed(has_others=bool(callback.others))
-    plan.evaluations = plan.search_batches * plan.num_candidates + num_confirmed * plan.confirm_batches
+    num_evaluations = plan.num_candidates + (MAX_EVALUATIONS if callback.search.refine else 0)
+    plan.evaluations = plan.search_batches * num_evaluations + num_confirmed * plan.confirm_batches
     if plan.total_steps and plan.num_searches:
         interval = plan.total_steps / plan.num_searches
         plan.share = plan.evaluations / (FORWARDS_PER_TRAINING_BATCH * interval * trainer.accumulate_grad_batches)
@@ -209,7 +211,7 @@ def _count_batches(plan: Forecast, callback: CheckpointMergeCallback, trainer: A
 def _faults(plan: Forecast, callback: CheckpointMergeCallback, trainer: Any, loaders: list[Any] | None) -> list[str]:
     found = []
     try:
-        check_supported(trainer)
+        check_supported(trainer, callback.search.refine)
     except UnsupportedError as error:
         found.append(str(error))
     if loaders == [] and callback.evaluation.dataloader is None:

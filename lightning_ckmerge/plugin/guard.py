@@ -111,6 +111,8 @@ class Memory:
                 self.take(value, 1)
 
     def _take_tensor(self, tensor: Tensor, *, always: bool = False) -> None:
+        if not tensor.requires_grad:
+            self._undo.append(partial(_forget_graph, tensor))
         if always or tensor.numel() * tensor.element_size() <= self._max_bytes:
             saved = tensor.detach().clone()
 
@@ -256,6 +258,12 @@ def _reset_dict(target: dict[Any, Any], saved: dict[Any, Any], keep: Iterable[An
             del target[key]
     for key, value in saved.items():  # `Counter.update` would add
         target[key] = value
+
+
+def _forget_graph(tensor: Tensor) -> None:
+    """Validation steps that are written for `no_grad` may have updated it in place while gradients were wanted."""
+    if tensor.requires_grad:
+        tensor.detach_()
 
 
 def _refill(target: list[Any] | deque[Any] | set[Any], saved: list[Any]) -> None:

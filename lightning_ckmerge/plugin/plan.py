@@ -17,6 +17,7 @@ from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
 from lightning_ckmerge.report.text import size
 from lightning_ckmerge.search.anchors import most_anchors
 from lightning_ckmerge.search.engine import most_confirmed
+from lightning_ckmerge.search.refine import MAX_EVALUATIONS
 
 if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
@@ -64,7 +65,10 @@ def render_plan(
 
 def _evaluations(callback: CheckpointMergeCallback, trainer: Trainer, total_steps: int | None) -> str:
     num_anchors = most_anchors(callback.search.anchors, callback.buffer.capacity)
-    candidates = f"up to {num_anchors} anchors and {callback.search.n_trials} trials"
+    refinement = (
+        f", and a refinement by gradients that takes up to {MAX_EVALUATIONS} more" if callback.search.refine else ""
+    )
+    candidates = f"up to {num_anchors} anchors and {callback.search.n_trials} trials{refinement}"
     cap = callback.search.max_fraction_of_training
     limit = f", at most {100 * cap:g} % of the training time" if cap is not None else ""
     loaders = [] if callback.evaluation.dataloader else [n for n in trainer.num_val_batches if n]
@@ -75,7 +79,8 @@ def _evaluations(callback: CheckpointMergeCallback, trainer: Trainer, total_step
     search = sum(s.num_batches("search") or 0 for s in splits)
     confirm = sum(s.num_batches("confirm") or 0 for s in splits)
     num_confirmed = most_confirmed(has_others=bool(callback.others))
-    most = search * (num_anchors + callback.search.n_trials) + num_confirmed * confirm
+    num_refined = MAX_EVALUATIONS if callback.search.refine else 0
+    most = search * (num_anchors + callback.search.n_trials + num_refined) + num_confirmed * confirm
     text = f"{candidates} on {search} batches, {num_confirmed} candidates on {confirm}: up to {most} forward batches"
     if total_steps:
         interval = callback.triggers["every_n_train_steps"] or total_steps / NUM_SEARCHES

@@ -28,6 +28,7 @@ from lightning_ckmerge.errors import CkmergeError, ConfigError, PeerError
 from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
 from lightning_ckmerge.plugin.adapters import Load, find_adapters
 from lightning_ckmerge.plugin.curve import Curve
+from lightning_ckmerge.plugin.derivatives import Derivatives
 from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.plan import render_plan
 from lightning_ckmerge.plugin.progress import OnScored, search_progress
@@ -385,6 +386,8 @@ class MergeRun:
             on_scored=on_scored,
             agree=partial(on_rank_zero, self._comm),
             adapters=self._adapters.merge if self._adapters is not None else None,
+            differentiate=Derivatives(self._ownership, self._layout, merger, load, standstill, validation, self._comm),
+            tolerant=callback.on_error == "warn",
         )
 
     def _allowance(self) -> tuple[float | None, str]:
@@ -407,7 +410,7 @@ class MergeRun:
             rank_zero_warn(f"The run's report was not written: {_explained(error)}")
 
     def _announce(self, outcome: SearchOutcome, artifact: Artifact) -> None:
-        self._previous = outcome.winner.candidate.coordinates or self._previous
+        self._previous = outcome.best_coordinates or self._previous
         verdict = outcome.verdict
         line = f"Merge search at step {outcome.step}: {verdict.sentence} {artifact.path}"
         (rank_zero_warn if verdict.status == "rejected" else rank_zero_info)(line)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ckmerge.config import EvaluationConfig
 from lightning_ckmerge.core.outcome import Score
@@ -20,6 +20,7 @@ from lightning_ckmerge.errors import ConfigError, MonitorError
 from lightning_ckmerge.plugin.batches import BatchRecorder
 from lightning_ckmerge.plugin.cache import BatchCache, Randomness
 from lightning_ckmerge.plugin.evaluation import evaluate, find_loaders, training_loader
+from lightning_ckmerge.plugin.gradients import GradientRecorder
 from lightning_ckmerge.plugin.loaders import Half, Split, blocks, length_of, limited
 
 NUM_BLOCKS = 10
@@ -113,6 +114,18 @@ class Validation:
             others=tuple(others),
         )
 
+    def differentiate(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Return the derivatives of the monitored metric on the search half by ``parameters``, over all ranks.
+
+        Raises:
+            SearchError: The metric is not the mean of the loss that ``validation_step`` returns.
+        """
+        parts = [s.part("search") for s in self._splits]
+        batches = self._cache.wrap("search", [p.batches for p in parts])
+        recorder = GradientRecorder(self._monitors[0], [p.padding for p in parts], self._comm, parameters)
+        recorder.finish(self._evaluate(batches, recorder, recorder.watching(self._module.validation_step)))
+        return recorder.gradients()
+
     def recalibrate(self, batches: int) -> None:
         """Re-estimate BatchNorm statistics of the live weights on the first ``batches`` training batches.
 
@@ -148,8 +161,10 @@ class Validation:
     def _training_loaders(self) -> list[Any]:
         return list(training_loader(self._trainer).flattened)
 
-    def _evaluate(self, parts: Sequence[Iterable[Any]], recorder: BatchRecorder) -> dict[str, float]:
-        return evaluate(self._trainer, self._callback, parts, recorder, self._combined)
+    def _evaluate(
+        self, parts: Sequence[Iterable[Any]], recorder: BatchRecorder, step: Callable[..., Any] | None = None
+    ) -> dict[str, float]:
+        return evaluate(self._trainer, self._callback, parts, recorder, self._combined, step=step)
 
     def _run_in_blocks(self, parts: Sequence[Iterable[Any]]) -> Score:
         """A metric over all batches at once has no paired values: score it on blocks of batches instead."""

@@ -29,7 +29,7 @@ def render_markdown(manifest: Manifest) -> str:
             ("candidate", "", "search half", "gain over latest there", "confirmation half", "gain over latest there"),
             ((c.name, c.role, c.search, c.search_gain, c.confirm, c.gain) for c in view.candidates),
         ),
-        f"{len(manifest['trials'])} trials of the sampler beside {len(manifest['anchors'])} anchors. Intervals hold "
+        f"{len(manifest['trials'])} trials beside {len(manifest['anchors'])} anchors. Intervals hold "
         "95 %; the verdict rests on the confirmation half, which the search did not see.",
         *front_section(view),
         *metrics_section(view),

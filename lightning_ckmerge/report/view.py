@@ -156,6 +156,8 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     verdict, evaluation = manifest["verdict"], manifest["evaluation"]
     coordinates, others = manifest["coordinates"] or {}, verdict.get("others", [])
     at = ", ".join(f"{name} {number(value, '.4g')}" for name, value in coordinates.items())
+    refined = verdict["winner"] in {t["name"] for t in manifest["trials"]}
+    outside = ", left by gradients" if refined else ", won by an anchor"
     batches = f"{sum(evaluation['search_batches'])} + {sum(evaluation['confirm_batches'])}"
     return [
         ("Gain over latest", gain_text(verdict["gain"], verdict["interval"])),
@@ -167,7 +169,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         *steps_worth(verdict),
         (f"{manifest['monitor']} ({manifest['mode']})", number(verdict["value"])),
         *((f"{o['monitor']} ({o['mode']})", number(o["value"])) for o in others),
-        ("Space", f"{manifest['space']} ({at})" if at else f"{manifest['space']}, won by an anchor"),
+        ("Space", f"{manifest['space']}{f' ({at})' if at else outside}"),
         ("Batches, search + confirmation", batches),
         *([("Adapters", ADAPTERS[manifest["adapters"]["merge"]])] if "adapters" in manifest else []),
     ]

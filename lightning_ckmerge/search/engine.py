@@ -44,6 +44,7 @@ class Search:
         agree: Runs a function on rank 0 and returns its result on every rank.
         stopping: When it has found enough, where one metric is searched by and no constraint is set.
         on_scored: Told of each scored trial and of how many are expected in all, at most.
+        gradient_batches: Batch evaluations that gradients took the time of.
     """
 
     problem: Problem
@@ -58,6 +59,7 @@ class Search:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("anchors", "trials", "confirm"), 0.0))
     stopped_early: str | None = None
     found_enough: bool = False
+    gradient_batches: int = 0
     _study: SearchStudy | None = None
     _total: int = 0
 
@@ -70,6 +72,7 @@ class Search:
         problem = self.problem
         anchors = make_anchors(problem.segments_K, problem.space, problem.previous, problem.anchors)
         self._total = len(anchors) + most_derived(problem.anchors, len(problem.segments_K)) + problem.n_trials
+        self._total += problem.max_added
         self.anchors.append(self._score(anchors[0], "anchors"))
         if not math.isfinite(self.latest.search.value):
             raise SearchError(
@@ -89,6 +92,19 @@ class Search:
             if self._must_stop():
                 return
             self.trials.append(self._score_trial(f"trial-{i}"))
+
+    def add(self, candidate: Candidate) -> Trial:
+        """Score one more candidate, as a trial; it is dropped where it loses, but need not promise more than a draw."""
+        race = self._race(min_promise=0)
+        self.trials.append(self._score(candidate, "trials", self._evaluate(candidate, "trials", race)))
+        return self.trials[-1]
+
+    def affords(self, num_evaluations: int = 1) -> bool:
+        """Whether so many more evaluations fit the budget; ``stopped_early`` says so if they do not."""
+        reason = self.agree(lambda: self._over_budget(num_evaluations))
+        if reason is not None:
+            self._stop(reason, found_enough=False)
+        return reason is None
 
     def confirm(self) -> None:
         """Score the winner, the latest weights, the best anchor and others of a front on the confirmation half."""
@@ -133,9 +149,9 @@ class Search:
 
     @property
     def num_batches(self) -> int:
-        """Batch evaluations spent."""
+        """Batch evaluations spent, what gradients took the time of included."""
         scores = [s for t in (*self.anchors, *self.trials) for s in (t.search, t.confirm) if s is not None]
-        return sum(s.num_batches for s in scores)
+        return sum(s.num_batches for s in scores) + self.gradient_batches
 
     @property
     def num_batches_saved(self) -> int:
@@ -170,9 +186,9 @@ class Search:
         score = replace(score, num_batches=score.num_batches + best.search.num_batches)
         self._replace(best, replace(best, search=score))
 
-    def _over_budget(self) -> str | None:
+    def _over_budget(self, num_evaluations: int = 1) -> str | None:
         # Not all loaders know their length; the latest weights have been through it.
-        return self.budget.stop_reason(self.latest.search.num_batches)
+        return self.budget.stop_reason(num_evaluations * self.latest.search.num_batches)
 
     def _reason_to_stop(self) -> tuple[str | None, bool]:
         """Why to stop, and whether that is for the best."""
@@ -185,10 +201,14 @@ class Search:
         return reason, reason is not None
 
     def _must_stop(self) -> bool:
-        reason, self.found_enough = self.agree(self._reason_to_stop)
+        reason, found_enough = self.agree(self._reason_to_stop)
         if reason is not None:
-            self.stopped_early = f"after {len(self.anchors)} anchors and {len(self.trials)} trials: {reason}"
+            self._stop(reason, found_enough=found_enough)
         return reason is not None
+
+    def _stop(self, reason: str, *, found_enough: bool) -> None:
+        self.stopped_early = f"after {len(self.anchors)} anchors and {len(self.trials)} trials: {reason}"
+        self.found_enough = found_enough
 
     def _open(self) -> None:
         self._study = self.open_study(self.latest.search)
@@ -239,7 +259,7 @@ class Search:
         self.budget.spent(elapsed, score.num_batches)
         return race.estimate(score) if race is not None and not score.complete else score
 
-    def _race(self) -> Race | None:
+    def _race(self, min_promise: float = MIN_PROMISE) -> Race | None:
         # A constraint is compared with the latest weights' value over all batches; those that a dropped candidate did
         # not see may be all that a metric is logged on. And what loses by one metric may lie on the front by another.
         if not self.problem.staged or self.problem.constraints or self.problem.others:
@@ -247,7 +267,7 @@ class Search:
         if not self.anchors or self.winner.search.values_B is None:
             return None
         sign, incumbent = self.problem.sign, self.winner.search
-        return Race(incumbent, sign, margin=MIN_PROMISE * sign * (self.latest.search.value - incumbent.value))
+        return Race(incumbent, sign, margin=min_promise * sign * (self.latest.search.value - incumbent.value))
 
     def _violations(self, score: Score) -> dict[str, float]:
         """By how much each constraint is broken, against the latest weights; nothing for the latest weights."""

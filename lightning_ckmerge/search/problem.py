@@ -42,6 +42,7 @@ class Problem:
         others: More metrics to search by than the first, whose mode is ``mode``: the search is for the Pareto front.
         n_trials: The sampler's proposals.
         anchors: Names of known merges to score first, beside the latest weights.
+        max_added: Candidates that may be added to the sampler's, at most.
         staged: Whether to drop losers early, where no constraint needs all batches.
     """
 
@@ -50,6 +51,7 @@ class Problem:
     segments_K: tuple[Segment, ...]
     n_trials: int
     anchors: tuple[AnchorName, ...] = DEFAULT_ANCHORS
+    max_added: int = 0
     staged: bool = True
     constraints: tuple[Constraint, ...] = ()
     previous: Mapping[str, float] | None = None

@@ -77,10 +77,20 @@ def test_fsdp1_serves_with_its_defaults() -> None:
     check_supported(trainer_with(FSDPStrategy()))
 
 
-def refusal(strategy: Any) -> str:
+def refusal(strategy: Any, refine: Any = None) -> str:
     with pytest.raises(UnsupportedError) as caught:
-        check_supported(trainer_with(strategy))
+        check_supported(trainer_with(strategy), refine)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("strategy", [SingleDeviceStrategy("cpu"), DDPStrategy(), OwnDDPStrategy()])
+def test_gradients_are_served_where_the_model_is_whole(strategy: Strategy) -> None:
+    check_supported(trainer_with(strategy), "gradient")
+
+
+@pytest.mark.parametrize("strategy", [ModelParallelStrategy(), FSDPStrategy(use_orig_params=True)])
+def test_gradients_are_refused_elsewhere(strategy: Strategy) -> None:
+    assert refusal(strategy, "gradient").startswith("`search.refine` needs a strategy that holds the model whole")
 
 
 def test_refusals_name_strategy_reason_and_what_works() -> None:
@@ -99,6 +109,7 @@ def test_deepspeed(stage: int, is_served: bool) -> None:
     strategy = DeepSpeedStrategy(stage=stage)
     if is_served:
         check_supported(trainer_with(strategy))
+        assert "`search.refine`" in refusal(strategy, "gradient")
     else:
         assert f"stage {stage}" in refusal(strategy)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -61,10 +61,11 @@ class Classifier(pl.LightningModule):
     def training_step(self, batch: Any, _: int) -> Tensor:
         return self.scale * self.loss(batch)
 
-    def validation_step(self, batch: Any, _: int) -> None:
+    def validation_step(self, batch: Any, _: int) -> Tensor:
         loss = self.loss(batch)
         self.log("val_loss", loss, sync_dist=True)
-        self.scale = 1 + 0.01 * float(loss)
+        self.scale = 1 + 0.01 * float(loss.detach())
+        return loss
 
     def on_train_batch_end(self, *_: Any) -> None:
         tensors = [p.to_local() if isinstance(p, DTensor) else p for p in (*self.parameters(), *self.buffers())]
@@ -110,6 +111,8 @@ class Run:
 
 
 def make_strategy(name: str) -> Any:
+    if name == "ddp_static":
+        return DDPStrategy(static_graph=True)
     if name == "fsdp":
         return FSDPStrategy(use_orig_params=True)
     sizes = {"fsdp2": (2, 1), "tp": (1, 2), "fsdp2 x tp": (2, 2)}

@@ -47,8 +47,10 @@ class Adapted(Language):
         self.log("train_loss", loss)
         return loss
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self.net["lm"](input_ids=batch, labels=batch).loss)
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self.net["lm"](input_ids=batch, labels=batch).loss
+        self.log("val_loss", loss)
+        return loss
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)

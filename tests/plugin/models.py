@@ -96,7 +96,7 @@ class Classifier(pl.LightningModule):
         self.collection.reset()
         self.mean.reset()
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         x, y = batch
         logits = self(x)
         loss = cross_entropy(logits, y)
@@ -113,6 +113,7 @@ class Classifier(pl.LightningModule):
         self.own.draws.random()
         self.log("val_loss", loss, on_epoch=True, batch_size=len(y))
         self.log("val_acc", self.accuracy)
+        return loss
 
     def on_validation_epoch_end(self) -> None:
         self.num_validations += 1
@@ -187,8 +188,10 @@ class TinyGPT(pl.LightningModule):
         self.log("train_loss", loss)
         return loss
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss)
+    def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        loss = self.model(input_ids=batch, labels=batch).loss
+        self.log("val_loss", loss)
+        return {"loss": loss}
 
     def own_state(self) -> dict[str, Any]:
         return {"tied": self.model.lm_head.weight is self.model.transformer.wte.weight}

@@ -19,10 +19,10 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_ckmerge import ArtifactConfig, BufferConfig, EvaluationConfig
+from lightning_ckmerge import ArtifactConfig, BufferConfig, EvaluationConfig, SearchConfig
 from lightning_ckmerge.config import AdapterMerge
 from tests.plugin.lora import Adapted, MergesToValidate
 from tests.plugin.models import (
@@ -33,7 +33,14 @@ from tests.plugin.models import (
     points_loader,
     tokens_loader,
 )
-from tests.plugin.runs import Case, SearchAtValidationEnd, assert_same_run
+from tests.plugin.runs import (
+    NUM_TRIALS,
+    Case,
+    SearchAtValidationEnd,
+    assert_same_run,
+    manifests,
+    merge_callbacks,
+)
 
 MODELS = {
     "mlp": Case(),
@@ -197,6 +204,23 @@ def hooked_weight_norm(*shape: int) -> nn.Module:
     return nn.utils.weight_norm(nn.Linear(*shape))
 
 
+class Careless(Classifier):
+    """Counts on gradients being off in validation: what it moves there depends on the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("moved", torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1 + 0.01 * self.moved)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().validation_step(batch, batch_idx)
+        self.moved += loss
+        self.scale *= 1 + 0.01 * loss
+        return loss
+
+
 class OnPlateau(Classifier):
     """A monitor that the scheduler and the stopping follow."""
 
@@ -275,6 +299,42 @@ TRAINERS: dict[str, dict[str, Any]] = {
     },
     "fit's own interval": {"merge": {"every_n_train_steps": None}},
 }
+
+
+REFINED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gpt": vars(MODELS["gpt"]),
+    "careless": {"model": Careless},
+    "several loaders": LOADERS["several"],
+    **{
+        name: TRAINERS[name]
+        for name in (
+            "search while gradients accumulate",
+            "bf16-mixed",
+            "bf16-true",
+            "two optimizers by hand",
+            "compiled block",
+            "spectral norm",
+            "hooked weight norm",
+            "recalibration",
+            "lora factors",
+        )
+    },
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", REFINED)
+def test_gradients_of_a_search_leave_no_trace(name: str, tmp_path: Path) -> None:
+    """Goes red if a search puts anything into ``.grad``, or leaves a graph in what validation steps write."""
+    case = REFINED[name]
+    search = SearchConfig(n_trials=NUM_TRIALS, refine="gradient", max_fraction_of_training=None)
+    run = assert_same_run(
+        Case(**{**case, "merge": {**case.get("merge", {}), "search": search}}), tmp_path, min_searches=1
+    )
+    (callback,) = merge_callbacks(run.trainer)
+    names = [t["name"] for m in manifests(callback._resolved_dirpath) for t in m["trials"]]
+    assert "refined-0" in names
 
 
 @pytest.mark.filterwarnings("ignore")
