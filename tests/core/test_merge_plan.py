@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_ckmerge.core import fused, merge_plan
 from lightning_ckmerge.core.fused import Kernel, Pieces, gives_the_same_bits, load_kernel
 from lightning_ckmerge.core.layout import Role
-from lightning_ckmerge.core.merge import merge_tensor
+from lightning_ckmerge.core.merge import BLOCK_NUMEL, merge_tensor
 from lightning_ckmerge.core.merge_plan import MergePlan
 from lightning_ckmerge.errors import SnapshotError
 from tests.core.test_merge import coefficients, normal
@@ -202,3 +202,22 @@ def test_groups_are_merged_with_their_own_coefficients() -> None:
         expected = torch.empty(50)
         merge_tensor(expected, [sources_N[n] for sources_N in sources_KN], by_group[group])
         assert torch.equal(targets[n], expected)
+
+
+def test_inner_products_are_those_of_each_groups_parameters() -> None:
+    """Over several blocks; differences are taken before products, so weights that lie close together lose nothing."""
+    torch.manual_seed(0)
+    shapes = [(3, BLOCK_NUMEL // 2), (5,), (4,)]
+    far_N = [1e3 * torch.randn(shape) for shape in shapes]
+    sources_KN = [[far + 0.01 * torch.randn(far.shape) for far in far_N] for _ in range(3)]
+    for sources_N in sources_KN:
+        sources_N[2].fill_(-torch.inf)  # a mask
+    gradients_N = [torch.randn(shape) for shape in shapes]
+    targets_N = [torch.empty(shape) for shape in shapes]
+    plan = MergePlan(targets_N, sources_KN, ["parameter", "parameter", "buffer"], ["a", "b", "b"])
+    found = plan.inner_products(gradients_N)
+    for group, n in (("a", 0), ("b", 1)):
+        latest = sources_KN[-1][n]
+        vectors_K = [(s[n] - latest).double().flatten() for s in sources_KN[:-1]] + [gradients_N[n].double().flatten()]
+        expected = torch.tensor([[float(a @ b) for a in vectors_K] for b in vectors_K], dtype=torch.float64)
+        torch.testing.assert_close(found[group], expected, rtol=1e-4, atol=1e-4)
