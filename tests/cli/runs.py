@@ -32,9 +32,11 @@ class Wandering(pl.LightningModule):
         x, y = batch
         return nn.functional.mse_loss(self.layer(x).squeeze(1), y)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        self.log("val_loss", nn.functional.mse_loss(self.layer(x).squeeze(1), y))
+        loss = nn.functional.mse_loss(self.layer(x).squeeze(1), y)
+        self.log("val_loss", loss)
+        return loss
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=self.hparams["learning_rate"])

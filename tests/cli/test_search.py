@@ -60,6 +60,13 @@ def test_the_merge_of_checkpoints_is_published_as_a_run_would(checkpoints: Path,
     assert ckmerge_json("list", tmp_path / "merges")["best"] == f"step={NUM_STEPS:09d}"
 
 
+def test_it_follows_gradients_too(checkpoints: Path, tmp_path: Path) -> None:
+    ckmerge_json(*search_args(checkpoints, tmp_path, search={"refine": "gradient", "n_trials": 4}))
+    manifest = ckmerge_json("show", tmp_path / "merges")
+    assert manifest["trials"][4]["name"] == "refined-0"
+    assert manifest["verdict"]["warnings"] == []
+
+
 def test_values_are_those_of_trainer_validate(checkpoints: Path, tmp_path: Path) -> None:
     """With all batches in the search half, of which nothing can be confirmed."""
     found = ckmerge_json(*search_args(checkpoints, tmp_path, evaluation={"confirm_fraction": 0.02}), code=1)
