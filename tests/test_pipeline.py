@@ -383,10 +383,8 @@ def test_a_budget_for_nothing_is_an_error_that_names_the_argument(tmp_path: Path
 def test_a_spent_budget_is_reported(tmp_path: Path, anchors: list[AnchorName]) -> None:
     """The latest weights and one candidate at least have been scored by then."""
     run = Run()
-    job = make_job(
-        run, tmp_path, SearchConfig(n_trials=1000, anchors=anchors), allowed_s=1.0, allowed_by="search.timeout_s"
-    )
-    outcome = run_search(job)
+    config = SearchConfig(n_trials=1000, anchors=anchors, min_gain_left=0.0)
+    outcome = run_search(make_job(run, tmp_path, config, allowed_s=1.0, allowed_by="search.timeout_s"))
     assert outcome.cost.stopped_early is not None
     assert "1 s that search.timeout_s allows" in outcome.cost.stopped_early
     assert f"The search stopped {outcome.cost.stopped_early}." in outcome.verdict.warnings

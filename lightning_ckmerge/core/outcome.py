@@ -121,7 +121,8 @@ class Verdict:
             an interval.
         gain: Improvement over the latest weights, in the metric's unit; above 0 is better in either mode.
         interval: Its 95 % interval; ``None`` if unconfirmed.
-        best_anchor: Name of the best anchor (by the search half), the latest weights included.
+        best_anchor: Name of the best known merge (by the search half), the latest weights included; not of where the
+            search began.
         gain_over_best_anchor: Improvement over it, likewise.
         interval_over_best_anchor: Its 95 % interval.
         equivalent_steps: Further training steps that would gain as much at the run's current slope; ``None`` where that

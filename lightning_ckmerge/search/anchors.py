@@ -21,6 +21,8 @@ UNIFORM_SIZES = (2, 4, 8)
 EMA_SHARES = (0.05, 0.12, 0.3)
 # Snapshots' values differ by a few percent: a power of 1 hardly tells them apart, one of 100 leaves few.
 PENALTIES = (1, 10, 100)
+# Where a search begins.
+PREVIOUS, INITIAL = "previous", "initial-"
 
 # Coefficients -> loss: the value, or its negative where higher ones are better; infinite for what may not win.
 Losses = Mapping[tuple[float, ...], float]
@@ -46,9 +48,9 @@ def make_anchors(
     candidates = [_placed(_latest(segments_K), segments_K, space)]
     if previous is not None and previous.keys() == space.coordinates(segments_K).keys():
         z_D = {n: min(max(previous[n], r.low), r.high) for n, r in space.coordinates(segments_K).items()}
-        candidates.append(candidate_at("previous", z_D, segments_K, space))
+        candidates.append(candidate_at(PREVIOUS, z_D, segments_K, space))
     for i, z_D in enumerate(space.initial(segments_K)):
-        candidates.append(candidate_at(f"initial-{i}", z_D, segments_K, space))
+        candidates.append(candidate_at(f"{INITIAL}{i}", z_D, segments_K, space))
     named = [c for name in names for c in FIXED[name](segments_K, space)]
     return _distinct([*candidates, *(_placed(c, segments_K, space) for c in named)])
 
@@ -73,6 +75,11 @@ def next_anchor(
     candidates = (c for name in names if name in DERIVED for c in DERIVED[name](losses))
     found = next((c for c in candidates if _key(c.coefficients_K) not in losses), None)
     return _placed(found, segments_K, space) if found is not None else None
+
+
+def is_known_merge(anchor: Candidate) -> bool:
+    """Whether one might do this without a search; else it is where the search begins."""
+    return anchor.name != PREVIOUS and not anchor.name.startswith(INITIAL)
 
 
 def candidate_at(name: str, z_D: Mapping[str, float], segments_K: Sequence[Segment], space: Space) -> Candidate:

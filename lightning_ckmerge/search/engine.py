@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from lightning_ckmerge.core.outcome import Candidate, Score, Trial
 from lightning_ckmerge.errors import MonitorError, SearchError
-from lightning_ckmerge.search.anchors import candidate_at, make_anchors, most_derived, next_anchor
+from lightning_ckmerge.search.anchors import candidate_at, is_known_merge, make_anchors, most_derived, next_anchor
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.pareto import knee, pareto_front, spread
 from lightning_ckmerge.search.problem import Evaluate, Problem
@@ -121,8 +121,8 @@ class Search:
 
     @property
     def best_anchor(self) -> Trial:
-        """The best anchor on the search half."""
-        return self._best(self.anchors)
+        """The best on the search half of what one might do without a search; by its estimate, if it was dropped."""
+        return self._best([t for t in self.anchors if is_known_merge(t.candidate)], complete=False)
 
     @property
     def winner(self) -> Trial:
@@ -160,14 +160,14 @@ class Search:
         # What was dropped late and scored to its end after all took more.
         return max(0, sum(full - t.search.num_batches for t in (*self.anchors, *self.trials)))
 
-    def _best(self, trials: Sequence[Trial]) -> Trial:
+    def _best(self, trials: Sequence[Trial], *, complete: bool = True) -> Trial:
         """The first of the best, so that the latest weights win a draw."""
-        front = self._front(trials)
+        front = self._front(trials, complete=complete)
         return front[knee([self._losses(t) for t in front])]
 
-    def _front(self, trials: Sequence[Trial]) -> list[Trial]:
+    def _front(self, trials: Sequence[Trial], *, complete: bool = True) -> list[Trial]:
         """Those that no other one beats in every metric; for one metric, the first of the best."""
-        losses = {id(t): self._losses(t) for t in trials if t.feasible and t.search.complete}
+        losses = {id(t): self._losses(t) for t in trials if t.feasible and (t.search.complete or not complete)}
         eligible = [t for t in trials if all(map(math.isfinite, losses.get(id(t), (math.nan,))))]
         return [eligible[n] for n in pareto_front([losses[id(t)] for t in eligible])]
 

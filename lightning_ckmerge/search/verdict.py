@@ -39,7 +39,7 @@ def reach_verdict(
     Args:
         winner: The best candidate on the search half.
         latest: The latest weights.
-        best_anchor: The best anchor on the search half, the latest weights included.
+        best_anchor: The best on the search half of the known merges, the latest weights included.
         monitor: The metric's name, for the sentence.
         mode: Whether lower or higher values are better.
         others: The other monitored metrics. A gain in one must be certain, and a loss in none; the intervals of all

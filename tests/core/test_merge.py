@@ -37,11 +37,15 @@ def exact(sources_K: list[Tensor], c_K: list[float]) -> Tensor:
 
 
 def rounding(sources_K: list[Tensor], c_K: list[float], dtype: torch.dtype) -> Tensor:
-    """Return what one rounding to ``dtype`` and a sum in float32 (float64) of the distances to the base may cost."""
+    """Return what one rounding to ``dtype`` and a mean in float32 (float64) may cost.
+
+    The mean is over all positive coefficients before the negative ones stretch it back, and its errors with it.
+    """
     base = sources_K[max(range(len(c_K)), key=lambda k: c_K[k])].double()
     distance = sum((abs(c) * (s.double() - base).abs() for c, s in zip(c_K, sources_K, strict=True)), torch.zeros(()))
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    sloppy = (len(c_K) + 2) * torch.finfo(work).eps * (base.abs() + distance)
+    peak = sum(c for c in c_K if c > 0)
+    sloppy = (len(c_K) + 2) * torch.finfo(work).eps * max(1, peak) * (base.abs() + distance)
     # That coefficients sum to 1 only to the last bit of a float64 scales with the base.
     slack = 8 * torch.finfo(torch.float64).eps * base.abs() * sum(map(abs, c_K))
     return sloppy + slack + torch.finfo(dtype).eps / 2 * exact(sources_K, c_K).abs() + torch.finfo(dtype).tiny

@@ -14,14 +14,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_ckmerge.config import AnchorName, Constraint
 from lightning_ckmerge.core.outcome import Score, Trial
-from lightning_ckmerge.core.spaces import Pairwise, Window
+from lightning_ckmerge.core.spaces import Decay, Pairwise, Window
 from lightning_ckmerge.errors import MonitorError, SearchError
 from lightning_ckmerge.search import engine
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.problem import Half, KeepGoing
 from lightning_ckmerge.search.racing import MIN_BATCHES
 from tests.core.runs import means, with_latest
-from tests.search.paraboloid import OPTIMUM, Paraboloid, make_search
+from tests.search.paraboloid import OPTIMUM, SEGMENTS, Paraboloid, make_search
 
 
 @pytest.fixture
@@ -95,6 +95,21 @@ def test_the_latest_weights_win_a_draw(journal: Path) -> None:
     assert search.winner is search.best_anchor is search.latest
     assert search.latest.candidate.name == "latest"
     assert search.latest.confirm is not None
+
+
+def test_where_a_search_begins_is_no_known_merge(journal: Path) -> None:
+    """The best of those may have been dropped early, since the search began better."""
+    start = Decay().initial(SEGMENTS)[0]
+    evaluate = Paraboloid(Decay().coefficients(start, SEGMENTS), noise=0.3, jitter=0.02)
+    search = make_search(evaluate, journal, previous=start, n_trials=2)
+    search.run()
+    search.confirm()
+    assert search.winner.candidate.name == "previous"
+    known = [t for t in search.anchors if t.candidate.name not in ("previous", "initial-0")]
+    assert search.best_anchor is min(known, key=lambda t: t.search.value) is not search.latest
+    assert not search.best_anchor.search.complete
+    assert search.best_anchor.confirm is not None
+    assert search.best_anchor.confirm.complete
 
 
 @pytest.mark.parametrize("seed", range(2))
