@@ -66,8 +66,8 @@ METHODS = {
     DEFAULT: Method(
         searched(Grouped()),
         "the default: `decay`, its length longer for embeddings and attention and shorter for MLPs, by factors that "
-        "`benchmarks.quality.factors` read off cpp-0, cpp-1 and python-0: the other three runs had no part in them; the "
-        "search begins at a place that cpp-0 and python-0 told",
+        "`benchmarks.quality.factors` read off cpp-0, cpp-1 and python-0: the other three runs had no part in them; "
+        "the search begins at a place that cpp-0 and python-0 told",
     ),
     "grouped, all trials": Method(searched(Grouped(), stopping=NEVER), "the default, but for its early end"),
     "grouped, nothing dropped": Method(
