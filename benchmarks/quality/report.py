@@ -142,8 +142,8 @@ def page(runs: Sequence[Run]) -> str:
         f"to {NUM_TRIALS} trials, or {NUM_FREE_TRIALS} of free coefficients. Anchors are counted, the verdict's "
         "passes over the other half are not. Searches have become cheaper since these were measured: "
         f"{', '.join(f'*{name}*' for name in names if name in MEASURED_BEFORE)}. Of the default, dropping losers early "
-        f"saves a factor of {spread(staging(runs), 1)}. Seconds include the sampler's; they are of cores that others used "
-        "too, several runs side by side, the methods in another order for each.",
+        f"saves a factor of {spread(staging(runs), 1)}. Seconds include the sampler's; they are of cores that others "
+        "used too, several runs side by side, the methods in another order for each.",
         "",
         "## Goals",
         "",
