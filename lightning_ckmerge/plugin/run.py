@@ -378,7 +378,8 @@ class MergeRun:
             allowed_by=allowed_by,
             searched_s=self._searched_s,
             training_s=self.training_s,
-            previous=self._previous,
+            # A rank that failed last time, after others had reached the verdict, knows of none.
+            previous=self._comm.exchange(self._previous)[0],
             validated=self._curve.validated,
             searched=self._curve.searched,
             notes=[f"{objection[0].upper()}{objection[1:]}."] if objection else [],
