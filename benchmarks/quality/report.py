@@ -35,7 +35,7 @@ SIMPLEX = "simplex"
 MEASURED_BEFORE = (
     *("decay, ratio searched", "decay, minus-sqrt kernel", "EMA length searched", "window", "affine", "simplex"),
     *("simplex, stick-breaking", "simplex, softmax", "pair (GP-Hedge)", "SLERP", "best single", "greedy soup"),
-    "metrics-weighted",
+    *("metrics-weighted", "EMA", "LAWA", "uniform soup"),
 )
 
 Run = Mapping[str, Any]
