@@ -37,11 +37,22 @@ def at_most(what: str, value: float, high: float, detail: str = "") -> Row:
     return Row(what=what, target=f"<= {high:g}", measured=f"{value:.3g}{detail}", met=value <= high)
 
 
-def medians(methods: Mapping[str, Callable[[], object]], num_rounds: int = NUM_ROUNDS) -> dict[str, float]:
-    """Return each method's median seconds over rounds in which all take turns; a first round does not count."""
+def medians(
+    methods: Mapping[str, Callable[[], object]],
+    num_rounds: int = NUM_ROUNDS,
+    prepare: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
+    """Return each method's median seconds over rounds in which all take turns; a first round does not count.
+
+    Args:
+        methods: What to measure.
+        num_rounds: How often.
+        prepare: What to do before each call, beside its time.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(num_rounds + 1):
         for name, method in methods.items():
+            prepare()
             start = time.perf_counter()
             method()
             seconds[name].append(time.perf_counter() - start)

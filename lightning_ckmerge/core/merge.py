@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_ckmerge.core.layout import Role
 from lightning_ckmerge.errors import SnapshotError
 
-BLOCK_NUMEL = 1 << 18
+BLOCK_NUMEL = 1 << 19
 
 
 @torch.no_grad()
@@ -50,16 +50,16 @@ def merge_tensor(target: Tensor, sources_K: Sequence[Tensor], c_K: Sequence[floa
         return
     (first, _), *others = blending(c_K)
     dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
-    flat = target.view(-1)
-    for start in range(0, flat.numel(), BLOCK_NUMEL):
-        block = slice(start, start + BLOCK_NUMEL)
-        out = flat[block]
-        mean = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype, device=out.device)
-        mean.copy_(_block(sources_K[first], block))
+    # Unless sums are taken in the target itself, a block's mean and a widened source lie beside it.
+    block_numel = BLOCK_NUMEL if target.dtype == dtype else BLOCK_NUMEL // 2
+    blocks_K = [_blocks(source, block_numel) for source in sources_K]
+    for i, out in enumerate(_blocks(target, block_numel)):
+        total = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype, device=out.device)
+        mean = blocks_K[first][i].to(total)
         for k, share in others:
-            mean.lerp_(_block(sources_K[k], block).to(mean), share)
+            mean = torch.lerp(mean, blocks_K[k][i].to(total), share, out=total)
         if role == "buffer":
-            mean = torch.where(mean.isfinite(), mean, _block(sources_K[-1], block).to(mean))
+            mean = torch.where(mean.isfinite(), mean, blocks_K[-1][i].to(mean))
         if mean is not out:
             out.copy_(mean)
 
@@ -103,18 +103,18 @@ def inner_products(gradient: Tensor, sources_K: Sequence[Tensor]) -> Tensor:
             [-19., 101.]], dtype=torch.float64)
     """
     total_KK = torch.zeros(len(sources_K), len(sources_K), dtype=torch.float64)
-    flat = gradient.reshape(-1)
-    for start in range(0, flat.numel(), BLOCK_NUMEL):
-        block = slice(start, start + BLOCK_NUMEL)
-        vectors_KS = torch.stack([_block(source, block).to(flat) for source in sources_K])
+    # S elements of all vectors are one block.
+    num = max(1, BLOCK_NUMEL // len(sources_K))
+    for gradient_S, *sources_KS in zip(*(_blocks(t, num) for t in (gradient, *sources_K)), strict=True):
+        vectors_KS = torch.stack([source_S.to(gradient_S) for source_S in sources_KS])
         vectors_KS[:-1] -= vectors_KS[-1]
-        vectors_KS[-1] = flat[block]
+        vectors_KS[-1] = gradient_S
         total_KK += (vectors_KS @ vectors_KS.T).to(total_KK)
     return total_KK
 
 
-def _block(source: Tensor, block: slice) -> Tensor:
-    return source.reshape(-1)[block]
+def _blocks(tensor: Tensor, numel: int = BLOCK_NUMEL) -> tuple[Tensor, ...]:
+    return torch.split(tensor.reshape(-1), numel)
 
 
 @torch.no_grad()
@@ -145,10 +145,8 @@ def _lerp_in_blocks(mean: Tensor, weights: Tensor, share: float) -> None:
     if not (mean.is_contiguous() and weights.is_contiguous()):
         mean.lerp_(weights.to(mean.dtype), share)
         return
-    mean_flat, weights_flat = mean.view(-1), weights.view(-1)
-    for start in range(0, mean.numel(), BLOCK_NUMEL):
-        block = slice(start, start + BLOCK_NUMEL)
-        mean_flat[block].lerp_(weights_flat[block].to(mean.dtype), share)
+    for mean_S, weights_S in zip(_blocks(mean), _blocks(weights), strict=True):
+        mean_S.lerp_(weights_S.to(mean.dtype), share)
 
 
 @torch.no_grad()

@@ -106,6 +106,20 @@ def test_the_kernel_gives_the_bits_of_the_reference(
     assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("dtype", fused.DTYPES, ids=str)
+@given(start=st.integers(0, 40), numel=st.integers(0, 200), c_K=coefficients(min_size=1))
+def test_targets_may_begin_and_end_within_a_cache_line(
+    kernel: Kernel, dtype: torch.dtype, start: int, numel: int, c_K: list[float]
+) -> None:
+    """Goes red if a head or a tail is left out, or lines are written beyond them."""
+    around, expected = torch.full((300,), 7.0, dtype=dtype), torch.full((300,), 7.0, dtype=dtype)
+    target = around[start : start + numel]
+    sources_K = [normal(numel, seed=k, dtype=dtype) for k in range(len(c_K))]
+    kernel(Pieces([target], [[s] for s in sources_K]), c_K)
+    merge_tensor(expected[start : start + numel], sources_K, c_K)
+    assert torch.equal(around, expected)
+
+
 @pytest.mark.usefixtures("kernel")
 def test_what_is_not_finite_is_treated_alike() -> None:
     special = torch.tensor([math.inf, -math.inf, math.nan, 1.0, -0.0, 3.4e38, 1e-45])
