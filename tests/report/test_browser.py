@@ -22,6 +22,8 @@ VERDICT = """(() => {
   const box = document.querySelector(".badge").getBoundingClientRect();
   return box.top >= 0 && box.bottom <= innerHeight && box.width > 40 && box.height > 10;
 })()"""
+# As long as they come.
+STOPPED = "after 10 anchors and 10 trials: 0.12 % of the gain is left to expect, less than `search.min_gain_left`"
 SENTENCE = 'document.querySelector(".sentence").innerText'
 OVERFLOW = "document.documentElement.scrollWidth - innerWidth"
 # The darkest channel of any background but the marks' and badges'.
@@ -33,12 +35,15 @@ BEYOND_THEIR_BOX = """[...document.querySelectorAll("pre, .scroll, section, svg"
 CUT_IN_TWO = """[...document.querySelectorAll("tr, figure, pre")].filter(e =>
   getComputedStyle(e).breakInside !== "avoid").length"""
 HEADLESS = """[...document.querySelectorAll("th")].filter(e => !e.closest("thead")).length"""
+BEYOND_THEIR_CARD = (
+    """[...document.querySelectorAll("section")].filter(e => e.scrollWidth > e.clientWidth + 1).length"""
+)
 EMPTY_PICTURES = """[...document.querySelectorAll("svg")].filter(svg => svg.getBBox().width < 200).length"""
 
 
 def search_page(monitor: str = "val_loss") -> str:
-    history = make_history(monitor=monitor)
-    return render_html(history.manifests["step=000004000"])
+    manifest = make_history(monitor=monitor).manifests["step=000004000"]
+    return render_html({**manifest, "cost": {**manifest["cost"], "stopped_early": STOPPED}})
 
 
 def run_page(monitor: str = "val_loss") -> str:
@@ -51,18 +56,19 @@ def run_page(monitor: str = "val_loss") -> str:
 def test_a_page_opens_in_silence_and_shows_its_verdict(
     tmp_path: Path, make: Callable[[], str], said: str, width: int
 ) -> None:
-    """Goes red for a request, a console message, a verdict below the fold, a sideways scroll, or an empty picture."""
+    """Goes red for a request, a console message, a verdict below the fold, text beside its card, an empty picture."""
     page = tmp_path / "report.html"
     page.write_text(make(), encoding="utf-8")
     assert BROWSER is not None
-    seen = visit(BROWSER, page, tmp_path / "profile", [VERDICT, SENTENCE, OVERFLOW, EMPTY_PICTURES], width=width)
+    questions = [VERDICT, SENTENCE, OVERFLOW, BEYOND_THEIR_CARD, EMPTY_PICTURES]
+    seen = visit(BROWSER, page, tmp_path / "profile", questions, width=width)
     assert seen.requests == [page.as_uri()]
     assert seen.complaints == []
-    shown, sentence, overflow, empty = seen.answers
+    shown, sentence, overflow, beyond, empty = seen.answers
     assert shown
     assert said in sentence
     assert overflow <= 0
-    assert empty == 0
+    assert (beyond, empty) == (0, 0)
 
 
 @pytest.mark.parametrize("make", [search_page, run_page])
