@@ -20,8 +20,10 @@ from lightning_ckmerge.report.run import render_run_html
 
 TARGET = Path(__file__).parent / "report"
 WIDTH = 1000
-# Top and bottom of what is cut out of the search's page, in pixels: they follow its layout.
-PICTURES = {"candidates.png": (0, 818), "charts.png": (836, 2026)}
+# Beyond the end of the search's page, in pixels.
+HEIGHT = 4000
+# Which rows of the search's page each picture shows, a row being the cards that stand side by side.
+PICTURES = {"candidates.png": slice(0, 2), "charts.png": slice(2, 5)}
 
 
 def main(dirpath: Path) -> None:
@@ -33,13 +35,25 @@ def main(dirpath: Path) -> None:
     (TARGET / "run.html").write_text(run, encoding="utf-8")
     with tempfile.TemporaryDirectory() as directory:
         picture = Path(directory) / "page.png"
-        size = f"--window-size={WIDTH},{max(bottom for _, bottom in PICTURES.values())}"
         browser = shutil.which("chromium") or "google-chrome"
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", size, f"--screenshot={picture}"]
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        options += [f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={picture}"]
         subprocess.run([browser, *options, search.as_uri()], check=True, capture_output=True)
         page = Image.open(picture).convert("RGB")
-        for name, (top, bottom) in PICTURES.items():
-            page.crop((0, top, WIDTH, bottom)).quantize(64).save(TARGET / name, optimize=True)
+    rows = rows_of_cards(page)
+    for name, shown in PICTURES.items():
+        (top, _), *_, (_, bottom) = rows[shown]
+        margin = rows[1][0] - rows[0][1]
+        whole = page.crop((0, top - margin, WIDTH, bottom + margin))
+        whole.quantize(64).save(TARGET / name, optimize=True)
+
+
+def rows_of_cards(page: Image.Image) -> list[tuple[int, int]]:
+    """Return top and bottom of each row of cards, which bare background parts from the next."""
+    background = page.getpixel((0, 0))
+    bare = [page.crop((0, y, page.width, y + 1)).getcolors() == [(page.width, background)] for y in range(page.height)]
+    tops = [y for y in range(1, page.height) if bare[y - 1] and not bare[y]]
+    return [(top, bare.index(True, top)) for top in tops]
 
 
 if __name__ == "__main__":
