@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed import PAGE, RESULTS, merging, offline, searching, starting, training
+from benchmarks.speed import PAGE, RESULTS, gpu, merging, offline, searching, starting, training
 from benchmarks.speed.rounds import Row
 
 GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "merge": merging.measure,
     "growth": merging.measure_growth,
+    "gpu": gpu.measure,
     "means": training.measure_means,
     "writing": training.measure_writing,
     "search": searching.measure,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_ckmerge.core.layout import OwnedTensor, TensorLayout
-from lightning_ckmerge.core.merge import BLOCK_NUMEL, pool_means
+from lightning_ckmerge.core.merge import cut, pool_means
 
 
 def with_dtype(layout: TensorLayout, dtype: torch.dtype | None) -> TensorLayout:
@@ -46,13 +46,6 @@ def pool_blocks(
             if slot.role == "buffer":
                 fill_nonfinite(mean, newest)
             yield mean.to(slot.dtype)
-
-
-def cut(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the tensor's elements in order, in one-dimensional pieces of at most one block."""
-    flat = tensor.reshape(-1)
-    for start in range(0, flat.numel(), BLOCK_NUMEL):
-        yield flat[start : start + BLOCK_NUMEL]
 
 
 @torch.no_grad()

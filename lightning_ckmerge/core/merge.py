@@ -16,6 +16,8 @@ from lightning_ckmerge.core.layout import Role
 from lightning_ckmerge.errors import SnapshotError
 
 BLOCK_NUMEL = 1 << 19
+# On a GPU a small block is done before the next operator is launched; this one and the mean still stay in its cache.
+DEVICE_BLOCK_NUMEL = 1 << 22
 
 
 @torch.no_grad()
@@ -50,16 +52,17 @@ def merge_tensor(target: Tensor, sources_K: Sequence[Tensor], c_K: Sequence[floa
         return
     (first, _), *others = blending(c_K)
     dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
-    # Unless sums are taken in the target itself, a block's mean and a widened source lie beside it.
-    block_numel = BLOCK_NUMEL if target.dtype == dtype else BLOCK_NUMEL // 2
-    blocks_K = [_blocks(source, block_numel) for source in sources_K]
-    for i, out in enumerate(_blocks(target, block_numel)):
+    block_numel = BLOCK_NUMEL if target.device.type == "cpu" else DEVICE_BLOCK_NUMEL
+    if target.dtype != dtype:
+        block_numel //= 2  # the mean and a widened source lie beside the target
+    blocks_K = [cut(source, block_numel) for source in sources_K]
+    for i, out in enumerate(cut(target, block_numel)):
         total = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype, device=out.device)
-        mean = blocks_K[first][i].to(total)
+        mean = _like(total, blocks_K[first][i])
         for k, share in others:
-            mean = torch.lerp(mean, blocks_K[k][i].to(total), share, out=total)
+            mean = torch.lerp(mean, _like(total, blocks_K[k][i]), share, out=total)
         if role == "buffer":
-            mean = torch.where(mean.isfinite(), mean, blocks_K[-1][i].to(mean))
+            mean = torch.where(mean.isfinite(), mean, _like(total, blocks_K[-1][i]))
         if mean is not out:
             out.copy_(mean)
 
@@ -105,7 +108,7 @@ def inner_products(gradient: Tensor, sources_K: Sequence[Tensor]) -> Tensor:
     total_KK = torch.zeros(len(sources_K), len(sources_K), dtype=torch.float64)
     # S elements of all vectors are one block.
     num = max(1, BLOCK_NUMEL // len(sources_K))
-    for gradient_S, *sources_KS in zip(*(_blocks(t, num) for t in (gradient, *sources_K)), strict=True):
+    for gradient_S, *sources_KS in zip(*(cut(t, num) for t in (gradient, *sources_K)), strict=True):
         vectors_KS = torch.stack([source_S.to(gradient_S) for source_S in sources_KS])
         vectors_KS[:-1] -= vectors_KS[-1]
         vectors_KS[-1] = gradient_S
@@ -113,8 +116,14 @@ def inner_products(gradient: Tensor, sources_K: Sequence[Tensor]) -> Tensor:
     return total_KK
 
 
-def _blocks(tensor: Tensor, numel: int = BLOCK_NUMEL) -> tuple[Tensor, ...]:
+def cut(tensor: Tensor, numel: int = BLOCK_NUMEL) -> tuple[Tensor, ...]:
+    """Return the tensor's elements in order, in one-dimensional pieces of at most ``numel``; views where possible."""
     return torch.split(tensor.reshape(-1), numel)
+
+
+def _like(total: Tensor, source: Tensor) -> Tensor:
+    # It crosses to a GPU in its own precision; from pinned memory without waiting, since what follows is queued there.
+    return source.to(total.device, non_blocking=total.device.type == "cuda").to(total.dtype)
 
 
 @torch.no_grad()
@@ -137,15 +146,15 @@ def update_means(means_N: Sequence[Tensor], weights_N: Sequence[Tensor], num_upd
         torch._foreach_lerp_([m for m, _ in same], [w for _, w in same], 1 / num_updates)
     for mean, weights in zip(means_N, weights_N, strict=True):
         if mean.dtype != weights.dtype:
-            _lerp_in_blocks(mean, weights, 1 / num_updates)
+            _lerp_incut(mean, weights, 1 / num_updates)
 
 
-def _lerp_in_blocks(mean: Tensor, weights: Tensor, share: float) -> None:
+def _lerp_incut(mean: Tensor, weights: Tensor, share: float) -> None:
     """Widen the weights a block at a time: a widened copy of them all would take longer than the arithmetic."""
     if not (mean.is_contiguous() and weights.is_contiguous()):
         mean.lerp_(weights.to(mean.dtype), share)
         return
-    for mean_S, weights_S in zip(_blocks(mean), _blocks(weights), strict=True):
+    for mean_S, weights_S in zip(cut(mean), cut(weights), strict=True):
         mean_S.lerp_(weights_S.to(mean.dtype), share)
 
 

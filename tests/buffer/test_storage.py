@@ -20,6 +20,7 @@ from lightning_ckmerge.buffer.blocks import cast_blocks, pool_blocks
 from lightning_ckmerge.buffer.snapshot_file import check_file
 from lightning_ckmerge.buffer.storage import Stored
 from lightning_ckmerge.core.layout import Flats, OwnedTensor, TensorLayout
+from lightning_ckmerge.core.merge import BLOCK_NUMEL
 from lightning_ckmerge.errors import SnapshotError
 from tests.buffer.runs import make_owned
 
@@ -90,7 +91,7 @@ def test_writing_to_mapped_memory_leaves_the_file_alone(tmp_path: Path) -> None:
 
 
 def test_writing_and_pooling_take_no_memory_of_the_models_size(tmp_path: Path) -> None:
-    """64 MB snapshots through blocks of 1 MB. tracemalloc sees numpy and bytes; torch's share is a few blocks."""
+    """64 MB snapshots through blocks of 2 MB. tracemalloc sees numpy and bytes; torch's share is a few blocks."""
     layout = TensorLayout([OwnedTensor(name="w", role="parameter", tensor=torch.empty(1 << 24, device="meta"))])
     storage = DiskStorage(tmp_path)
     flats = layout.allocate()
@@ -103,7 +104,7 @@ def test_writing_and_pooling_take_no_memory_of_the_models_size(tmp_path: Path) -
     tracemalloc.stop()
     assert peak < 1 << 22
     for blocks in (cast_blocks(mapped, layout), pool_blocks(mapped, mapped, 0.5, layout)):
-        assert max(block.numel() for block in blocks) <= 1 << 18
+        assert max(block.numel() for block in blocks) <= BLOCK_NUMEL
 
 
 @pytest.mark.parametrize(

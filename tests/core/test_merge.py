@@ -137,6 +137,21 @@ def test_blocks_change_nothing(numel: int, role: merge.Role, monkeypatch: pytest
     assert torch.equal(blocks, whole)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("place", ["device", "pinned", "pageable"])
+def test_a_merge_on_a_gpu_is_that_of_the_cpu(place: str, dtype: torch.dtype) -> None:
+    """Goes red if a block is read before its copy to the GPU is done."""
+    sources_K = [normal(3 * merge.DEVICE_BLOCK_NUMEL + 5, seed=k, dtype=dtype) for k in range(4)]
+    expected = torch.empty_like(sources_K[0])
+    target = expected.cuda()
+    merge_tensor(expected, sources_K, [0.2, 0.3, 0.6, -0.1])
+    moved = {"device": Tensor.cuda, "pinned": Tensor.pin_memory, "pageable": Tensor.clone}[place]
+    merge_tensor(target, [moved(s) for s in sources_K], [0.2, 0.3, 0.6, -0.1])
+    torch.testing.assert_close(target.cpu(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
 def test_sources_stay_as_they_are() -> None:
     sources_K = [normal(9, seed=k, dtype=torch.float32) for k in range(3)]
     before = [s.clone() for s in sources_K]
