@@ -126,16 +126,18 @@ def _config_directory(source: Source, given: Path | None) -> Path:
 
 def _find_model(source: Source, config_dir: Path, prefix: str | None) -> tuple[str, Sequence[str] | None]:
     """Return the prefix, and the names that the file must hold, where the config's model is known."""
-    from lightning_ckmerge.artifact.hub import find_prefix
+    from lightning_ckmerge.artifact.hub import CONFIG_NAME, find_prefix
     from lightning_ckmerge.cli.pretrained import expected_tensors
     from lightning_ckmerge.errors import ArtifactError, ConfigError
 
     expected = expected_tensors(config_dir)
     if expected is None:
         if prefix is None:
+            named = json.loads((config_dir / CONFIG_NAME).read_text(encoding="utf-8")).get("architectures")
             raise ConfigError(
-                f"the model of {config_dir} must be known to transformers for its names to be found, got one that is "
-                "not, or no transformers. Install it, or name the prefix with --prefix, such as `model.`"
+                f"`architectures` in {config_dir / CONFIG_NAME} must name a model of transformers, which must be "
+                f"installed, for its tensors' names to be found, got {named}. Name it there, install transformers, or "
+                "name the prefix with --prefix, such as `model.`"
             )
         return prefix, None
     found = find_prefix([n for n in source.specs if prefix is None or n.startswith(prefix)], expected.kept)

@@ -187,6 +187,16 @@ def test_a_config_that_does_not_fit_is_refused(publish: Publish, tmp_path: Path,
     assert not list(tmp_path.glob(".tmp-*"))
 
 
+def test_a_config_that_names_no_model_of_transformers_is_refused_with_what_it_names(
+    publish: Publish, tmp_path: Path
+) -> None:
+    artifact, config = publish(weights=tensors_of(Language(gpt2()))), save_config(gpt2(), tmp_path / "config")
+    path = config / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["OurOwn"]}))
+    error = ckmerge("export", artifact.path, "--config-from", config, "--out", tmp_path / "hf", code=2).stderr
+    assert "got ['OurOwn']. Name it there" in error
+
+
 def test_the_best_of_a_run_is_exported_and_a_record_is_refused(publish: Publish, tmp_path: Path) -> None:
     module, model = build("gpt2")
     config = save_config(model, tmp_path / "config")
