@@ -200,6 +200,39 @@ class TinyGPT(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
+class Noisy(pl.LightningModule):
+    """Learns the next of 16 symbols, at a rate too high to settle; one parameter is unused, one frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.mlp = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 16)
+        self.unused = nn.Parameter(torch.zeros(2))
+        self.frozen = nn.Parameter(torch.ones(8), requires_grad=False)
+
+    def loss(self, x: Tensor) -> Tensor:
+        logits = self.head(self.norm(self.mlp(self.embed(x) * self.frozen).tanh()))
+        return cross_entropy(logits, (x * 3 + 1) % 16, label_smoothing=0.3)
+
+    def training_step(self, x: Tensor) -> Tensor:
+        return self.loss(x)
+
+    def validation_step(self, x: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        loss = self.loss(x)
+        self.log("val_loss", loss)
+        self.log("val_gain", -loss)
+        self.log("val_size", loss.square())
+        return loss
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val_late", 1.0)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
 class Points(Dataset[tuple[Tensor, Tensor]]):
     """Classified points. ``random`` adds noise: from the global generators, or from the data set's own."""
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
-from torch import Tensor, nn
+from lightning.pytorch import Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from lightning_ckmerge import Artifact, BufferConfig, CheckpointMergeCallback, SearchConfig
@@ -16,30 +15,7 @@ from lightning_ckmerge.config import SpaceName
 from lightning_ckmerge.core.spaces import Grouped, Space
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
-
-
-class Noisy(LightningModule):
-    """Learns the next of 16 symbols, at a rate too high to settle."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(16, 8)
-        self.mlp = nn.Linear(8, 8)
-        self.norm = nn.LayerNorm(8)
-        self.head = nn.Linear(8, 16)
-
-    def loss(self, x: Tensor) -> Tensor:
-        logits = self.head(self.norm(self.mlp(self.embed(x)).tanh()))
-        return nn.functional.cross_entropy(logits, (x * 3 + 1) % 16, label_smoothing=0.3)
-
-    def training_step(self, x: Tensor) -> Tensor:
-        return self.loss(x)
-
-    def validation_step(self, x: Tensor) -> None:
-        self.log("val_loss", self.loss(x))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=3.0)
+from tests.plugin.models import Noisy
 
 
 def train(root: Path, space: Space | SpaceName) -> tuple[Noisy, Artifact]:
@@ -75,13 +51,14 @@ def test_groups_merge_apart_are_recorded_and_are_rebuilt_bit_for_bit(
 ) -> None:
     caplog.set_level("INFO")
     module, artifact = train(tmp_path, Grouped(factors={"embeddings": 2.0, "mlp": 0.25}))
-    assert "groups: embeddings: 1 tensor, such as embed.weight; mlp: 2 tensors" in caplog.text
+    assert "embeddings: 1 tensor, such as embed.weight; mlp: 2 tensors" in caplog.text
     groups = artifact.manifest["groups"]
     assert {name: group["tensors"] for name, group in groups.items()} == {
         "embeddings": ["embed.weight"],
         "mlp": ["mlp.weight", "mlp.bias"],
         "norms": ["norm.weight", "norm.bias"],
         "head": ["head.weight", "head.bias"],
+        "other": ["unused", "frozen"],
     }
     assert groups["norms"]["coefficients"] == groups["head"]["coefficients"] == artifact.manifest["coefficients"]
     assert groups["mlp"]["coefficients"] != groups["embeddings"]["coefficients"]
@@ -102,7 +79,7 @@ def test_choices_among_the_coordinates_are_recorded_as_whole_numbers(tmp_path: P
 def check_rebuilt_and_rendered(root: Path, module: Noisy, artifact: Artifact) -> None:
     latest = {name: tensor.detach() for name, tensor in module.state_dict().items()}
     rebuilt = rebuild(artifact, root / "merges" / "buffer", latest)
-    assert rebuilt.num_compared == 7
+    assert rebuilt.num_compared == 9
     assert rebuilt.different == ()
     for render in (render_markdown, render_html):
         shown = render(artifact.manifest).lower()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ckmerge import ArtifactConfig, BufferConfig, CheckpointMergeCallback, SearchConfig
@@ -19,42 +19,10 @@ from lightning_ckmerge.core.spaces import Grouped
 from lightning_ckmerge.errors import ConfigError, SearchError
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
+from tests.plugin.models import Noisy
 from tests.plugin.slopes import compare_slopes
 
 NUM_STEPS = 80
-
-
-class Noisy(LightningModule):
-    """Learns the next of 16 symbols, at a rate too high to settle."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(16, 8)
-        self.mlp = nn.Linear(8, 8)
-        self.norm = nn.LayerNorm(8)
-        self.head = nn.Linear(8, 16)
-        self.unused = nn.Parameter(torch.zeros(2))
-        self.frozen = nn.Parameter(torch.ones(8), requires_grad=False)
-
-    def loss(self, x: Tensor) -> Tensor:
-        logits = self.head(self.norm(self.mlp(self.embed(x) * self.frozen).tanh()))
-        return nn.functional.cross_entropy(logits, (x * 3 + 1) % 16, label_smoothing=0.3)
-
-    def training_step(self, x: Tensor) -> Tensor:
-        return self.loss(x)
-
-    def validation_step(self, x: Tensor, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        loss = self.loss(x)
-        self.log("val_loss", loss)
-        self.log("val_gain", -loss)
-        self.log("val_size", loss.square())
-        return loss
-
-    def on_validation_epoch_end(self) -> None:
-        self.log("val_late", 1.0)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
 def run(root: Path, make: type[LightningModule], val: Any = None, **options: Any) -> CheckpointMergeCallback:
