@@ -1,7 +1,4 @@
-"""One search, from the buffer's snapshots to the verdict. No Trainer in sight.
-
-Letters: K snapshots, oldest first, the last one being the latest weights; N tensors of the model.
-"""
+"""One search, from the buffer's snapshots to the verdict. No Trainer in sight."""
 
 from __future__ import annotations
 
@@ -14,29 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor
-
-from lightning_ckmerge.buffer.rolling import Snapshot
+from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.config import AdapterMerge, Mode, Objective, SearchConfig
-from lightning_ckmerge.core.boxes import split_name
-from lightning_ckmerge.core.layout import TensorLayout
-from lightning_ckmerge.core.merge_plan import MergePlan
-from lightning_ckmerge.core.outcome import (
-    Coefficients,
-    Cost,
-    EvaluationRecord,
-    Score,
-    SearchOutcome,
-    SnapshotRecord,
-    Trial,
-)
-from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.core.outcome import Coefficients, Cost, EvaluationRecord, Score, SearchOutcome, Trial
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search.anchors import candidate_at
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.engine import Search, T, most_confirmed
-from lightning_ckmerge.search.problem import Half, KeepGoing, Problem
+from lightning_ckmerge.search.problem import Evaluate, Half, KeepGoing, Problem
 from lightning_ckmerge.search.refine import MAX_REFINED, Differentiate, refine
 from lightning_ckmerge.search.shared import SharedStudy
 from lightning_ckmerge.search.slope import Point, Progress
@@ -58,63 +41,27 @@ class Validation(Protocol):
         """Whether the confirmation half has any batches."""
 
 
-class Merger:
-    """Writes merges of K snapshots into the model's own tensors.
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Where candidates take the place of the live weights, and are scored.
 
     Args:
-        layout: The model's layout, which every snapshot shares.
-        targets: N live tensors, in the layout's order.
-        snapshots: What the buffer holds.
-        latest: N tensors: the live weights as they were when the search began.
-        step: Optimizer steps taken so far.
-        group_of: Tensor name -> group, where coefficients differ between groups.
+        begin: Called before each evaluation: brings everything but the weights to where the search began.
+        load: Writes a merge into the live tensors, and recalibrates it where that is asked for.
+        differentiate: Gives the gradient for ``SearchConfig.refine``.
     """
 
-    def __init__(
-        self,
-        layout: TensorLayout,
-        targets: Sequence[Tensor],
-        snapshots: Sequence[Snapshot],
-        latest: Sequence[Tensor],
-        step: int,
-        group_of: Mapping[str, str] | None = None,
-    ) -> None:
-        # A point taken at this very step is the latest weights.
-        snapshots = [s for s in snapshots if s.segment.kind == "mean" or s.segment.last_step < step]
-        first = min(step, snapshots[-1].segment.last_step + 1 if snapshots else 1)
-        covered = bool(snapshots) and snapshots[-1].segment.last_step >= step
-        own = Segment(kind="point", first_step=first, last_step=step, covered=covered)
-        self.snapshots_K = [*snapshots, Snapshot(segment=own, sha256=None, tensors=list(latest))]
-        sources_KN = [s.tensors for s in self.snapshots_K]
-        groups_N = [group_of[split_name(s.name, s.shape)[0]] for s in layout.slots] if group_of else None
-        self._plan = MergePlan(targets, sources_KN, [slot.role for slot in layout.slots], groups_N)
+    merger: Merger
+    validation: Validation
+    begin: Callable[[], None]
+    load: Callable[[Coefficients], None]
+    differentiate: Differentiate | None = None
 
-    @property
-    def segments_K(self) -> tuple[Segment, ...]:
-        """The snapshots' places in the run."""
-        return tuple(s.segment for s in self.snapshots_K)
-
-    def merge(self, c: Coefficients) -> None:
-        """Overwrite the live tensors with ``sum_k c_k snapshot_k``."""
-        self._plan.merge(c)
-
-    def inner_products(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return each group's inner products, as ``MergePlan`` does, of N derivatives by the live tensors."""
-        return self._plan.inner_products(gradients)
-
-    def records(self) -> tuple[SnapshotRecord, ...]:
-        """Return the snapshots as the manifest names them."""
-        return tuple(
-            SnapshotRecord(
-                kind=s.segment.kind,
-                first_step=s.segment.first_step,
-                last_step=s.segment.last_step,
-                num_updates=s.segment.num_updates,
-                sha256=None if s.files_sha256 else s.sha256,
-                files_sha256=s.files_sha256,
-            )
-            for s in self.snapshots_K
-        )
+    def evaluate(self, c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
+        """Return a candidate's score; arguments are those of ``search.problem.Evaluate``."""
+        self.begin()
+        self.load(c)
+        return self.validation.run(half, keep_going)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +71,6 @@ class SearchJob:
     Args:
         name: Unique in the storage; an interrupted search goes on under the same name.
         others: More metrics to search by than ``monitor``.
-        begin: Called before each evaluation: brings everything but the weights to where the search began.
-        load: Writes a merge into the live tensors, and recalibrates it where that is asked for.
         allowed_s: Seconds that the search may take; ``None``: no limit.
         allowed_by: The argument that sets the limit.
         searched_s: Seconds that the run's earlier searches took.
@@ -137,7 +82,6 @@ class SearchJob:
         journal: The journal file that is used where ``config.storage`` is ``None``.
         shared: Other processes may work on this search at the same time.
         adapters: How adapters are merged; ``None``: there are none.
-        differentiate: Gives the gradient for ``config.refine``.
         tolerant: Whether the search goes on without a refinement that fails; its verdict's warnings then say why.
     """
 
@@ -149,10 +93,7 @@ class SearchJob:
     space: Space
     config: SearchConfig
     staged: bool
-    merger: Merger
-    validation: Validation
-    begin: Callable[[], None]
-    load: Callable[[Coefficients], None]
+    bench: Bench
     allowed_s: float | None
     allowed_by: str
     searched_s: float
@@ -166,7 +107,6 @@ class SearchJob:
     agree: Callable[[Callable[[], T]], T]
     shared: bool = False
     adapters: AdapterMerge | None = None
-    differentiate: Differentiate | None = None
     tolerant: bool = True
 
 
@@ -179,9 +119,9 @@ def run_search(job: SearchJob) -> SearchOutcome:
         MonitorError: Validation does not log the metric.
     """
     start = time.monotonic()
-    search = _search(job)
+    search = _search(job, job.bench.evaluate)
     warnings = _refine(job, search)
-    if job.validation.can_confirm():
+    if job.bench.validation.can_confirm():
         search.confirm()
     return _outcome(job, search, time.monotonic() - start, warnings)
 
@@ -193,14 +133,20 @@ def join_search(job: SearchJob) -> int:
         SearchError: As ``run_search``.
         MonitorError: Likewise.
     """
-    evaluation = _Evaluation(job)
-    _search(job, evaluation)
-    return evaluation.num_calls
+    num_scored = 0
+
+    def evaluate(c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
+        nonlocal num_scored
+        num_scored += 1
+        return job.bench.evaluate(c, half, keep_going)
+
+    _search(job, evaluate)
+    return num_scored
 
 
-def _search(job: SearchJob, evaluation: _Evaluation | None = None) -> Search:
+def _search(job: SearchJob, evaluate: Evaluate) -> Search:
     """Score anchors and trials."""
-    if len(job.merger.snapshots_K) < 2:
+    if len(job.bench.merger.snapshots_K) < 2:
         raise SearchError(
             "a search needs at least one snapshot beside the latest weights, got none. "
             "Shorten `buffer.every_n_train_steps` or search later."
@@ -208,7 +154,7 @@ def _search(job: SearchJob, evaluation: _Evaluation | None = None) -> Search:
     problem = Problem(
         mode=job.mode,
         space=job.space,
-        segments_K=job.merger.segments_K,
+        segments_K=job.bench.merger.segments_K,
         n_trials=job.config.n_trials,
         anchors=tuple(job.config.anchors),
         staged=job.staged,
@@ -217,11 +163,11 @@ def _search(job: SearchJob, evaluation: _Evaluation | None = None) -> Search:
         others=tuple(job.others),
         max_added=MAX_REFINED if job.config.refine else 0,
     )
-    reserved = most_confirmed(has_others=bool(job.others)) * sum(job.validation.num_batches("confirm"))
+    reserved = most_confirmed(has_others=bool(job.others)) * sum(job.bench.validation.num_batches("confirm"))
     budget = Budget(job.allowed_s, reason=job.allowed_by, reserved_batches=reserved)
     search = Search(
         problem=problem,
-        evaluate=evaluation or _Evaluation(job),
+        evaluate=evaluate,
         open_study=lambda latest: _open_study(job, latest),
         budget=budget,
         agree=job.agree,
@@ -246,35 +192,22 @@ def _refine(job: SearchJob, search: Search) -> list[str]:
     """Refine the winner where that is asked for, and return why it stopped, if that was a fault."""
     if job.config.refine is None:
         return []
-    assert job.differentiate is not None
-    reason = refine(search, job.differentiate, tolerant=job.tolerant)
+    assert job.bench.differentiate is not None
+    reason = refine(search, job.bench.differentiate, tolerant=job.tolerant)
     return [f"The refinement by gradients stopped: {reason}"] if reason else []
-
-
-@dataclass
-class _Evaluation:
-    """From coefficients to scores."""
-
-    job: SearchJob
-    num_calls: int = 0
-
-    def __call__(self, c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
-        self.num_calls += 1
-        self.job.begin()
-        self.job.load(c)
-        return self.job.validation.run(half, keep_going)
 
 
 def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
     sampler = make_sampler(job.config.sampler, job.config.seed)
-    intervals = job.space.coordinates(job.merger.segments_K)
+    segments_K = job.bench.merger.segments_K
+    intervals = job.space.coordinates(segments_K)
     # The latest weights' values, batch by batch, stand for weights, data and random state at once.
     identity = {
-        "snapshots": [asdict(r) for r in job.merger.records()],
+        "snapshots": [asdict(r) for r in job.bench.merger.records()],
         "latest": [[o.value, o.values_B] for o in latest.objectives],
         "space": [type(job.space).__qualname__, {n: asdict(i) for n, i in intervals.items()}],
         # Settings that leave the ranges as they are show in the coefficients.
-        "corner": asdict(candidate_at("", {n: i.high for n, i in intervals.items()}, job.merger.segments_K, job.space)),
+        "corner": asdict(candidate_at("", {n: i.high for n, i in intervals.items()}, segments_K, job.space)),
         "groups": dict(job.space.group_of),
         "constraints": [asdict(c) for c in job.config.constraints],
         "sampler": type(sampler).__qualname__,
@@ -312,7 +245,7 @@ def _outcome(job: SearchJob, search: Search, elapsed_s: float, warnings: Sequenc
         monitor=job.monitor,
         mode=job.mode,
         space=type(job.space).__name__.lower(),
-        snapshots_K=job.merger.records(),
+        snapshots_K=job.bench.merger.records(),
         group_of=job.space.group_of,
         winner=winner,
         anchors=tuple(search.anchors),
@@ -339,10 +272,10 @@ def _warnings(job: SearchJob, search: Search, winner: Trial) -> list[str]:
     z_D = winner.candidate.coordinates
     found = list(job.notes)
     if z_D is not None:
-        found += job.space.warnings(z_D, job.merger.segments_K)
+        found += job.space.warnings(z_D, job.bench.merger.segments_K)
     if search.stopped_early is not None and not search.found_enough:
         found.append(f"The search stopped {search.stopped_early}.")
-    if not job.validation.can_confirm():
+    if not job.bench.validation.can_confirm():
         found.append("One validation batch cannot be split: nothing could be confirmed. Use more or smaller batches.")
     return found
 
@@ -351,7 +284,8 @@ def _evaluation_record(job: SearchJob, latest: Trial) -> EvaluationRecord:
     def samples(score: Score | None) -> float | None:
         return sum(score.sizes_B) if score is not None and score.sizes_B is not None else None
 
-    search_batches, confirm_batches = job.validation.num_batches("search"), job.validation.num_batches("confirm")
+    validation = job.bench.validation
+    search_batches, confirm_batches = validation.num_batches("search"), validation.num_batches("confirm")
     monitors = [job.monitor, *(o.monitor for o in job.others)]
     identity = [*monitors, search_batches, confirm_batches, samples(latest.search), samples(latest.confirm)]
     return EvaluationRecord(

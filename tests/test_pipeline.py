@@ -17,6 +17,7 @@ from optuna.samplers import RandomSampler
 from torch import Tensor, nn
 
 from lightning_ckmerge.buffer import MemoryStorage, RollingBuffer, Snapshot
+from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.config import AnchorName, BufferConfig, Constraint, SearchConfig
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import Score
@@ -25,7 +26,7 @@ from lightning_ckmerge.core.spaces import Decay, Pairwise, make_space
 from lightning_ckmerge.distributed.comm import Alone
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import SearchError
-from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
+from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
 from lightning_ckmerge.search.problem import Half, KeepGoing
 from lightning_ckmerge.search.stopping import MIN_TRIALS
 
@@ -123,6 +124,13 @@ class Validation:
 
 def make_job(run: Run, path: Path, config: SearchConfig | None = None, **options: Any) -> SearchJob:
     merger = run.merger()
+    parts: dict[str, Any] = {
+        "merger": merger,
+        "validation": Validation(run.module),
+        "begin": lambda: None,
+        "load": merger.merge,
+    }
+    bench = Bench(**{name: options.pop(name, part) for name, part in parts.items()})
     config = config or SearchConfig(n_trials=6)
     defaults: dict[str, Any] = {
         "name": "0123abcd-step=60",
@@ -133,10 +141,7 @@ def make_job(run: Run, path: Path, config: SearchConfig | None = None, **options
         "space": make_space(config.space),
         "config": config,
         "staged": True,
-        "merger": merger,
-        "validation": Validation(run.module),
-        "begin": lambda: None,
-        "load": merger.merge,
+        "bench": bench,
         "allowed_s": None,
         "allowed_by": "",
         "searched_s": 1.0,
@@ -211,7 +216,7 @@ def test_the_verdicts_gain_is_that_of_the_merged_weights(tmp_path: Path) -> None
     assert latest is not None
     assert merged is not None
     assert outcome.verdict.gain == pytest.approx(latest.value - merged.value)
-    job.merger.merge(outcome.winner.candidate.coefficients_K)
+    job.bench.merger.merge(outcome.winner.candidate.coefficients_K)
     assert Validation(run.module).run("confirm").value == merged.value
     after = run.module.state_dict()
     assert not torch.equal(after["layer.weight"], before["layer.weight"])
@@ -252,9 +257,10 @@ def test_the_same_search_goes_on_in_its_study(tmp_path: Path) -> None:
     run = Run()
     job = make_job(run, tmp_path, SearchConfig(n_trials=2), staged=False)
     first = run_search(job)
-    job.merger.merge(first.anchors[0].candidate.coefficients_K)
+    job.bench.merger.merge(first.anchors[0].candidate.coefficients_K)
     validation = Validation(run.module)
-    second = run_search(dataclasses.replace(job, config=SearchConfig(n_trials=3), validation=validation))
+    bench = dataclasses.replace(job.bench, validation=validation)
+    second = run_search(dataclasses.replace(job, config=SearchConfig(n_trials=3), bench=bench))
     assert [(t.candidate, t.search) for t in second.trials[:2]] == [(t.candidate, t.search) for t in first.trials]
     known = [t for t in (*first.anchors, *first.trials) if t.candidate.coordinates]
     assert validation.halves.count("search") == len(second.anchors) + len(second.trials) - len(known)
@@ -267,7 +273,7 @@ def test_a_search_of_something_else_does_not_go_on_in_the_same_study(tmp_path: P
     config = SearchConfig(n_trials=1, sampler=RandomSampler(seed=0))
     job = make_job(run, tmp_path, config, space=Decay())
     latest = run_search(job).anchors[0].candidate
-    job.merger.merge(latest.coefficients_K)
+    job.bench.merger.merge(latest.coefficients_K)
     if kind == "snapshot":
         run.train()
     elif kind == "weights":
@@ -284,14 +290,14 @@ def test_everything_begins_anew_before_each_evaluation(tmp_path: Path) -> None:
     run = Run()
     seen: list[str] = []
     job = make_job(run, tmp_path, begin=lambda: seen.append("begin"))
-    merge = job.merger.merge
+    merge = job.bench.merger.merge
 
     def load(c_K: Sequence[float]) -> None:
         seen.append("load")
         merge(c_K)
 
-    run_search(dataclasses.replace(job, load=load))
-    validation = job.validation
+    run_search(dataclasses.replace(job, bench=dataclasses.replace(job.bench, load=load)))
+    validation = job.bench.validation
     assert isinstance(validation, Validation)
     assert seen == ["begin", "load"] * len(validation.halves)
     assert validation.halves.count("confirm") == 3

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor, nn
 
+from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.distributed.comm import Comm, together
 from lightning_ckmerge.distributed.ownership import Ownership
-from lightning_ckmerge.pipeline import Merger
 from lightning_ckmerge.plugin.adapters import Load
 from lightning_ckmerge.plugin.standstill import Standstill
 

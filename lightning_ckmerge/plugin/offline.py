@@ -28,7 +28,7 @@ from lightning_ckmerge.core.layout import as_real
 from lightning_ckmerge.core.outcome import Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.errors import ArtifactError, CkmergeError, ConfigError
-from lightning_ckmerge.pipeline import Merger, SearchJob, join_search
+from lightning_ckmerge.pipeline import Bench, SearchJob, join_search
 from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 from lightning_ckmerge.plugin.run import MergeRun
 
@@ -222,8 +222,8 @@ class OfflineRun(MergeRun):
             for source, files, (before, step) in zip(self._sources[:-1], hashes, pairwise(steps), strict=False)
         ]
 
-    def _make_job(self, merger: Merger, *others: Any) -> SearchJob:
-        job = super()._make_job(merger, *others)
+    def _make_job(self, bench: Bench, *others: Any) -> SearchJob:
+        job = super()._make_job(bench, *others)
         return replace(job, shared=True, training_s=0.0, on_scored=self._on_scored)
 
     def _allowance(self) -> tuple[float | None, str]:

@@ -90,8 +90,8 @@ class Publisher:
         return manifest
 
     def _merged(self, outcome: SearchOutcome, job: SearchJob) -> GatheredWeights:
-        job.begin()
-        job.load(outcome.winner.candidate.coefficients)
+        job.bench.begin()
+        job.bench.load(outcome.winner.candidate.coefficients)
         return GatheredWeights(self._module, self._comm)
 
     def _write_front(self, outcome: SearchOutcome, job: SearchJob, path: Path, _: Manifest) -> None:

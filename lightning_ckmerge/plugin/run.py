@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact, load_merged
+from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.core.layout import TensorLayout
@@ -25,7 +26,7 @@ from lightning_ckmerge.distributed.comm import connect, on_rank_zero, together
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.distributed.scatter import scatter
 from lightning_ckmerge.errors import CkmergeError, ConfigError, PeerError
-from lightning_ckmerge.pipeline import Merger, SearchJob, run_search
+from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
 from lightning_ckmerge.plugin.adapters import Load, find_adapters
 from lightning_ckmerge.plugin.curve import Curve
 from lightning_ckmerge.plugin.derivatives import Derivatives
@@ -300,7 +301,7 @@ class MergeRun:
                 self._merging(merger) as load,
                 search_progress(trainer, self.step, 1 if self.callback.mode == "min" else -1) as on_scored,
             ):
-                yield self._make_job(merger, validation, standstill, load, on_scored)
+                yield self._make_job(self._make_bench(merger, validation, standstill, load), on_scored)
 
     def _merging(self, merger: Merger) -> contextlib.AbstractContextManager[Load]:
         """Yield what writes a merge into the module, on all ranks."""
@@ -348,17 +349,24 @@ class MergeRun:
             self._own_loaders,
         )
 
-    def _make_job(
-        self, merger: Merger, validation: Validation, standstill: Standstill, merge: Load, on_scored: OnScored
-    ) -> SearchJob:
-        callback = self.callback
-        recalibrate = callback.evaluation.recalibrate_batches
+    def _make_bench(self, merger: Merger, validation: Validation, standstill: Standstill, merge: Load) -> Bench:
+        recalibrate = self.callback.evaluation.recalibrate_batches
 
         def load(c: Coefficients) -> None:
             merge(c)
             if recalibrate:
                 validation.recalibrate(recalibrate)
 
+        return Bench(
+            merger=merger,
+            validation=validation,
+            begin=standstill.begin,
+            load=load,
+            differentiate=Derivatives(self._ownership, self._layout, merger, load, standstill, validation, self._comm),
+        )
+
+    def _make_job(self, bench: Bench, on_scored: OnScored) -> SearchJob:
+        callback = self.callback
         objection = self._objection()
         allowed_s, allowed_by = self._allowance()
         return SearchJob(
@@ -370,10 +378,7 @@ class MergeRun:
             space=self._space,
             config=callback.search,
             staged=callback.evaluation.staged,
-            merger=merger,
-            validation=validation,
-            begin=standstill.begin,
-            load=load,
+            bench=bench,
             allowed_s=allowed_s,
             allowed_by=allowed_by,
             searched_s=self._searched_s,
@@ -387,7 +392,6 @@ class MergeRun:
             on_scored=on_scored,
             agree=partial(on_rank_zero, self._comm),
             adapters=self._adapters.merge if self._adapters is not None else None,
-            differentiate=Derivatives(self._ownership, self._layout, merger, load, standstill, validation, self._comm),
             tolerant=callback.on_error == "warn",
         )
 

@@ -18,9 +18,9 @@ from lightning_ckmerge.artifact import shards
 from lightning_ckmerge.artifact.publish import ArtifactStore
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.buffer import storage
+from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.distributed import ownership
-from lightning_ckmerge.pipeline import Merger
 from lightning_ckmerge.plugin import evaluation, publisher, reports, validation
 from lightning_ckmerge.plugin.loaders import Stoppable
 from lightning_ckmerge.plugin.standstill import Standstill
