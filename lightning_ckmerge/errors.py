@@ -44,3 +44,12 @@ class PeerError(CkmergeError):
 
 class ArtifactError(CkmergeError):
     """An artifact is missing, damaged, or could not be written."""
+
+
+def explain(error: Exception) -> str:
+    """Return what to tell people of an error: our own messages say all, others need their type.
+
+    >>> explain(SearchError("there is nothing to merge.")), explain(OSError("disk full"))
+    ('there is nothing to merge.', 'OSError: disk full')
+    """
+    return str(error) if isinstance(error, CkmergeError) else f"{type(error).__name__}: {error}"

@@ -25,7 +25,7 @@ from lightning_ckmerge.core.spaces import make_space
 from lightning_ckmerge.distributed.comm import connect, on_rank_zero, together
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.distributed.scatter import scatter
-from lightning_ckmerge.errors import CkmergeError, ConfigError, PeerError
+from lightning_ckmerge.errors import CkmergeError, ConfigError, PeerError, explain
 from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
 from lightning_ckmerge.plugin.adapters import Load, find_adapters
 from lightning_ckmerge.plugin.curve import Curve
@@ -157,7 +157,7 @@ class MergeRun:
                 self._comm.give_up(error)
             if self.callback.on_error == "raise":
                 raise
-            rank_zero_warn(f"No merge at step {self.step}: {_explained(error)}")
+            rank_zero_warn(f"No merge at step {self.step}: {explain(error)}")
         finally:
             seconds = time.monotonic() - start
             self._searched_s += seconds
@@ -412,7 +412,7 @@ class MergeRun:
         try:
             write_run_report(self.dirpath)
         except (CkmergeError, OSError) as error:
-            rank_zero_warn(f"The run's report was not written: {_explained(error)}")
+            rank_zero_warn(f"The run's report was not written: {explain(error)}")
 
     def _announce(self, outcome: SearchOutcome, artifact: Artifact) -> None:
         self._previous = outcome.best_coordinates or self._previous
@@ -423,7 +423,3 @@ class MergeRun:
             rank_zero_warn(warning)
         self._write_run_report()
         self._announcer.announce(outcome, artifact, self._searched_s)
-
-
-def _explained(error: Exception) -> str:
-    return str(error) if isinstance(error, CkmergeError) else f"{type(error).__name__}: {error}"

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_ckmerge.core.outcome import Candidate, Coefficients, Trial
-from lightning_ckmerge.errors import CkmergeError
+from lightning_ckmerge.errors import explain
 from lightning_ckmerge.search.engine import Search
 
 NUM_STEPS = 3
@@ -79,7 +79,7 @@ def refine(search: Search, differentiate: Differentiate, *, tolerant: bool = Fal
         except Exception as error:  # on all ranks
             if not tolerant:
                 raise
-            return str(error) if isinstance(error, CkmergeError) else f"{type(error).__name__}: {error}"
+            return explain(error)
         plane = plane or _Plane(start, products)
         x_N, g_N = plane.place(start), search.problem.sign * plane.gradient(products)
         points.append((x_N, g_N))
