@@ -12,11 +12,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_ckmerge.buffer.merger import Merger
-from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import Coefficients
-from lightning_ckmerge.distributed.comm import Comm, together
-from lightning_ckmerge.distributed.ownership import Ownership
+from lightning_ckmerge.distributed.comm import together
 from lightning_ckmerge.plugin.adapters import Load
+from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.standstill import Standstill
 
 
@@ -33,32 +32,26 @@ class Derivatives:
     What is frozen now, and buffers such as BatchNorm's statistics, count as if they did not move.
 
     Args:
-        ownership: Knows this rank's tensors; each rank holds the model whole.
-        layout: Of those that it owns.
+        model: Each rank holds it whole.
         merger: Holds the snapshots.
         load: Writes a merge into the module.
         standstill: Brings all else to where the search began.
         validation: Differentiates.
-        comm: The ranks.
     """
 
     def __init__(
         self,
-        ownership: Ownership,
-        layout: TensorLayout,
+        model: RankModel,
         merger: Merger,
         load: Load,
         standstill: Standstill,
         validation: Validation,
-        comm: Comm,
     ) -> None:
-        self._ownership = ownership
-        self._layout = layout
+        self._model = model
         self._merger = merger
         self._load = load
         self._standstill = standstill
         self._validation = validation
-        self._comm = comm
 
     def __call__(self, c: Coefficients) -> dict[str, Any]:
         """Return each group's inner products ``(K, K)``, over all ranks.
@@ -67,18 +60,18 @@ class Derivatives:
             SearchError: The metric is not the mean of the loss that ``validation_step`` returns.
             PeerError: A rank has failed.
         """
-        with together(self._comm):
+        with together(self._model.comm):
             own = {group: products.numpy() for group, products in self._own(c).items()}
-        everywhere = self._comm.exchange(own)
+        everywhere = self._model.comm.exchange(own)
         groups = sorted({group for products in everywhere for group in products})
         return {g: np.sum([products[g] for products in everywhere if g in products], axis=0) for g in groups}
 
     def _own(self, c: Coefficients) -> dict[str, Tensor]:
         self._standstill.begin()
         self._load(c)
-        local = self._ownership.local()
+        local = self._model.ownership.local()
         trained = {o.name: o.tensor for o in local if isinstance(o.tensor, nn.Parameter) and o.tensor.requires_grad}
         gradients = dict(zip(trained, self._validation.differentiate([*trained.values()]), strict=True))
         # Nothing of the rest's size is allocated.
         whole = {o.name: gradients.get(o.name, o.tensor.new_zeros(()).expand(o.tensor.shape)) for o in local}
-        return self._merger.inner_products(self._layout.order(self._ownership.select(whole)))
+        return self._merger.inner_products(self._model.select(whole))

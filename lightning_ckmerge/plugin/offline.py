@@ -25,14 +25,12 @@ from lightning_ckmerge.artifact.offline import listed
 from lightning_ckmerge.artifact.sources import Source
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.core.layout import as_real
-from lightning_ckmerge.core.outcome import Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.errors import ArtifactError, CkmergeError, ConfigError
 from lightning_ckmerge.pipeline import Bench, SearchJob, join_search
 from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+from lightning_ckmerge.plugin.progress import OnScored
 from lightning_ckmerge.plugin.run import MergeRun
-
-OnScored = Callable[[Trial, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +206,7 @@ class OfflineRun(MergeRun):
     def _say_plan(self, total_steps: int | None) -> None:
         """Nothing: there is no run."""
 
-    def _common_snapshots(self) -> list[Snapshot]:
+    def _snapshots(self) -> list[Snapshot]:
         """The checkpoints but the newest, which is in the module."""
         steps = [0, *(s.step or 0 for s in self._sources)]
         hashes = [tuple(file_record(path)["sha256"] for path in s.files) for s in self._sources[:-1]]
@@ -217,18 +215,20 @@ class OfflineRun(MergeRun):
                 segment=Segment(kind="point", first_step=before + 1, last_step=step),
                 sha256=files[0] if len(files) == 1 else None,
                 files_sha256=files if len(files) > 1 else (),
-                tensors=[as_real(source.weights[slot.name]) for slot in self._layout.slots],
+                tensors=[as_real(source.weights[slot.name]) for slot in self._model.layout.slots],
             )
             for source, files, (before, step) in zip(self._sources[:-1], hashes, pairwise(steps), strict=False)
         ]
 
-    def _make_job(self, bench: Bench, *others: Any) -> SearchJob:
-        job = super()._make_job(bench, *others)
-        return replace(job, shared=True, training_s=0.0, on_scored=self._on_scored)
-
-    def _allowance(self) -> tuple[float | None, str]:
+    def _make_job(self, bench: Bench, on_scored: OnScored) -> SearchJob:
         """There is no training time that a share could be taken of."""
-        return self.callback.search.timeout_s, "search.timeout_s"
+        return replace(
+            super()._make_job(bench, self._on_scored),
+            shared=True,
+            training_s=0.0,
+            allowed_s=self.callback.search.timeout_s,
+            allowed_by="search.timeout_s",
+        )
 
 
 def _load(source: Source, module: LightningModule) -> None:

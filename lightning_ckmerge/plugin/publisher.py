@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import Manifest, build_manifest
@@ -15,13 +16,14 @@ from lightning_ckmerge.artifact.publish import ArtifactStore, Extra
 from lightning_ckmerge.artifact.timeline import Validated
 from lightning_ckmerge.config import parse_size
 from lightning_ckmerge.core.outcome import SearchOutcome
-from lightning_ckmerge.distributed.comm import Comm, on_rank_zero
+from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.distributed.gather import GatheredWeights
+from lightning_ckmerge.errors import CkmergeError, explain
 from lightning_ckmerge.pipeline import SearchJob
-from lightning_ckmerge.plugin.adapters import Adapters
 from lightning_ckmerge.plugin.evaluation import dump_weights
 from lightning_ckmerge.plugin.pretrained import Pretrained
-from lightning_ckmerge.plugin.reports import write_search_report
+from lightning_ckmerge.plugin.rank_model import RankModel
+from lightning_ckmerge.plugin.reports import write_run_report, write_search_report
 
 if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
@@ -36,8 +38,7 @@ class Publisher:
         callback: Holds the arguments.
         trainer: The Trainer.
         dirpath: Where artifacts go.
-        adapters: PEFT's adapters, if the module has any.
-        comm: The ranks.
+        model: Where merges are, as all ranks publish them.
     """
 
     def __init__(
@@ -45,17 +46,17 @@ class Publisher:
         callback: CheckpointMergeCallback,
         trainer: Trainer,
         dirpath: Path,
-        adapters: Adapters | None,
-        comm: Comm,
+        model: RankModel,
     ) -> None:
         config = callback.artifact
         self._trainer = trainer
         self._module: LightningModule = trainer.lightning_module
-        self._adapters = adapters
-        self._comm = comm
+        self._adapters = model.adapters
+        self._comm = model.comm
+        self._dirpath = dirpath
         self._writes_checkpoint = "ckpt" in config.formats
         self._pretrained = (
-            Pretrained(trainer, config, has_adapters=adapters is not None) if "hf" in config.formats else None
+            Pretrained(trainer, config, has_adapters=model.adapters is not None) if "hf" in config.formats else None
         )
         self._store = ArtifactStore(
             dirpath,
@@ -82,6 +83,15 @@ class Publisher:
             extras.append(partial(self._pretrained.write, weights=weights, comm=self._comm))
         # Other merges take the winner's place in the module, and the report lists the files.
         return publish(weights, extras=[*extras, partial(self._write_front, outcome, job), self._write_report])
+
+    def show_run(self) -> None:
+        """Show the run's searches so far. What is published stays so, whatever an older file makes of this."""
+        if self._comm.rank != 0:
+            return
+        try:
+            write_run_report(self._dirpath)
+        except (CkmergeError, OSError) as error:
+            rank_zero_warn(f"The run's report was not written: {explain(error)}")
 
     def _manifest(self, outcome: SearchOutcome) -> Manifest:
         manifest = build_manifest(outcome)

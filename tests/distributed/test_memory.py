@@ -26,7 +26,7 @@ class Weigh(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         [callback] = [c for c in trainer.callbacks if isinstance(c, CheckpointMergeCallback)]
-        snapshots = callback._run._buffer.snapshots()  # type: ignore[union-attr]
+        snapshots = callback._run._buffer.rolling.snapshots()  # type: ignore[union-attr]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for s in snapshots for t in s.tensors}
         self.num_snapshots = len(snapshots)
         self.num_bytes = sum(s.nbytes() for s in storages.values())

@@ -49,8 +49,8 @@ class ReadBuffer(pl.Callback):
         [callback] = [c for c in trainer.callbacks if isinstance(c, CheckpointMergeCallback)]
         run = callback._run
         assert run is not None
-        names = [slot.name for slot in run._layout.slots]
-        snapshots = run._buffer.snapshots()
+        names = [slot.name for slot in run._model.layout.slots]
+        snapshots = run._buffer.rolling.snapshots()
         return [(s.segment, {n: t.clone() for n, t in zip(names, s.tensors, strict=True)}) for s in snapshots]
 
 

@@ -1,0 +1,86 @@
+"""The Trainer's module as one rank holds it, and how merges get into it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_ckmerge.artifact.load import Artifact, load_merged
+from lightning_ckmerge.buffer.merger import Merger
+from lightning_ckmerge.config import ArtifactConfig, SpaceName
+from lightning_ckmerge.core.layout import TensorLayout
+from lightning_ckmerge.core.outcome import Coefficients
+from lightning_ckmerge.core.spaces import Space, make_space
+from lightning_ckmerge.distributed.comm import connect, together
+from lightning_ckmerge.distributed.ownership import Ownership
+from lightning_ckmerge.distributed.scatter import scatter
+from lightning_ckmerge.plugin.adapters import Load, find_adapters
+
+
+class RankModel:
+    """What this rank owns and holds of the module, for one ``fit``. All ranks make theirs together.
+
+    Args:
+        module: The LightningModule, on its device.
+        space: Bound to the module's tensors, it knows their groups.
+        artifact: How adapters are merged.
+
+    Attributes:
+        comm: The ranks.
+        ownership: Knows this rank's tensors.
+        layout: Of those that it owns, which are buffered and merged here.
+        local_layout: Of all that it holds.
+        space: The bound space.
+        adapters: PEFT's adapters, if the module has any.
+
+    Raises:
+        ConfigError: As ``find_adapters``.
+        UnsupportedError: Likewise.
+    """
+
+    def __init__(self, module: LightningModule, space: SpaceName | Space, artifact: ArtifactConfig) -> None:
+        self._module = module
+        self.comm = connect()
+        self.ownership = Ownership(module, self.comm)
+        self.layout = TensorLayout(self.ownership.owned())
+        self.local_layout = TensorLayout(self.ownership.local())
+        self.space = make_space(space).bind(list(self.ownership.shapes))
+        self.adapters = find_adapters(
+            module, artifact, self.comm, self.space.group_of, is_sharded=self.ownership.is_sharded
+        )
+
+    def live(self) -> list[Tensor]:
+        """Return the tensors that this rank owns, in the layout's order."""
+        return self.layout.order(self.ownership.owned())
+
+    def select(self, held: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return, of what stands for all that this rank holds, by name, the parts that it owns, in that order."""
+        return self.layout.order(self.ownership.select(held))
+
+    def merging(self, merger: Merger) -> contextlib.AbstractContextManager[Load]:
+        """Yield what writes a merge into the module, on all ranks."""
+
+        def load(c: Coefficients) -> None:
+            merger.merge(c)
+            self.comm.exchange(None)  # nobody has failed: publishing cannot be left half done
+            self.ownership.publish()
+            self.ownership.settle()
+
+        if self.adapters is None:
+            return contextlib.nullcontext(load)
+        return self.adapters.merging(load, len(merger.snapshots_K))
+
+    def load(self, artifact: Artifact) -> None:
+        """Load an artifact's weights into the module, on all ranks."""
+        with together(self.comm):
+            artifact.check_files()
+        if self.ownership.is_sharded:
+            self.ownership.settle()
+            scatter(self._module, artifact.tensors())
+        else:
+            load_merged(artifact, self._module, verify=False)
+        rank_zero_info(f"The module now holds the merged weights of {artifact.path}.")
