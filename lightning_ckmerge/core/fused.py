@@ -95,7 +95,8 @@ def load_kernel() -> Kernel | None:
         reason = str(error)
     logger.warning(
         "Merging at full speed needs a C compiler for this processor, got: %s. Float32 merges take about half as "
-        "long again, bfloat16 ones three to four times as long. Install one, or name it in the environment variable CC.",
+        "long again, bfloat16 ones three to four times as long. Install one, or name it in the "
+        "environment variable CC.",
         reason,
     )
     return None
