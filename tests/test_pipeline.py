@@ -86,7 +86,7 @@ class Run:
 
     def merger(self) -> Merger:
         latest = [tensor.detach().clone() for tensor in self.live]
-        return Merger(self.layout, self.live, self.buffer.snapshots(), latest, self.step)
+        return Merger(self.layout, lambda: self.live, self.buffer.snapshots(), latest, self.step)
 
 
 class Validation:
@@ -426,7 +426,7 @@ def test_a_snapshot_is_what_the_manifest_names() -> None:
     segment = Segment(kind="mean", first_step=1, last_step=5, num_updates=3)
     run = Run(num_steps=0)
     snapshot = Snapshot(segment=segment, sha256="ab" * 32, tensors=[t.clone() for t in run.live])
-    record, last = Merger(run.layout, run.live, [snapshot], run.live, 8).records()
+    record, last = Merger(run.layout, lambda: run.live, [snapshot], run.live, 8).records()
     assert (record.kind, record.first_step, record.last_step, record.num_updates) == ("mean", 1, 5, 3)
     assert (record.sha256, last.sha256) == ("ab" * 32, None)
     assert (last.kind, last.first_step, last.last_step) == ("point", 6, 8)

@@ -5,7 +5,7 @@ Letters: K snapshots, oldest first, the last one being the latest weights; N ten
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -22,7 +22,8 @@ class Merger:
 
     Args:
         layout: The model's layout, which every snapshot shares.
-        targets: N live tensors, in the layout's order.
+        find_targets: Returns the N live tensors, in the layout's order. Asked at each merge: hooks may put others in
+            their place, or give them other memory.
         snapshots: What the buffer holds.
         latest: N tensors: the live weights as they were when the search began.
         step: Optimizer steps taken so far.
@@ -32,7 +33,7 @@ class Merger:
     def __init__(
         self,
         layout: TensorLayout,
-        targets: Sequence[Tensor],
+        find_targets: Callable[[], Sequence[Tensor]],
         snapshots: Sequence[Snapshot],
         latest: Sequence[Tensor],
         step: int,
@@ -46,7 +47,8 @@ class Merger:
         self.snapshots_K = [*snapshots, Snapshot(segment=own, sha256=None, tensors=list(latest))]
         sources_KN = [s.tensors for s in self.snapshots_K]
         groups_N = [group_of[split_name(s.name, s.shape)[0]] for s in layout.slots] if group_of else None
-        self._plan = MergePlan(targets, sources_KN, [slot.role for slot in layout.slots], groups_N)
+        self._find_targets = find_targets
+        self._plan = MergePlan(find_targets(), sources_KN, [slot.role for slot in layout.slots], groups_N)
 
     @property
     def segments_K(self) -> tuple[Segment, ...]:
@@ -54,8 +56,12 @@ class Merger:
         return tuple(s.segment for s in self.snapshots_K)
 
     def merge(self, c: Coefficients) -> None:
-        """Overwrite the live tensors with ``sum_k c_k snapshot_k``."""
-        self._plan.merge(c)
+        """Overwrite the live tensors with ``sum_k c_k snapshot_k``.
+
+        Raises:
+            SnapshotError: The model has other tensors, or of other shapes, than when the search began.
+        """
+        self._plan.merge(c, self._find_targets())
 
     def inner_products(self, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return each group's inner products, as ``MergePlan`` does, of N derivatives by the live tensors."""

@@ -10,19 +10,24 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ckmerge.core.fused import DTYPES, Kernel, Pieces, load_kernel
 from lightning_ckmerge.core.layout import Role
 from lightning_ckmerge.core.merge import check_shapes, inner_products, merge_tensor
 from lightning_ckmerge.core.outcome import Coefficients
+from lightning_ckmerge.errors import SnapshotError
 
 # Compiling takes a second; a smaller model's merges take less than that in a whole search.
 MIN_FUSED_NUMEL = 1 << 22
+# Where a tensor is, and how C code would read it.
+Memory = tuple[int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
 
 
 class MergePlan:
     """Merges N tensors of K snapshots into N others, any number of times, in no more memory than one block.
+
+    Tensors may get other memory between two merges (``p.data = ...``, ``module.to(...)``): the plan is then made anew.
 
     Args:
         targets_N: The tensors to overwrite: floating, any shape, dtype, device and strides.
@@ -52,20 +57,25 @@ class MergePlan:
         self._sources_KN = sources_KN
         self._roles_N = roles_N
         self._groups_N = groups_N or [""] * len(targets_N)
-        alike: dict[tuple[str, tuple[torch.dtype, ...]], list[int]] = {}
-        self._single: list[int] = []
-        for n, (target, role) in enumerate(zip(targets_N, roles_N, strict=True)):
-            tensors = [target, *(sources_N[n] for sources_N in sources_KN)]
-            check_shapes(target, tensors[1:])
-            can_fuse = role == "parameter" and all(map(_is_readable_by_c, tensors))
-            key = (self._groups_N[n], tuple(t.dtype for t in tensors))
-            (alike.setdefault(key, []) if can_fuse else self._single).append(n)
-        self._alike = list(alike.values())
-        self._numel = sum(targets_N[n].numel() for tensors in self._alike for n in tensors)
-        self._pieces: list[tuple[str, Pieces]] | None = None
+        self._memory = self._find_memory()
+        self._sort()
 
-    def merge(self, c: Coefficients) -> None:
-        """Overwrite the targets with ``sum_k c_k source_k``; the bits are ``merge_tensor``'s."""
+    def merge(self, c: Coefficients, targets_N: Sequence[Tensor] | None = None) -> None:
+        """Overwrite the targets with ``sum_k c_k source_k``; the bits are ``merge_tensor``'s.
+
+        Args:
+            c: The coefficients, of each group or of all.
+            targets_N: The tensors that are in the targets' place now, where a module may have put others there.
+
+        Raises:
+            SnapshotError: A target's shape has changed, or its memory was freed.
+        """
+        if targets_N is not None:
+            self._targets_N = targets_N
+        memory = self._find_memory()
+        if memory != self._memory:
+            self._memory = memory
+            self._sort()
         by_group = c if isinstance(c, Mapping) else dict.fromkeys(self._groups_N, c)
         kernel = load_kernel() if self._numel >= MIN_FUSED_NUMEL else None
         for n in self._single if kernel else range(len(self._targets_N)):
@@ -86,6 +96,23 @@ class MergePlan:
             if role == "parameter":
                 totals[group] += inner_products(gradient, [sources_N[n] for sources_N in self._sources_KN])
         return totals
+
+    def _find_memory(self) -> list[list[Memory]]:
+        return [[_memory(t) for t in tensors_N] for tensors_N in (self._targets_N, *self._sources_KN)]
+
+    def _sort(self) -> None:
+        """Tell the tensors that C code can merge from those that are merged one by one."""
+        alike: dict[tuple[str, tuple[torch.dtype, ...]], list[int]] = {}
+        self._single: list[int] = []
+        for n, (target, role) in enumerate(zip(self._targets_N, self._roles_N, strict=True)):
+            tensors = [target, *(sources_N[n] for sources_N in self._sources_KN)]
+            check_shapes(target, tensors[1:])
+            can_fuse = role == "parameter" and all(map(_is_readable_by_c, tensors))
+            key = (self._groups_N[n], tuple(t.dtype for t in tensors))
+            (alike.setdefault(key, []) if can_fuse else self._single).append(n)
+        self._alike = list(alike.values())
+        self._numel = sum(self._targets_N[n].numel() for tensors in self._alike for n in tensors)
+        self._pieces: list[tuple[str, Pieces]] | None = None
 
     def _merge_fused(self, kernel: Kernel, by_group: Mapping[str, Sequence[float]]) -> None:
         if self._pieces is None:
@@ -108,5 +135,20 @@ class MergePlan:
                 list(pool.map(merge, edges, edges[1:]))
 
 
+def _memory(tensor: Tensor) -> Memory:
+    # Where something else than memory is behind a subclass, there is no address, and C code does not read it.
+    address = tensor.data_ptr() if _has_memory(tensor) else 0
+    if tensor.numel() and not address and _has_memory(tensor) and tensor.device.type == "cpu":
+        raise SnapshotError(
+            f"a tensor must have memory to be merged, got none behind one of shape {tuple(tensor.shape)}. Free a "
+            "model's storage after the search, not during it."
+        )
+    return address, tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+
+
 def _is_readable_by_c(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.is_contiguous()
+    return _has_memory(tensor) and tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.is_contiguous()

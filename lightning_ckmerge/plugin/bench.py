@@ -51,7 +51,7 @@ class BenchMaker:
             validation = self._make_validation(standstill)
             standstill.watch(validation.loaders)
             latest = model.select(standstill.weights)
-            merger = Merger(model.layout, model.live(), find_snapshots(), latest, step, model.space.group_of)
+            merger = Merger(model.layout, model.live, find_snapshots(), latest, step, model.space.group_of)
             with model.merging(merger) as merge:
                 load = self._recalibrated(merge, validation)
                 yield Bench(

@@ -9,8 +9,9 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -196,6 +197,92 @@ def test_a_plan_may_be_used_again(seed: int) -> None:
     for c_K in ([0.25, 0.25, 0.5], [0.0, 0.0, 1.0], [0.5, -0.25, 0.75]):
         plan.merge(c_K)
         assert_same_bits(targets_N, one_by_one(targets_N, sources_KN, c_K))
+
+
+def give_new_memory(parameter: Tensor) -> None:
+    parameter.data = torch.full_like(parameter, 7.0)
+
+
+def give_another_precision(parameter: Tensor) -> None:
+    parameter.data = parameter.data.bfloat16()
+
+
+def give_other_strides(parameter: Tensor) -> None:
+    parameter.data = parameter.data.T.contiguous().T
+
+
+def give_another_storage(parameter: Tensor) -> None:
+    parameter.detach().set_(torch.full_like(parameter, 7.0).untyped_storage(), 0, parameter.shape)  # type: ignore[call-overload]
+
+
+def resize_the_storage(parameter: Tensor) -> None:
+    parameter.untyped_storage().resize_(1 << 22)
+
+
+CHANGES = [give_new_memory, give_another_precision, give_other_strides, give_another_storage, resize_the_storage]
+
+
+@pytest.mark.parametrize("side", ["target", "source"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_merge_goes_where_a_tensors_memory_is_now(change: Callable[[Tensor], None], side: str) -> None:
+    """Goes red if addresses are kept from one merge to the next: freed memory is written, or read."""
+    targets_N = [torch.nn.Parameter(normal(33, 31, dtype=torch.float32)), torch.nn.Parameter(torch.zeros(5))]
+    sources_KN = [[normal(33, 31, seed=k, dtype=torch.float32), torch.full((5,), float(k))] for k in range(3)]
+    plan = MergePlan(targets_N, sources_KN, ["parameter"] * 2)
+    plan.merge([0.5, 0.25, 0.25])
+    change(targets_N[0] if side == "target" else sources_KN[1][0])
+    plan.merge([0.25, 0.25, 0.5])
+    expected = torch.empty_like(targets_N[0])
+    merge_tensor(expected, [s[0] for s in sources_KN], [0.25, 0.25, 0.5])
+    assert_same_bits([targets_N[0].detach(), targets_N[1].detach()], [expected, torch.full((5,), 1.25)])
+
+
+def test_a_merge_goes_into_tensors_that_took_the_targets_place() -> None:
+    old, new = [normal(50)], [normal(50)]
+    plan = MergePlan(old, [[normal(50, seed=k)] for k in range(2)], ["parameter"])
+    before = old[0].clone()
+    plan.merge([0.25, 0.75], new)
+    expected = torch.empty_like(new[0])
+    merge_tensor(expected, [normal(50, seed=k) for k in range(2)], [0.25, 0.75])
+    assert_same_bits([*new, *old], [expected, before])
+
+
+@pytest.mark.parametrize("size", [0, 20])
+def test_targets_that_were_resized_are_refused(size: int) -> None:
+    """A shape that other sources have, and memory that was freed."""
+    target = torch.nn.Parameter(torch.zeros(50))
+    plan = MergePlan([target], [[torch.ones(50)]], ["parameter"])
+    plan.merge([1.0])
+    if size:
+        target.data = torch.zeros(size)
+    else:
+        target.untyped_storage().resize_(0)
+    with pytest.raises(SnapshotError, match="shapes" if size else "memory"):
+        plan.merge([1.0])
+
+
+class Doubled(Tensor):
+    """A subclass whose values are not in its own memory, as those of quantised weights are not."""
+
+    @staticmethod
+    def __new__(cls, half: Tensor) -> Doubled:
+        made = Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype)  # type: ignore[attr-defined]
+        made.half = half
+        return made  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = torch.utils._pytree.tree_map(
+            lambda x: 2 * x.half if isinstance(x, Doubled) else x, (args, kwargs or {})
+        )
+        return function(*plain[0], **plain[1])
+
+
+def test_c_code_reads_no_tensor_subclass() -> None:
+    """Goes red if the address of a wrapper, which is 0, is read."""
+    target = torch.zeros(50)
+    MergePlan([target], [[Doubled(torch.ones(50))], [torch.zeros(50)]], ["parameter"]).merge([0.5, 0.5])
+    assert (target == 1).all()
 
 
 def test_another_shape_is_refused_before_anything_is_written() -> None:
