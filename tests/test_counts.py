@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,70 @@ def test_training_steps_touch_the_weights_only_when_an_update_is_due() -> None:
         assert max(allocations.sizes, default=0) <= BLOCK_BYTES
     buffer.close()
     assert touched == [13, 15, 18, 20]
+
+
+class Layers(pl.LightningModule):
+    """Many small tensors."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*[nn.Linear(2, 2) for _ in range(num_layers)])
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class CountsCalls(CheckpointMergeCallback):
+    """Counts the functions that each step's hook calls."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.calls: list[int] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        num_calls = 0
+
+        def count(frame: Any, event: str, arg: Any) -> None:
+            nonlocal num_calls
+            num_calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            super().on_train_batch_end(*args)
+        finally:
+            sys.setprofile(None)
+        self.calls.append(num_calls)
+
+
+@pytest.mark.parametrize("snapshot", ["mean", "point"])
+def test_what_a_step_costs_does_not_grow_with_the_model_when_nothing_is_due(snapshot: Any, tmp_path: Path) -> None:
+    """Goes red if each step lists the live tensors."""
+    calls = []
+    for num_layers in (1, 40):
+        buffer = BufferConfig(every_n_train_steps=9, update_every_n_steps=3, snapshot=snapshot, storage="cpu")
+        space: Any = "grouped" if snapshot == "mean" else "pairwise"
+        search = SearchConfig(space=space)
+        merge = CountsCalls(
+            dirpath=tmp_path, every_n_train_steps=100, search_on_train_end=False, buffer=buffer, search=search
+        )
+        trainer = pl.Trainer(
+            max_steps=8,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[merge],
+        )
+        trainer.fit(Layers(num_layers), DataLoader(torch.ones(16, 2), 2))
+        calls.append([n for i, n in enumerate(merge.calls, start=1) if i % 3])
+    small, large = calls
+    assert len(small) == 6
+    assert small == large
+    assert max(large) < 100
 
 
 class Counts:

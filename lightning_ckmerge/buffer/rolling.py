@@ -118,11 +118,18 @@ class RollingBuffer:
         num_stored = 2 * self.config.capacity + 2
         return num_stored * self.stored_layout.num_bytes + num_open * self.accumulator_layout.num_bytes
 
+    def reads_weights(self, step: int) -> bool:
+        """Whether ``update`` at this step looks at the weights: at most steps it does not."""
+        progress = self._progress
+        if progress.first_step is None:
+            return self.segment_steps == 1 or self._is_update(step, step - 1)
+        return self._is_end(step, progress.first_step) or self._is_update(step, progress.last_update)
+
     def update(self, weights: Sequence[Tensor], step: int) -> None:
         """Take in the weights after an optimizer step. They may change again once this returns.
 
         Args:
-            weights: The live tensors, in the order of the model's layout.
+            weights: The live tensors, in the order of the model's layout; not read unless ``reads_weights`` says so.
             step: Optimizer steps taken so far; above the last call's, by more than 1 where steps are not seen.
         """
         if self._state_taken or self._state_loaded:
@@ -133,10 +140,10 @@ class RollingBuffer:
         if self._progress.first_step is None:
             self._progress = Progress.after(step - 1)
         progress = self._progress
+        assert progress.first_step is not None
         progress.last_step = step
-        ends = progress.num_steps >= self.segment_steps
-        is_due = self.config.snapshot == "mean" and step - progress.last_update >= self.config.update_every_n_steps
-        if ends or is_due:
+        ends = self._is_end(step, progress.first_step)
+        if ends or self._is_update(step, progress.last_update):
             self._take(weights)
         if ends:
             self._finish_segment(weights)
@@ -229,6 +236,12 @@ class RollingBuffer:
         if self._state_taken and not self._state_loaded:
             self._archive.release()
             self._state_taken = False
+
+    def _is_end(self, step: int, first_step: int) -> bool:
+        return step - first_step + 1 >= self.segment_steps
+
+    def _is_update(self, step: int, last_update: int) -> bool:
+        return self.config.snapshot == "mean" and step - last_update >= self.config.update_every_n_steps
 
     def _take(self, weights: Sequence[Tensor]) -> None:
         if self._accumulator is None:

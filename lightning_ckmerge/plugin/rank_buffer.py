@@ -65,7 +65,7 @@ class RankBuffer:
     def update(self, step: int) -> None:
         """Take in the live weights after an optimizer step."""
         self._leftovers.remove()
-        self.rolling.update(self._model.live(), step)
+        self.rolling.update(self._model.live() if self.rolling.reads_weights(step) else (), step)
         self.warn()
 
     def snapshots(self) -> list[Snapshot]:
