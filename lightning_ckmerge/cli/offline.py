@@ -19,8 +19,8 @@ from lightning_ckmerge.cli.options import Json, Key
 if TYPE_CHECKING:
     from lightning_ckmerge.artifact.sources import Source
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
-    from lightning_ckmerge.plugin.forecast import Forecast
     from lightning_ckmerge.plugin.offline import Configured
+    from lightning_ckmerge.plugin.plan import Plan
 
 ModelClass = Annotated[
     str | None, typer.Option("--model-class", help="Import path of the module, where the config leaves it out.")
@@ -218,31 +218,11 @@ def _open(directory: Path, key: str | None, last: int | None) -> list[Source]:
     return sources
 
 
-def _print_plan(p: Forecast) -> None:
-    from lightning_ckmerge.report.text import MISSING, count, size
+def _print_plan(p: Plan) -> None:
+    from lightning_ckmerge.plugin.plan import plan_rows
 
-    def known(value: int | None) -> str:
-        return MISSING if value is None else count(value)
-
-    share = MISSING if p.share is None else f"{100 * p.share:.3g} % of the training before it"
-    free = MISSING if p.free_disk is None else f"{size(p.free_disk)} free"
-    rows = [
-        ("strategy", f"{p.strategy}, {p.num_ranks} {'rank' if p.num_ranks == 1 else 'ranks'}"),
-        ("parameters", count(p.num_parameters)),
-        ("space", p.space),
-        ("optimizer steps", known(p.total_steps)),
-        ("searches", known(p.num_searches)),
-        ("finest segment", f"{count(p.segment_steps)} steps"),
-        ("buffer in memory, a rank", size(p.buffer_memory)),
-        ("during a search, a rank", f"{size(p.search_memory)} of host memory more"),
-        ("disk, buffer and artifacts", f"{size(p.disk)}, {free}"),
-        ("candidates of a search", f"up to {p.num_candidates}"),
-        ("validation batches, a rank", f"{known(p.search_batches)} + {known(p.confirm_batches)} for the verdict"),
-        ("evaluations of a search", f"up to {known(p.evaluations)} forward batches"),
-        ("a full search takes about", share),
-    ]
     out = console()
-    out.print(table(("", ""), rows))
+    out.print(table(("", ""), plan_rows(p)))
     for warning in p.warnings:
         out.print(f"warning: {warning}", style="yellow")
     for fault in p.faults:

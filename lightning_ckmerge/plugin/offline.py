@@ -31,6 +31,7 @@ from lightning_ckmerge.pipeline import Bench, SearchJob, join_search
 from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 from lightning_ckmerge.plugin.progress import OnScored
 from lightning_ckmerge.plugin.run import MergeRun
+from lightning_ckmerge.plugin.run_length import RunLength
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +204,7 @@ class OfflineRun(MergeRun):
         assert artifact is not None, "an offline search raises what goes wrong"
         return artifact
 
-    def _say_plan(self, total_steps: int | None) -> None:
+    def _say_plan(self, length: RunLength) -> None:
         """Nothing: there is no run."""
 
     def _snapshots(self) -> list[Snapshot]:

@@ -1,22 +1,28 @@
-"""What a run will spend, said once at its start."""
+"""What a run will take, told before it starts: one record, made and shown alike by ``fit`` and by ``ckmerge plan``."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 
 from lightning_ckmerge.buffer.rolling import RollingBuffer
+from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
+from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.groups import describe_groups
 from lightning_ckmerge.core.layout import TensorLayout
-from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.plugin.loaders import Split, limited
+from lightning_ckmerge.plugin.rank_model import RankModel
+from lightning_ckmerge.plugin.run_length import RunLength, finest_segment
 from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
-from lightning_ckmerge.report.text import size
+from lightning_ckmerge.report.text import MISSING, count, size
 from lightning_ckmerge.search.anchors import most_anchors
-from lightning_ckmerge.search.engine import most_confirmed
+from lightning_ckmerge.search.engine import MAX_SHOWN, most_confirmed
 from lightning_ckmerge.search.refine import MAX_EVALUATIONS
 
 if TYPE_CHECKING:
@@ -26,66 +32,328 @@ if TYPE_CHECKING:
 FORWARDS_PER_TRAINING_BATCH = 3
 
 
-def render_plan(
-    callback: CheckpointMergeCallback,
-    trainer: Trainer,
-    buffer: RollingBuffer,
-    layout: TensorLayout,
-    space: Space,
-    total_steps: int | None,
-    dirpath: Path,
-    *,
-    merged: Collection[str] | None = None,
-) -> str:
-    """Return the plan as a few lines of text: buffer, evaluations, expected share of the training time.
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is known of a run before its first step.
 
-    ``merged`` names the tensors of ``layout`` that are buffered, where the frozen base of adapters is not.
+    Args:
+        length: How long it is.
+        val_batches: Validation batches of each loader on each rank, after ``limit_val_batches``, infinite for a loader
+            without a length; ``None``: they cannot be counted.
+        dirpath: Where artifacts go.
+        num_ranks: Ranks of the run.
+        holders: Ranks over which the tensors of this process will still be dealt out.
     """
-    config = callback.buffer
-    each = f" on each of {trainer.world_size} ranks" if trainer.world_size > 1 else ""
-    memory, disk = size(buffer.num_bytes_in_memory), size(buffer.num_bytes_on_disk)
-    lines = [
-        f"lightning-ckmerge: up to {config.capacity} {config.snapshot} snapshots, {config.layout}, the finest of "
-        f"{buffer.segment_steps} steps; space {type(space).__name__.lower()}.",
-        f"  buffer{each}: {memory} in memory and at most {disk} on disk; a search holds {size(layout.num_bytes)} "
-        f"more, and at most {size(callback.evaluation.cache_bytes)} of batches. Artifacts go to {dirpath}.",
-        f"  a search: {_evaluations(callback, trainer, total_steps)}",
-    ]
-    if space.group_of:
-        lines.append(f"  groups: {describe_groups(space.group_of)}.")
-    if merged is not None:
-        chosen = [slot for slot in layout.slots if slot.name in merged]
-        num_bytes = sum(slot.numel * slot.dtype.itemsize for slot in chosen)
-        lines.append(
-            f"  adapters: {len(chosen)} of {len(layout.slots)} tensors, {size(num_bytes)} of {size(layout.num_bytes)}, "
-            f"are buffered and merged ({callback.artifact.adapters}); the frozen base stays as it is."
-        )
-    return "\n".join(lines)
+
+    length: RunLength
+    val_batches: Sequence[float] | None
+    dirpath: Path
+    num_ranks: int
+    holders: int = 1
 
 
-def _evaluations(callback: CheckpointMergeCallback, trainer: Trainer, total_steps: int | None) -> str:
-    num_anchors = most_anchors(callback.search.anchors, callback.buffer.capacity)
-    refinement = (
-        f", and a refinement by gradients that takes up to {MAX_EVALUATIONS} more" if callback.search.refine else ""
+@dataclass(kw_only=True)
+class Plan:
+    """What one callback will do and take. Sizes are bytes a rank, but for the disk's; ``None``: nothing tells it.
+
+    To tell people of something else, add a field, fill it in ``make_plan``, and give it a row in ``plan_rows``; what
+    they should act on goes into ``warnings``.
+
+    Args:
+        strategy: Class of the strategy.
+        num_ranks: Ranks of the run.
+        num_parameters: Floating numbers of the model's parameters.
+        space: Name of the space.
+        total_steps: Optimizer steps of the run.
+        num_searches: Searches over the run, the one at its end counted.
+        when: When they are due.
+        interval: Optimizer steps between two of them.
+        snapshots: What the buffer keeps.
+        segment_steps: Length of the finest segment.
+        buffer_memory: Memory of the buffer.
+        buffer_disk: The buffer's files.
+        search_memory: Further host memory during a search: a copy of the weights, and the batches that
+            ``evaluation.cache_batches`` lets it keep, at most.
+        disk: Buffer and artifacts, over all ranks.
+        free_disk: Free bytes where artifacts go.
+        dirpath: Where artifacts go.
+        candidates: What a search scores.
+        num_candidates: Most anchors and trials of a search.
+        search_batches: Validation batches that a candidate is scored on, on each rank.
+        confirm_batches: Those kept for the verdict.
+        num_confirmed: Candidates that are scored on them, at most.
+        evaluations: Most forward batches of one search.
+        share: Expected share of the training between two searches.
+        cap: Share of the training time that all searches may take.
+        groups: The groups of tensors with coefficients of their own.
+        adapters: What is buffered and merged of a model with adapters.
+        faults: What would end the run, or let it end badly; the plan is not one to start.
+        warnings: What the user should know.
+    """
+
+    strategy: str
+    num_ranks: int
+    num_parameters: int
+    space: str
+    total_steps: int | None
+    num_searches: int | None
+    when: str
+    interval: float | None
+    snapshots: str
+    segment_steps: int
+    buffer_memory: int
+    buffer_disk: int
+    search_memory: int
+    disk: int
+    free_disk: int | None
+    dirpath: str
+    candidates: str
+    num_candidates: int
+    search_batches: int | None = None
+    confirm_batches: int | None = None
+    num_confirmed: int
+    evaluations: int | None = None
+    share: float | None = None
+    cap: float | None = None
+    groups: str | None = None
+    adapters: str | None = None
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def make_plan(callback: CheckpointMergeCallback, trainer: Trainer, model: RankModel, known: Known) -> Plan:
+    """Return the plan of a callback. Nothing is read, written or moved.
+
+    Args:
+        callback: Holds the arguments.
+        trainer: The Trainer; it need not have started.
+        model: What this process holds of the module.
+        known: What is known of the run.
+    """
+    config, steps = callback.buffer, known.length.steps
+    segment_steps = finest_segment(config, steps)
+    buffer = _probe(config, model.layout, segment_steps)
+    buffer_disk = math.ceil(buffer.num_bytes_on_disk / known.holders)
+    model_bytes = math.ceil(model.layout.num_bytes / known.holders) * known.num_ranks
+    num_anchors = most_anchors(callback.search.anchors, config.capacity)
+    plan = Plan(
+        strategy=type(trainer.strategy).__name__,
+        num_ranks=known.num_ranks,
+        num_parameters=_num_parameters(model),
+        space=type(model.space).__name__.lower(),
+        total_steps=steps,
+        num_searches=num_searches(callback, known.length),
+        when=_when(callback, steps),
+        interval=_interval(callback, known.length),
+        snapshots=f"up to {config.capacity} {config.snapshot} snapshots, {config.layout}",
+        segment_steps=segment_steps,
+        buffer_memory=math.ceil(buffer.num_bytes_in_memory / known.holders),
+        buffer_disk=buffer_disk,
+        # The copy of everything that a rank holds, adapters' base included: whole where the model is replicated.
+        search_memory=model.local_layout.num_bytes + callback.evaluation.cache_bytes,
+        disk=buffer_disk * known.num_ranks + _num_models(callback) * model_bytes,
+        free_disk=_free_disk(known.dirpath),
+        dirpath=str(known.dirpath),
+        candidates=f"up to {num_anchors} anchors and {callback.search.n_trials} trials"
+        + (
+            f", and a refinement by gradients that takes up to {MAX_EVALUATIONS} more" if callback.search.refine else ""
+        ),
+        num_candidates=num_anchors + callback.search.n_trials,
+        num_confirmed=most_confirmed(has_others=bool(callback.others)),
+        cap=callback.search.max_fraction_of_training,
+        groups=describe_groups(model.space.group_of) if model.space.group_of else None,
+        adapters=_adapters(callback, model),
     )
-    candidates = f"up to {num_anchors} anchors and {callback.search.n_trials} trials{refinement}"
-    cap = callback.search.max_fraction_of_training
-    limit = f", at most {100 * cap:g} % of the training time" if cap is not None else ""
-    loaders = [] if callback.evaluation.dataloader else [n for n in trainer.num_val_batches if n]
-    if not loaders:
-        return f"{candidates}{limit}."
-    config = callback.evaluation
-    splits = [Split((), limited(n, config.limit_batches), config.confirm_fraction) for n in loaders]
-    search = sum(s.num_batches("search") or 0 for s in splits)
-    confirm = sum(s.num_batches("confirm") or 0 for s in splits)
-    num_confirmed = most_confirmed(has_others=bool(callback.others))
-    num_refined = MAX_EVALUATIONS if callback.search.refine else 0
-    most = search * (num_anchors + callback.search.n_trials + num_refined) + num_confirmed * confirm
-    text = f"{candidates} on {search} batches, {num_confirmed} candidates on {confirm}: up to {most} forward batches"
-    if total_steps:
-        interval = callback.triggers["every_n_train_steps"] or total_steps / NUM_SEARCHES
-        share = most / (FORWARDS_PER_TRAINING_BATCH * interval * trainer.accumulate_grad_batches)
-        text += f", an expected {100 * share:.3g} % of the training between two searches"
-        if cap is not None and share > cap:
-            limit += ", so searches stop early: raise `search.max_fraction_of_training`, or search or evaluate less"
-    return f"{text}{limit}."
+    _count_batches(plan, callback, known)
+    plan.warnings += _warnings(plan, callback)
+    plan.faults += _faults(plan)
+    return plan
+
+
+def plan_rows(plan: Plan) -> list[tuple[str, str]]:
+    """Return the plan as labels and texts, the same for ``fit`` and ``ckmerge plan``."""
+
+    def known(value: float | None) -> str:
+        return MISSING if value is None else count(value)
+
+    steps = "as many optimizer steps as training will tell" if plan.total_steps is None else None
+    each = " a rank" if plan.num_ranks > 1 else ""
+    searches = "" if plan.num_searches is None else f"{count(plan.num_searches)}: "
+    rows = [
+        ("run", f"{steps or f'{count(plan.total_steps or 0)} optimizer steps'}, {plan.strategy}, {_ranks(plan)}"),
+        ("model", f"{count(plan.num_parameters)} parameters"),
+        ("adapters", plan.adapters),
+        ("snapshots", f"{plan.snapshots}, the finest of {_steps(plan.segment_steps)}"),
+        (f"buffer{each}", f"{size(plan.buffer_memory)} in memory and at most {size(plan.buffer_disk)} on disk"),
+        (f"during a search{each}", f"at most {size(plan.search_memory)} of host memory more"),
+        ("disk, buffer and artifacts", f"{size(plan.disk)}, {_free(plan)}, in {plan.dirpath}"),
+        ("searches", f"{searches}{plan.when}"),
+        ("a search", f"space {plan.space}, {plan.candidates}"),
+        ("groups", plan.groups),
+        (
+            f"validation batches{each}",
+            f"{known(plan.search_batches)} + {known(plan.confirm_batches)} for the verdict, of {plan.num_confirmed} "
+            "candidates",
+        ),
+        ("evaluations of a search", f"up to {known(plan.evaluations)} forward batches"),
+        ("a full search takes", _share(plan)),
+    ]
+    return [(label, text) for label, text in rows if text is not None]
+
+
+def render_plan(plan: Plan) -> str:
+    """Return the plan as lines of text."""
+    width = max(len(label) for label, _ in plan_rows(plan))
+    lines = [f"  {label:{width}}  {text}" for label, text in plan_rows(plan)]
+    notes = [f"  note: {note}" for note in (*plan.warnings, *plan.faults)]
+    return "\n".join(["lightning-ckmerge, the plan of this run:", *lines, *notes])
+
+
+def num_searches(callback: CheckpointMergeCallback, length: RunLength) -> int | None:
+    """Return the searches over a run, the one at its end counted; ``None``: only training will tell."""
+    every_n_steps, every_n_epochs = callback.triggers["every_n_train_steps"], callback.triggers["every_n_epochs"]
+    if callback.triggers["train_time_interval"] is not None:
+        return None
+    if every_n_steps is not None:
+        total, every = length.steps, every_n_steps
+    elif every_n_epochs is not None:
+        total, every = length.epochs, every_n_epochs
+    else:
+        within = min(NUM_SEARCHES, length.steps) - 1 if length.steps else 0
+        return within + callback.search_on_train_end
+    if total is None:
+        return None
+    # What has been searched at the last step is not searched again.
+    return int(total // every) + (callback.search_on_train_end and total % every > 0)
+
+
+def _when(callback: CheckpointMergeCallback, total_steps: int | None) -> str:
+    triggers = callback.triggers
+    end = callback.search_on_train_end
+    last = " and at the end" if end else ""
+    if (steps := triggers["every_n_train_steps"]) is not None:
+        return f"every {_steps(steps)}{last}"
+    if (epochs := triggers["every_n_epochs"]) is not None:
+        return f"every {f'{count(epochs)} epochs' if epochs > 1 else 'epoch'}{last}"
+    if (interval := triggers["train_time_interval"]) is not None:
+        return f"every {interval} of training{last}"
+    if total_steps is None:
+        only = "at the end alone" if end else "none"
+        return f"{only}, since the run's length is unknown; set `every_n_train_steps` for more"
+    return f"after each quarter of the run{'' if end else ' but the last'}"
+
+
+def _interval(callback: CheckpointMergeCallback, length: RunLength) -> float | None:
+    """Return the steps from one search to the next, on the average where epochs differ."""
+    triggers, steps = callback.triggers, length.steps
+    if triggers["train_time_interval"] is not None or not steps:
+        return None
+    if triggers["every_n_train_steps"] is not None:
+        return float(min(triggers["every_n_train_steps"], steps))
+    if triggers["every_n_epochs"] is not None:
+        return min(1.0, triggers["every_n_epochs"] / length.epochs) * steps if length.epochs else None
+    return steps / NUM_SEARCHES
+
+
+def _num_parameters(model: RankModel) -> int:
+    if model.ownership.is_sharded:
+        return sum(map(math.prod, model.ownership.shapes.values()))
+    return sum(slot.numel for slot in model.local_layout.slots if slot.role == "parameter")
+
+
+def _num_models(callback: CheckpointMergeCallback) -> int:
+    """Return the copies of the model on disk: in each format, of the artifacts kept, and of one being published."""
+    num_copies = len(set(callback.artifact.formats) | {"safetensors"}) + MAX_SHOWN * bool(callback.others)
+    return (max(1, callback.save_top_k) + 1) * num_copies
+
+
+def _adapters(callback: CheckpointMergeCallback, model: RankModel) -> str | None:
+    if model.adapters is None:
+        return None
+    merged, slots = model.ownership.shapes.keys(), model.local_layout.slots
+    chosen = [slot for slot in slots if slot.name in merged]
+    num_bytes = sum(slot.numel * slot.dtype.itemsize for slot in chosen)
+    return (
+        f"{len(chosen)} of {len(slots)} tensors, {size(num_bytes)} of {size(model.local_layout.num_bytes)}, are "
+        f"buffered and merged ({callback.artifact.adapters}); the frozen base stays as it is"
+    )
+
+
+def _probe(config: BufferConfig, layout: TensorLayout, segment_steps: int) -> RollingBuffer:
+    """Return a buffer to ask for its sizes; it takes no memory before its first update."""
+    storage: Storage = DiskStorage("unused") if config.storage == "disk" else MemoryStorage()
+    return RollingBuffer(
+        config,
+        layout,
+        storage,
+        device="cpu",
+        run_id="0" * 8,
+        segment_steps=segment_steps,
+        double_segments=False,
+    )
+
+
+def _free_disk(path: Path) -> int | None:
+    existing = next((p for p in (path.absolute(), *path.absolute().parents) if p.exists()), None)
+    return shutil.disk_usage(existing).free if existing else None
+
+
+def _count_batches(plan: Plan, callback: CheckpointMergeCallback, known: Known) -> None:
+    config, length = callback.evaluation, known.length
+    counts = [limited(n, config.limit_batches) for n in known.val_batches or () if n]
+    if config.dataloader is not None or not counts:
+        return
+    if any(map(math.isinf, counts)):
+        plan.warnings.append("A validation loader has no length: set `evaluation.limit_batches` to bound a search.")
+        return
+    splits = [Split((), n, config.confirm_fraction) for n in counts]
+    plan.search_batches = sum(s.num_batches("search") or 0 for s in splits)
+    plan.confirm_batches = sum(s.num_batches("confirm") or 0 for s in splits)
+    num_evaluations = plan.num_candidates + (MAX_EVALUATIONS if callback.search.refine else 0)
+    plan.evaluations = plan.search_batches * num_evaluations + plan.num_confirmed * plan.confirm_batches
+    if plan.interval and length.steps and length.batches:
+        training_batches = plan.interval * length.batches / length.steps
+        plan.share = plan.evaluations / (FORWARDS_PER_TRAINING_BATCH * training_batches)
+
+
+def _warnings(plan: Plan, callback: CheckpointMergeCallback) -> list[str]:
+    found = []
+    if plan.share is not None and plan.cap is not None and plan.share > plan.cap:
+        found.append(
+            f"A full search would take about {100 * plan.share:.3g} % of the training before it, but "
+            f"`search.max_fraction_of_training` allows {100 * plan.cap:g} %: it will stop early. Set "
+            "`evaluation.limit_batches`, search less often, or allow more."
+        )
+    if plan.confirm_batches == 0:
+        found.append("One validation batch cannot be split: nothing could be confirmed. Use more or smaller batches.")
+    if callback.save_top_k == -1:
+        found.append("`save_top_k` is -1: all artifacts are kept, of which the plan counts one.")
+    return found
+
+
+def _faults(plan: Plan) -> list[str]:
+    found = []
+    if plan.free_disk is not None and plan.disk > plan.free_disk:
+        found.append(
+            f"the disk must hold the buffer and the artifacts, {plan.disk} bytes, got {plan.free_disk} free. Lower "
+            "`buffer.capacity`, store snapshots in bfloat16, or name another `dirpath`."
+        )
+    return found
+
+
+def _steps(num: int) -> str:
+    return "1 step" if num == 1 else f"{count(num)} steps"
+
+
+def _ranks(plan: Plan) -> str:
+    return f"{plan.num_ranks} {'rank' if plan.num_ranks == 1 else 'ranks'}"
+
+
+def _free(plan: Plan) -> str:
+    return MISSING if plan.free_disk is None else f"{size(plan.free_disk)} free"
+
+
+def _share(plan: Plan) -> str:
+    limit = "" if plan.cap is None else f"; all searches may take {100 * plan.cap:g} % of the training time"
+    share = MISSING if plan.share is None else f"an expected {100 * plan.share:.3g} %"
+    return f"{share} of the training between two searches{limit}"

@@ -22,13 +22,13 @@ from lightning_ckmerge.plugin.bench import BenchMaker
 from lightning_ckmerge.plugin.clock import Clock
 from lightning_ckmerge.plugin.curve import Curve
 from lightning_ckmerge.plugin.loggers import Announcer
-from lightning_ckmerge.plugin.plan import render_plan
+from lightning_ckmerge.plugin.plan import Known, Plan, make_plan, render_plan
 from lightning_ckmerge.plugin.progress import OnScored, search_progress
 from lightning_ckmerge.plugin.publisher import Publisher
 from lightning_ckmerge.plugin.rank_buffer import RankBuffer
 from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.rates import LearningRates, rates_of
-from lightning_ckmerge.plugin.run_length import length_of_run
+from lightning_ckmerge.plugin.run_length import RunLength, length_of_run
 from lightning_ckmerge.plugin.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class MergeRun:
         self._previous: dict[str, float] | None = None
         self._last_artifact: Artifact | None = None
         self._searching = False
-        total_steps = length_of_run(trainer)
-        self._schedule = Schedule(**callback.triggers, total_steps=total_steps, step=trainer.global_step)
+        length = length_of_run(trainer)
+        self._schedule = Schedule(**callback.triggers, total_steps=length.steps, step=trainer.global_step)
         state = state or {"run_id": uuid.uuid4().hex[:8], "training_s": 0.0, "searched_s": 0.0}
         self._run_id: str = self._model.comm.exchange(state["run_id"])[0]
         self._clock = Clock(float(state["training_s"]), float(state["searched_s"]))
@@ -71,7 +71,7 @@ class MergeRun:
             dirpath,
             device=trainer.strategy.root_device,
             run_id=self._run_id,
-            total_steps=total_steps,
+            total_steps=length.steps,
         )
         if "buffers" in state:
             self._buffer.load_state_dict(state)
@@ -79,7 +79,7 @@ class MergeRun:
             self._previous = state["previous"]
             self._curve.load_state_dict(state["curve"])
             self._rates.load_state_dict(state["rates"])
-        self._say_plan(total_steps)
+        self._say_plan(length)
 
     @property
     def step(self) -> int:
@@ -170,11 +170,12 @@ class MergeRun:
             **buffers,
         }
 
-    def _say_plan(self, total_steps: int | None) -> None:
-        model = self._model
-        found = (self._buffer.rolling, model.local_layout, model.space, total_steps, self.dirpath)
-        merged = model.ownership.shapes.keys() if model.adapters is not None else None
-        rank_zero_info(render_plan(self.callback, self._trainer, *found, merged=merged))
+    def _say_plan(self, length: RunLength) -> None:
+        trainer = self._trainer
+        batches = trainer.num_val_batches
+        known = Known(length=length, val_batches=batches, dirpath=self.dirpath, num_ranks=trainer.world_size)
+        self.plan: Plan = make_plan(self.callback, trainer, self._model, known)
+        rank_zero_info(render_plan(self.plan))
 
     def _buffer_has_moved(self) -> bool:
         return self._trainer.global_step > self._schedule.searched_step

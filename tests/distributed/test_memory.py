@@ -60,7 +60,7 @@ def test_two_ranks_hold_half_each(ranks: RankPool, tmp_path: Path, strategy: str
     print(f"{strategy}: {single} bytes on one rank, {[n for _, n, _ in results]} on two")
     model_bytes = single // CONFIG.capacity
     planned = plan_rank(model_bytes // 4, 2, CONFIG, is_sharded=strategy != "ddp", dtype=torch.float32)
-    assert f"buffer on each of 2 ranks: {planned.buffer_memory / 1000:.1f} kB in memory" in results[0][2]
+    assert f"{planned.buffer_memory / 1000:.1f} kB in memory and at most" in results[0][2]
 
 
 def peak_of_publishing(bucket_bytes: int) -> tuple[int, int]:
