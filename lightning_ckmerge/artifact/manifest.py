@@ -126,6 +126,7 @@ def _verdict(verdict: Verdict, winner: Trial) -> dict[str, Any]:
         "value": _finite(winner.confirm.value) if winner.confirm else None,
         "gain": _finite(verdict.gain),
         "interval": _interval(verdict.interval),
+        "num_differences": verdict.num_differences,
         "best_anchor": verdict.best_anchor,
         "gain_over_best_anchor": _finite(verdict.gain_over_best_anchor),
         "interval_over_best_anchor": _interval(verdict.interval_over_best_anchor),
@@ -142,7 +143,7 @@ def _verdict(verdict: Verdict, winner: Trial) -> dict[str, Any]:
 
 def _trial(trial: Trial, latest: Trial, sign: int) -> dict[str, Any]:
     # Reading manifests needs no SciPy, which takes seconds to import.
-    from lightning_ckmerge.search.verdict import score_gain
+    from lightning_ckmerge.search.interval import score_gain
 
     gain, interval = (None, None) if trial is latest else score_gain(trial.search, latest.search, sign)
     return {

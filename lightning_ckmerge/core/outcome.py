@@ -117,10 +117,12 @@ class Verdict:
 
     Args:
         status: ``accepted``: the interval of the gain over the latest weights lies above 0; of several metrics, one's
-            does, and no one's lies below. ``rejected``: that is not so. ``unconfirmed``: there was too little data for
-            an interval.
+            does, and no one's lies below. ``rejected``: one lies below 0, or the latest weights won on the search half.
+            ``unconfirmed``: the interval contains 0, or there was too little data for one.
         gain: Improvement over the latest weights, in the metric's unit; above 0 is better in either mode.
-        interval: Its 95 % interval; ``None`` if unconfirmed.
+        interval: Its 95 % interval; ``None`` where there was too little data for one.
+        num_differences: Paired differences that the interval rests on: unseen batches, or blocks of them where the
+            metric is no mean over batches. What ranks evaluate side by side counts as one.
         best_anchor: Name of the best known merge (by the search half), the latest weights included; not of where the
             search began.
         gain_over_best_anchor: Improvement over it, likewise.
@@ -136,6 +138,7 @@ class Verdict:
     status: Status
     gain: float
     interval: tuple[float, float] | None
+    num_differences: int | None = None
     best_anchor: str
     gain_over_best_anchor: float
     interval_over_best_anchor: tuple[float, float] | None

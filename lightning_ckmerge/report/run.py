@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lightning_ckmerge.core.wording import change_told
 from lightning_ckmerge.report import charts, run_charts
 from lightning_ckmerge.report.html import render_page
 from lightning_ckmerge.report.markdown import escape, table
@@ -117,15 +118,23 @@ def _leader(timeline: Sequence[Record], best: str | None) -> Record:
 
 
 def _finding(leader: Record) -> str:
-    gain = gain_text(leader["gain"], leader["interval"])
-    step, monitor = count(leader["step"]), leader["monitor"]
+    step, change = count(leader["step"]), _change(leader)
     if leader["status"] == "accepted":
-        return (
-            f"The best merge, of step {step}, gains {gain} {monitor} over the weights of that step, on unseen batches."
-        )
+        return f"The best merge, of step {step}, {change}."
     if leader["status"] == "unconfirmed":
-        return f"There was too little validation data to confirm any gain; step {step} seems to gain {gain} {monitor}."
-    return f"No merge beats the latest weights on unseen batches; at step {step} the gain in {monitor} is {gain}."
+        return f"No gain is certain yet: the merge of step {step} {change}."
+    if leader["winner"] == "latest":
+        return f"No merge beats the latest weights; at step {step} they won the search half."
+    return f"No merge beats the latest weights; that of step {step} {change}."
+
+
+def _change(record: Record) -> str:
+    """What the merge changes, in the words of the verdict's sentence."""
+    before, after = (record["values"].get(name) for name in ("latest", record["winner"]))
+    if before is None or after is None:
+        return "could not be measured on unseen batches"
+    change, interval = change_told(record["monitor"], record["mode"], before, after, record["interval"])
+    return change + (f"; 95 % interval {interval}" if interval else "") + ", on unseen batches"
 
 
 def _tally(timeline: Sequence[Record]) -> str:

@@ -27,6 +27,7 @@ def make_outcome(
     step: int = 1000,
     status: Status = "accepted",
     value: float = 2.0,
+    gain: float = 0.05,
     monitor: str = "val_loss",
     mode: Mode = "min",
     winner_is_anchor: bool = False,
@@ -44,7 +45,7 @@ def make_outcome(
         return Score(value=value + sign * worse_by, metrics=metrics, num_batches=8)
 
     latest = Trial(
-        candidate=Candidate(name="latest", coefficients_K=(0, 0, 0, 0, 0, 1)), search=score(0.06), confirm=score(0.05)
+        candidate=Candidate(name="latest", coefficients_K=(0, 0, 0, 0, 0, 1)), search=score(0.06), confirm=score(gain)
     )
     uniform = Trial(
         candidate=Candidate(name="uniform-4", coefficients_K=(0, 0.25, 0.25, 0.25, 0.25, 0)),
@@ -88,8 +89,9 @@ def make_outcome(
         trials=trials,
         verdict=Verdict(
             status=status,
-            gain=0.05,
-            interval=None if status == "unconfirmed" else (0.041, 0.059),
+            gain=gain,
+            interval=None if status == "unconfirmed" else (round(gain - 0.009, 6), round(gain + 0.009, 6)),
+            num_differences=8,
             best_anchor="uniform-4",
             gain_over_best_anchor=0.012,
             interval_over_best_anchor=None if status == "unconfirmed" else (0.004, 0.02),

@@ -156,7 +156,7 @@ def test_a_metric_that_is_no_mean_lacks_blocks_not_batches(tmp_path: Path) -> No
     run = fit(Case(), tmp_path, [make_merge(**HIGHEST, monitor="val_hard", evaluation=few)])
     (manifest,) = manifests(merges_dir(run))
     assert manifest["verdict"]["status"] == "unconfirmed"
-    assert "its 4 blocks of validation batches are too few" in manifest["verdict"]["sentence"]
+    assert "and 4 blocks are too few" in manifest["verdict"]["sentence"]
 
 
 class StepsAsWell(Classifier):

@@ -23,10 +23,10 @@ def make_history(
     manifests = {}
     for i, status in enumerate(statuses, start=1):
         step = 1000 * i
-        outcome = make_outcome(step=step, status=status, value=2.0 + 3.0 * math.exp(-i), monitor=monitor)
-        gain = -0.004 if status == "rejected" else 0.05 + 0.01 * i
+        gain = -0.03 if status == "rejected" else 0.05 + 0.01 * i
+        outcome = make_outcome(step=step, status=status, gain=gain, value=2.0 + 3.0 * math.exp(-i), monitor=monitor)
         interval = None if status == "unconfirmed" else (gain - 0.02, gain + 0.02)
-        verdict = replace(outcome.verdict, gain=gain, interval=interval)
+        verdict = replace(outcome.verdict, interval=interval)
         manifest = {**build_manifest(replace(outcome, verdict=verdict)), "files": FILES}
         validation = [(s, 2.05 + 6.0 * math.exp(-s / 900)) for s in range(step - 750, step + 1, 250)]
         name = f"step={step:09d}"

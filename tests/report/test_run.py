@@ -26,12 +26,12 @@ def test_both_reports_say_whether_by_how_much_at_what_cost_and_how_to_load() -> 
     plain = " ".join(re.sub(r"\\(.)", r"\1", markdown).split())
     for text in (
         "Merging helped",
-        "The best merge, of step 4 000, gains +0.090 [+0.070, +0.110] val_loss",
+        "The best merge, of step 4 000, lowers val_loss from 2.145 to 2.055, 4.2 % less; 95 % interval 3.3 to 5.1 %",
         "4 searches: 2 accepted, 1 unconfirmed, 1 rejected, in 2.1 % of the training time.",
         "2.0549",
-        "2.1049",
+        "2.1449",
         "≈ 310 further steps",
-        "−0.0040 [−0.0240, +0.0160]",
+        "−0.0300 [−0.0500, −0.0100]",
         "45.2 s",
         'load_merged(".", model)',
     ):
@@ -42,8 +42,16 @@ def test_both_reports_say_whether_by_how_much_at_what_cost_and_how_to_load() -> 
 @pytest.mark.parametrize(
     ("statuses", "badge", "said"),
     [
-        (("rejected", "rejected"), "Merging did not help", "No merge beats the latest weights on unseen batches"),
-        (("rejected", "unconfirmed", "rejected"), "Unconfirmed", "step 2 000 seems to gain"),
+        (
+            ("rejected", "rejected"),
+            "Merging did not help",
+            "No merge beats the latest weights; that of step 2 000 raises val",
+        ),
+        (
+            ("rejected", "unconfirmed", "rejected"),
+            "Unconfirmed",
+            "No gain is certain yet: the merge of step 2 000 lowers",
+        ),
     ],
 )
 def test_without_an_accepted_merge_nothing_is_claimed(statuses: Any, badge: str, said: str) -> None:
@@ -91,7 +99,7 @@ def test_the_curve_goes_through_all_validations_and_merges_lie_below_it() -> Non
     assert chart is not None
     # The first validations, at 6.6 and 5.5, would flatten the rest.
     assert chart.line.count("L") == 12
-    assert all(TOP < lift.latest < lift.merged < BOTTOM for lift in chart.lifts)
+    assert all(min(lift.latest, lift.merged) > TOP and max(lift.latest, lift.merged) < BOTTOM for lift in chart.lifts)
 
 
 def test_steps_that_were_trained_again_count_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,8 +11,9 @@ import pytest
 
 from lightning_ckmerge.config import Objective
 from lightning_ckmerge.core.outcome import Candidate, Score, Trial, Verdict
+from lightning_ckmerge.search.interval import MIN_CONFIRM_BATCHES, serial_inflation
 from lightning_ckmerge.search.slope import Progress
-from lightning_ckmerge.search.verdict import MIN_CONFIRM_BATCHES, paired_gain, reach_verdict, serial_inflation
+from lightning_ckmerge.search.verdict import paired_gain, reach_verdict
 
 NUM_DRAWS = 400
 
@@ -28,7 +30,9 @@ def score(
 
 
 def trial(name: str, confirm: Score | None, search: float = 0.0) -> Trial:
-    return Trial(candidate=Candidate(name=name, coefficients_K=(1.0,)), search=Score(value=search), confirm=confirm)
+    """Return a candidate with values by batch on the search half, which no verdict looks at."""
+    found = Score(value=search, values_B=(search,) * 4)
+    return Trial(candidate=Candidate(name=name, coefficients_K=(1.0,)), search=found, confirm=confirm)
 
 
 def verdict(winner: Trial, latest: Trial, anchor: Trial | None = None, mode: str = "min") -> Verdict:
@@ -108,10 +112,7 @@ def test_a_gain_on_unseen_batches_is_accepted(mode: str) -> None:
     assert 0.45 < found.interval[0] < found.gain < found.interval[1] < 0.55
     assert (found.best_anchor, found.gain_over_best_anchor) == ("ema-9", pytest.approx(0.1, abs=0.02))
     assert found.interval_over_best_anchor is not None
-    assert found.sentence == (
-        f"Merging gains {found.gain:.4g} val_loss over the latest weights (95 % {found.interval[0]:.4g} to "
-        f"{found.interval[1]:.4g}), and {found.gain_over_best_anchor:.4g} over the best anchor, ema-9."
-    )
+    assert found.num_differences == 12
 
 
 FALLING = Progress(900, ([(700, 5.0), (800, 4.5), (900, 4.0)],))
@@ -121,8 +122,8 @@ def test_a_gain_is_told_in_training_steps() -> None:
     latest, winner = trial("latest", noisy(3.0)), trial("trial-4", noisy(2.5))
     found = reach_verdict(winner, latest, latest, monitor="val_loss", mode="min", progress=FALLING)
     assert found.equivalent_steps == pytest.approx(100, abs=5)
-    told = f"), as much as about {found.equivalent_steps} further training steps at the current slope, and "
-    assert told in found.sentence
+    told = f" About {found.equivalent_steps} further training steps at the current slope would gain as much."
+    assert found.sentence.endswith(told)
     assert verdict(winner, latest).equivalent_steps is None
     assert "slope" not in verdict(winner, latest).sentence
 
@@ -133,59 +134,66 @@ def test_a_gain_that_is_not_confirmed_is_worth_no_steps() -> None:
     assert found.equivalent_steps is None  # the metric falls, though it should rise
     found = reach_verdict(winner, latest, latest, monitor="val_loss", mode="min", progress=FALLING)
     assert (found.status, found.equivalent_steps) == ("rejected", None)
+    close = trial("trial-4", noisy(3.0, jitter=0.1))
+    found = reach_verdict(close, latest, latest, monitor="val_loss", mode="min", progress=FALLING)
+    assert (found.status, found.equivalent_steps) == ("unconfirmed", None)
 
 
 def test_an_anchor_may_win() -> None:
     latest, anchor = trial("latest", noisy(3.0)), trial("ema-9", noisy(2.6))
     found = verdict(anchor, latest, anchor)
     assert (found.status, found.gain_over_best_anchor, found.interval_over_best_anchor) == ("accepted", 0.0, None)
-    assert found.sentence.endswith("by ema-9.")
+    assert "anchor" not in found.sentence
 
 
-@pytest.mark.parametrize("level", [3.0, 3.2])
-def test_no_gain_on_unseen_batches_is_rejected(level: float) -> None:
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize(("change", "status"), [(-0.2, "accepted"), (0.0, "unconfirmed"), (0.2, "rejected")])
+def test_the_interval_decides(mode: str, change: float, status: str) -> None:
     """Whatever the search half said."""
-    latest, winner = trial("latest", noisy(3.0), search=3.0), trial("trial-4", noisy(level, jitter=0.1), search=2.0)
-    found = verdict(winner, latest)
-    assert found.status == "rejected"
+    sign = 1 if mode == "min" else -1
+    latest = trial("latest", noisy(3.0), search=sign * 3.0)
+    winner = trial("trial-4", noisy(3.0 + sign * change, jitter=0.1), search=sign * 2.0)
+    found = verdict(winner, latest, mode=mode)
     assert found.interval is not None
-    assert found.interval[0] <= 0
-    assert found.sentence.startswith("Merging does not help: on unseen batches the best candidate changes val_loss by")
+    low, high = found.interval
+    assert found.status == status == ("accepted" if low > 0 else "rejected" if high < 0 else "unconfirmed")
 
 
 def test_a_search_that_the_latest_weights_win_is_rejected() -> None:
-    latest = trial("latest", noisy(3.0))
+    latest = trial("latest", noisy(3.0), search=2.5)
     found = verdict(latest, latest)
     assert (found.status, found.gain, found.interval) == ("rejected", 0.0, None)
-    assert "no candidate beats the latest weights' val_loss" in found.sentence
+    assert found.sentence == (
+        "Merging does not help: no candidate beats the latest weights' val_loss of 2.500 on the search half."
+    )
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "why"),
     [
-        (noisy(2.0, num_batches=4), noisy(3.0, num_batches=4), "4 validation batches are too few for an interval"),
-        (noisy(2.0, num_batches=12), noisy(3.0, num_batches=11), "they were measured on 12 and 11 batches"),
-        (score(None, value=2.0), score(None, value=3.0), "there are no values by batch"),
+        (noisy(2.0, num_batches=4), noisy(3.0, num_batches=4), ", on 4 unseen batches. 4 are too few for an interval"),
+        (noisy(2.0, num_batches=12), noisy(3.0, num_batches=11), ". It was measured on 12 and 11 batches"),
+        (score(None, value=2.0), score(None, value=3.0), ", on unseen batches. There are no values by batch"),
     ],
     ids=["few batches", "not the same batches", "no batch values"],
 )
 def test_a_gain_without_an_interval_is_unconfirmed(ours: Score, theirs: Score, why: str) -> None:
     """And the sentence says what is missing."""
-    winner, latest = trial("trial-4", ours), trial("latest", theirs)
-    latest = replace(latest, search=noisy(3.0))
-    found = verdict(winner, latest)
+    found = verdict(trial("trial-4", ours), trial("latest", theirs))
     assert (found.status, found.interval) == ("unconfirmed", None)
     assert found.gain == pytest.approx(theirs.value - ours.value)
-    assert found.sentence.startswith(f"Unconfirmed: merging seems to gain {found.gain:.4g} val_loss over the latest")
-    assert f"weights, but {why}" in found.sentence
+    assert found.sentence.startswith("Unconfirmed: merging ")
+    assert why in found.sentence
 
 
 def test_too_few_blocks_are_called_blocks() -> None:
     """A metric that is no mean over batches has no values by batch on the search half."""
     winner, latest = (trial(n, noisy(level, num_batches=4)) for n, level in [("trial-4", 2.0), ("latest", 3.0)])
-    found = verdict(winner, latest)
+    found = verdict(winner, replace(latest, search=Score(value=3.0)))
     assert found.status == "unconfirmed"
-    assert "val_loss is no mean over batches, and its 4 blocks of validation batches are too few" in found.sentence
+    assert (
+        ", on 4 blocks of unseen batches. val_loss is no mean over batches, and 4 blocks are too few" in found.sentence
+    )
 
 
 def test_the_search_half_confirms_nothing() -> None:
@@ -197,12 +205,80 @@ def test_the_search_half_confirms_nothing() -> None:
     found = verdict(winner, latest)
     assert (found.status, found.interval) == ("unconfirmed", None)
     assert found.gain == pytest.approx(1.0, abs=0.1)
-    assert "no validation batches are left to confirm it" in found.sentence
+    assert "less, on the batches that chose it. No validation batches are left to confirm it." in found.sentence
 
 
 def test_a_winner_without_a_value_on_unseen_batches_is_rejected() -> None:
     found = verdict(trial("trial-4", score([float("nan")] * 9)), trial("latest", noisy(3.0, num_batches=9)))
     assert found.status == "rejected"
+    assert found.sentence == "Merging does not help: val_loss of trial-4 is not finite on unseen batches."
+    found = verdict(trial("trial-4", noisy(3.0)), trial("latest", score([3.0, float("inf")] * 6)))
+    assert (found.status, found.interval) == ("unconfirmed", None)
+    assert ". val_loss of the latest weights is not finite on every batch" in found.sentence
+
+
+def around(level: float, changes: Sequence[float]) -> Score:
+    """Return a score that differs from ``level`` by exact amounts, batch by batch, twelve in all."""
+    return score([level + c for c in changes] * (12 // len(changes)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "before", "changes", "sentence"),
+    [
+        (
+            "min",
+            0.38,
+            (-0.07, -0.08),
+            "Merging lowers val_loss from 0.380 to 0.305, 20 % less; 95 % interval 19 to 21 %",
+        ),
+        ("max", 0.906, (0.004, 0.008), "Merging raises val_loss from 0.9060 to 0.9120, 0.66 % more; 95 % interval "),
+        ("min", 0.38, (0.01, 0.02), "Merging does not help: trial-4 raises val_loss from 0.380 to 0.395, 3.9 % more; "),
+        (
+            "max",
+            0.9,
+            (-0.03, -0.05),
+            "Merging does not help: trial-4 lowers val_loss from 0.900 to 0.860, 4.4 % less; ",
+        ),
+        ("min", 0.38, (-0.02, 0.016), "Unconfirmed: merging lowers val_loss from 0.3800 to 0.3780, 0.53 % less; 95 % "),
+        ("max", 0.38, (-0.02, 0.016), "Unconfirmed: merging lowers val_loss from 0.3800 to 0.3780, 0.53 % less; 95 % "),
+        (
+            "max",
+            -1.2,
+            (0.3, 0.5),
+            "Merging raises val_loss from -1.20 to -0.80, 0.40 more; 95 % interval 0.33 to 0.47, ",
+        ),
+        ("min", 0.01, (-0.3, -0.5), "Merging lowers val_loss from 0.01 to -0.39, 0.40 less; 95 % interval 0.33 to "),
+    ],
+)
+def test_a_sentence_says_from_where_to_where(mode: str, before: float, changes: Sequence[float], sentence: str) -> None:
+    """In the words of the change itself: no gain below 0, no loss called a gain."""
+    latest = trial("latest", around(before, [0.0, 0.0]))
+    found = verdict(trial("trial-4", around(before, changes)), latest, mode=mode)
+    assert found.sentence.startswith(sentence)
+    assert ", on 12 unseen batches." in found.sentence
+    assert "over" not in found.sentence
+
+
+def test_an_interval_with_zero_inside_says_what_would_decide() -> None:
+    found = verdict(trial("a", around(0.38, (-0.02, 0.016))), trial("latest", around(0.38, (0.0,))))
+    assert found.interval is not None
+    needed = 12 * ((found.gain - found.interval[0]) / found.gain) ** 2
+    said = re.search(
+        r"0\.53 % less; 95 % interval .* % more to .* % less, on 12 unseen .* About (\d+) such", found.sentence
+    )
+    assert said is not None
+    assert float(said[1]) == pytest.approx(needed, rel=0.05)
+    nothing = verdict(trial("a", around(0.38, (-0.02, 0.02))), trial("latest", around(0.38, (0.0,))))
+    assert nothing.sentence.endswith("would take more than 100 times as much validation data to tell.")
+
+
+def test_the_best_anchor_is_told_where_another_merge_won() -> None:
+    latest, anchor, winner = (trial(n, noisy(v)) for n, v in [("latest", 3.0), ("ema-9", 2.6), ("trial-4", 2.5)])
+    assert anchor.confirm is not None
+    assert verdict(winner, latest, anchor).sentence.endswith(
+        f" The best anchor, ema-9, comes to {anchor.confirm.value:.3f}."
+    )
+    assert "anchor" not in verdict(winner, latest, latest).sentence
 
 
 def test_warnings_are_kept() -> None:
@@ -232,8 +308,9 @@ def test_of_several_metrics_one_gain_and_no_loss_is_accepted() -> None:
     assert other.interval is not None
     assert other.interval[0] < 0 < other.interval[1]
     assert found.equivalent_steps is not None
-    assert found.sentence.startswith(f"Merging gains {found.gain:.4g} val_loss (")
-    assert found.sentence.endswith("at the current slope, by trial-4, of a Pareto front of 1.")
+    assert re.match(r"Merging lowers val_loss from .* less \(.* %\) and (raises|lowers) val_acc from ", found.sentence)
+    assert ", 95 % intervals for all together, on 12 unseen batches. About" in found.sentence
+    assert found.sentence.endswith("would gain the first. The merge is trial-4, of a Pareto front of 1.")
 
 
 def test_a_gain_in_another_metric_than_the_first_is_worth_no_steps() -> None:
@@ -246,7 +323,7 @@ def test_a_gain_in_another_metric_than_the_first_is_worth_no_steps() -> None:
     ("loss", "accuracy", "status"),
     [
         (noisy(2.5), noisy(0.4), "rejected"),  # a certain loss
-        (noisy(3.0, seed=3), noisy(0.5, seed=2), "rejected"),  # nothing certain
+        (noisy(3.0, seed=3), noisy(0.5, seed=2), "unconfirmed"),  # nothing certain
         (noisy(2.5), score([float("nan")] * 12), "rejected"),
         (noisy(2.5), score(None, value=0.9), "unconfirmed"),
     ],
@@ -254,8 +331,8 @@ def test_a_gain_in_another_metric_than_the_first_is_worth_no_steps() -> None:
 def test_of_several_metrics_nothing_less_is_accepted(loss: Score, accuracy: Score, status: str) -> None:
     found = verdict_of_both(both("trial-4", loss, accuracy), both("latest", noisy(3.0), noisy(0.5, seed=1)))
     assert (found.status, found.equivalent_steps) == (status, None)
-    if status == "unconfirmed":
-        assert "no values by batch for an interval. Log val_acc on every validation batch." in found.sentence
+    if accuracy.values_B is None:
+        assert "There are no values by batch for an interval. Log val_acc on every validation batch." in found.sentence
 
 
 def test_the_intervals_of_several_metrics_hold_together() -> None:

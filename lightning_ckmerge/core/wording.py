@@ -1,0 +1,117 @@
+"""A metric's change in words: from, to, share and interval. One form for the verdict, the reports and the logs.
+
+The words follow the change itself, ``less`` or ``more``, and never the sign of a gain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lightning_ckmerge.config import Mode
+
+# From here on Python's own exponents read better.
+SMALLEST, LARGEST = 1e-4, 1e7
+# Of what `batches_needed` says: beyond it, a difference is as good as none.
+MOST_TIMES = 100
+
+
+def change_told(
+    monitor: str,
+    mode: Mode,
+    before: float,
+    after: float,
+    interval: Sequence[float] | None = None,
+    *,
+    by_share: bool = True,
+) -> tuple[str, str]:
+    """Return a metric's change in words, and its interval; the second is empty where there is none.
+
+    A change is told as a share of the value before, unless a share makes no sense: around zero, below it, or beyond
+    100 %.
+
+    >>> change_told("val_loss", "min", 0.38, 0.306, (0.061, 0.091))
+    ('lowers val_loss from 0.380 to 0.306, 19 % less', '16 to 24 %')
+    >>> change_told("val_loss", "min", 0.38, 0.379, (-0.002, 0.004))
+    ('lowers val_loss from 0.3800 to 0.3790, 0.26 % less', '0.53 % more to 1.1 % less')
+    >>> change_told("reward", "max", -1.2, -0.8, (0.3, 0.5))
+    ('raises reward from -1.20 to -0.80, 0.40 more', '0.30 to 0.50')
+
+    Args:
+        monitor: The metric.
+        mode: Whether lower or higher values are better.
+        before: Value of the latest weights.
+        after: Value of the merge, on the same batches.
+        interval: Ends of the gain's interval, above 0 where the merge is better; the change lies inside.
+        by_share: Whether a share makes sense, as far as the caller knows.
+    """
+    change = after - before
+    if not math.isfinite(change):
+        return f"changes {monitor} from {before} to {after}", ""
+    if not change:
+        told = f"leaves {monitor} at {value_told(before)}"
+    else:
+        first, then = (_number(v, change, widest=max(abs(before), abs(after))) for v in (before, after))
+        told = f"{'lowers' if change < 0 else 'raises'} {monitor} from {first} to {then}"
+    word, other = ("less", "more") if change < 0 or (not change and mode == "min") else ("more", "less")
+    ends = tuple(interval or ())
+    if (mode == "min") != (word == "less"):
+        ends = tuple(-end for end in reversed(ends))
+    share = by_share and before > 0 and after > 0 and max(map(abs, (change, *ends))) <= before
+    unit = " %" if share else ""
+
+    def told_amount(value: float) -> str:
+        amount = 100 * abs(value) / before if share else abs(value)
+        return _number(amount, amount or 1.0)
+
+    if change:
+        told += f", {told_amount(change)}{unit} {word}"
+    if not ends:
+        return told, ""
+    low, high = ends
+    if low < 0:
+        return told, f"{told_amount(low)}{unit} {other} to {told_amount(high)}{unit} {word}"
+    return told, f"{told_amount(low)} to {told_amount(high)}{unit}"
+
+
+def batches_needed(num_batches: int, gain: float, interval: Sequence[float]) -> int | None:
+    """Return about how many batches would tell a gain from none at this spread, to two digits.
+
+    >>> batches_needed(64, 0.001, (-0.001, 0.003)), batches_needed(64, 1e-9, (-0.001, 0.003))
+    (260, None)
+
+    Args:
+        num_batches: Batches that the interval rests on.
+        gain: What was measured on them.
+        interval: Its ends, on either side of 0.
+
+    Returns:
+        ``None`` where more than a hundred times as many would be needed.
+    """
+    margin = gain - interval[0] if gain > 0 else interval[1] - gain
+    times = (margin / gain) ** 2 if gain else math.inf
+    if not times <= MOST_TIMES:
+        return None
+    return math.ceil(float(f"{num_batches * times:.2g}"))
+
+
+def value_told(value: float) -> str:
+    """Return a value to four digits.
+
+    >>> value_told(0.31415926), value_told(-12.5)
+    ('0.3142', '-12.50')
+    """
+    return _number(value, value / 100 or 1.0)
+
+
+def _number(value: float, change: float, widest: float | None = None) -> str:
+    """Return ``value`` to two digits of ``change``."""
+    widest = abs(value) if widest is None else widest
+    places = 1 - _exponent(change)
+    if SMALLEST <= widest < LARGEST or not widest:
+        return f"{value:.{min(max(0, places), 12)}f}"
+    return f"{value:.{max(3, _exponent(widest) + places + 1)}g}"
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(abs(value)))
