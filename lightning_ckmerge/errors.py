@@ -6,6 +6,7 @@ CkmergeError
 ├── MonitorError       ``monitor`` is not among the metrics that validation logs
 ├── SnapshotError      a snapshot is missing, damaged, or does not fit the model
 ├── SearchError        a search could not be carried out
+├── TraceError         a search has left a trace in the run, and is the last one
 ├── PeerError          another rank failed, and this one gives up with it
 └── ArtifactError      an artifact is missing, damaged, or could not be written
 """
@@ -36,6 +37,10 @@ class SnapshotError(CkmergeError):
 
 class SearchError(CkmergeError):
     """A search could not be carried out."""
+
+
+class TraceError(CkmergeError):
+    """A search has left a trace in the run."""
 
 
 class PeerError(CkmergeError):

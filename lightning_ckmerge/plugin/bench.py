@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.core.outcome import Coefficients
-from lightning_ckmerge.errors import ConfigError
+from lightning_ckmerge.errors import ConfigError, TraceError
 from lightning_ckmerge.pipeline import Bench
 from lightning_ckmerge.plugin.adapters import Load
 from lightning_ckmerge.plugin.derivatives import Derivatives
 from lightning_ckmerge.plugin.rank_model import RankModel
-from lightning_ckmerge.plugin.standstill import Standstill
+from lightning_ckmerge.plugin.restore.standstill import Standstill
 from lightning_ckmerge.plugin.validation import Validation
 
 if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+
+# Of what a search cannot put back.
+MAX_NAMED = 5
 
 
 class BenchMaker:
@@ -37,6 +43,9 @@ class BenchMaker:
         self._trainer = trainer
         self._model = model
         self._own_loaders: Any = None
+        self._is_proven = False
+        self._has_said = False
+        self._traces: list[str] = []
 
     @contextlib.contextmanager
     def standing_still(self, find_snapshots: Callable[[], Sequence[Snapshot]], step: int) -> Iterator[Bench]:
@@ -47,9 +56,9 @@ class BenchMaker:
             step: The latest weights' own.
         """
         model = self._model
-        with Standstill(self._trainer, model.ownership, model.local_layout) as standstill:
+        with self._watching(Standstill(self._trainer, model.ownership, model.local_layout)) as standstill:
             validation = self._make_validation(standstill)
-            standstill.watch(validation.loaders)
+            standstill.watch("loaders", validation.loaders)
             latest = model.select(standstill.weights)
             merger = Merger(model.layout, model.live, find_snapshots(), latest, step, model.space.group_of)
             with model.merging(merger) as merge:
@@ -57,10 +66,47 @@ class BenchMaker:
                 yield Bench(
                     merger=merger,
                     validation=validation,
-                    begin=standstill.begin,
+                    begin=partial(self._begin, standstill, count()),
                     load=load,
                     differentiate=Derivatives(model, merger, load, standstill, validation),
                 )
+
+    def check_traces(self) -> None:
+        """Raise ``TraceError``, on all ranks, if a search has left a trace on any. A collective."""
+        self._check(self._traces)
+
+    def _check(self, own: Sequence[str]) -> None:
+        traces = list(dict.fromkeys(trace for traces in self._model.comm.exchange(list(own)) for trace in traces))
+        if traces:
+            more = f" and {len(traces) - MAX_NAMED} more" if len(traces) > MAX_NAMED else ""
+            raise TraceError(
+                f"a search must leave the run as it was, got other values of {', '.join(traces[:MAX_NAMED])}{more} "
+                "after all had been put back. Keep validation from changing them. Searching has ended for this run."
+            )
+
+    @contextlib.contextmanager
+    def _watching(self, standstill: Standstill) -> Iterator[Standstill]:
+        try:
+            with standstill:
+                yield standstill
+                self._say_left_out(standstill.left_out)
+        finally:
+            self._traces += standstill.traces
+
+    def _begin(self, standstill: Standstill, num_begun: Iterator[int]) -> None:
+        """Begin an evaluation. The run's first one, which is of the latest weights, has to have left no trace."""
+        if next(num_begun) == 1 and not self._is_proven:
+            standstill.prove()
+            self._check(standstill.traces)
+            self._is_proven = True
+        standstill.begin()
+
+    def _say_left_out(self, left_out: Mapping[str, str]) -> None:
+        """Say once what validation must not change, since a search cannot look after it."""
+        if left_out and not self._has_said:
+            self._has_said = True
+            named = "; ".join(f"{where}: {reason}" for where, reason in islice(left_out.items(), MAX_NAMED))
+            rank_zero_info(f"A search does not look after {len(left_out)} things, such as {named}.")
 
     def _make_validation(self, standstill: Standstill) -> Validation:
         callback, config = self._callback, self._callback.evaluation

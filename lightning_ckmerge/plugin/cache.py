@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lightning_ckmerge.plugin.loaders import has_length, length_of
-from lightning_ckmerge.plugin.randomness import is_same_state
+from lightning_ckmerge.plugin.restore.randomness import is_same_state
 
 PLAIN = (NoneType, int, float, complex, str, bytes, range, Enum, PurePath, np.generic, torch.dtype, torch.device)
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.distributed.comm import together
 from lightning_ckmerge.plugin.adapters import Load
 from lightning_ckmerge.plugin.rank_model import RankModel
-from lightning_ckmerge.plugin.standstill import Standstill
+from lightning_ckmerge.plugin.restore.standstill import Standstill
 
 
 class Validation(Protocol):

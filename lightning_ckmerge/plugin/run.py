@@ -16,7 +16,7 @@ from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.distributed.comm import on_rank_zero
-from lightning_ckmerge.errors import PeerError, explain
+from lightning_ckmerge.errors import PeerError, TraceError, explain
 from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
 from lightning_ckmerge.plugin.bench import BenchMaker
 from lightning_ckmerge.plugin.clock import Clock
@@ -60,6 +60,7 @@ class MergeRun:
         self._previous: dict[str, float] | None = None
         self._last_artifact: Artifact | None = None
         self._searching = False
+        self._has_ended = False
         length = length_of_run(trainer)
         self._schedule = Schedule(**callback.triggers, total_steps=length.steps, step=trainer.global_step)
         state = state or {"run_id": uuid.uuid4().hex[:8], "training_s": 0.0, "searched_s": 0.0}
@@ -116,7 +117,7 @@ class MergeRun:
 
     def search(self) -> Artifact | None:
         """Search, publish, restore and log; ``None`` if the search was skipped or failed, on this rank or another."""
-        if self._searching:  # the user's own hooks, which a search runs, may ask for one
+        if self._searching or self._has_ended:  # the user's own hooks, which a search runs, may ask for one
             return None
         self._searching = True
         self._last_artifact = None
@@ -129,9 +130,21 @@ class MergeRun:
                     self._model.comm.give_up(error)
                 if self.callback.on_error == "raise":
                     raise
-                rank_zero_warn(f"No merge at step {self.step}: {explain(error)}")
+                if not isinstance(error, TraceError):
+                    rank_zero_warn(f"No merge at step {self.step}: {explain(error)}")
         self._searching = False
+        self._end_if_traced()
         return self._last_artifact
+
+    def _end_if_traced(self) -> None:
+        """Search no more in this run if a search has left a trace in it."""
+        try:
+            self._bench_maker.check_traces()
+        except TraceError as error:
+            self._has_ended = True
+            if self.callback.on_error == "raise":
+                raise
+            rank_zero_warn(str(error))
 
     def apply(self) -> None:
         """Load the last search's merge into the module, if it was accepted."""

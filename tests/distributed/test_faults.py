@@ -23,7 +23,7 @@ from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.distributed import ownership
 from lightning_ckmerge.plugin import evaluation, publisher, reports, validation
 from lightning_ckmerge.plugin.loaders import Stoppable
-from lightning_ckmerge.plugin.standstill import Standstill
+from lightning_ckmerge.plugin.restore.standstill import Standstill
 from lightning_ckmerge.search.study import SearchStudy
 from tests.distributed.trainers import Classifier, fit, make_merge, same_trail
 from tests.ranks import RankPool

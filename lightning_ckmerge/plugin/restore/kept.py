@@ -1,0 +1,332 @@
+"""One thing as it was: whether it has changed since, and how it is put back. A class for each kind of thing.
+
+Contents are compared by identity and memory by its bits, and methods of the built-in types are called in place of those
+of somebody's own class: neither ``__eq__`` nor ``__setattr__`` nor ``__iter__`` of the user's runs here.
+"""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable
+from types import CellType, MemberDescriptorType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_ckmerge.plugin.restore.bits import array_bytes, same_bits
+from lightning_ckmerge.plugin.restore.randomness import generator_state, is_same_state, set_generator_state
+
+MISSING = object()
+
+
+class Kept:
+    """One thing as it is now.
+
+    Args:
+        where: Its place, as people would look for it.
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def has_changed(self) -> bool:
+        """Whether it differs from what it was."""
+        return self._differs()
+
+    def put_back(self) -> None:
+        """Make it what it was, if it differs; nothing else is written."""
+        if self._differs():
+            self._write()
+
+    def _differs(self) -> bool:
+        raise NotImplementedError
+
+    def _write(self) -> None:
+        raise NotImplementedError
+
+
+class Items(Kept):
+    """What a dict maps to what, in which order."""
+
+    def __init__(self, where: str, target: dict[Any, Any]) -> None:
+        super().__init__(where)
+        self._dict: Any = OrderedDict if issubclass(type(target), OrderedDict) else dict
+        self._target = target
+        self._keys, self._values = list(self._dict.keys(target)), list(self._dict.values(target))
+
+    def _differs(self) -> bool:
+        if not self._keys and not dict.__len__(self._target):
+            return False  # as most dicts of hooks
+        return self._has_other_keys() or not _all_same(self._dict.values(self._target), self._values)
+
+    def _write(self) -> None:
+        if self._has_other_keys():
+            self._dict.clear(self._target)
+        for key, value in zip(self._keys, self._values, strict=True):  # `Counter.update` would add
+            if self._dict.get(self._target, key, MISSING) is not value:
+                self._dict.__setitem__(self._target, key, value)
+
+    def _has_other_keys(self) -> bool:
+        return not _all_same(self._dict.keys(self._target), self._keys)
+
+
+class Attributes(Kept):
+    """What an object's attributes refer to. Their order does not count, and no attribute is ever missing for a moment.
+
+    Args:
+        where: The object's place.
+        target: The object's ``__dict__``.
+        moving: Names of attributes that go on changing.
+    """
+
+    def __init__(self, where: str, target: dict[str, Any], moving: Collection[str] = ()) -> None:
+        super().__init__(where)
+        self._target, self._moving = target, moving
+        self.saved = self._now()
+
+    def _differs(self) -> bool:
+        now = self._now()
+        return now.keys() != self.saved.keys() or not _all_same(map(now.get, self.saved), self.saved.values())
+
+    def _write(self) -> None:
+        for name in self._now().keys() - self.saved.keys():
+            del self._target[name]
+        for name, value in self.saved.items():
+            if self._target.get(name, MISSING) is not value:
+                self._target[name] = value
+
+    def _now(self) -> dict[str, Any]:
+        return {name: value for name, value in self._target.items() if name not in self._moving}
+
+
+class Elements(Kept):
+    """The elements of a list, a deque or a set."""
+
+    def __init__(self, where: str, target: Any) -> None:
+        super().__init__(where)
+        self._type: Any = next(base for base in (list, deque, set) if issubclass(type(target), base))
+        self._target = target
+        self._elements = self._now()
+
+    def _differs(self) -> bool:
+        now = self._now()
+        if self._type is set:
+            return len(now) != len(self._elements) or {*map(id, now)} != {*map(id, self._elements)}
+        return not _all_same(now, self._elements)
+
+    def _write(self) -> None:
+        self._type.clear(self._target)
+        (self._type.update if self._type is set else self._type.extend)(self._target, self._elements)
+
+    def _now(self) -> list[Any]:
+        return list(self._type.__iter__(self._target))
+
+
+class Raw(Kept):
+    """The bytes of a ``bytearray`` or an ``array.array``."""
+
+    def __init__(self, where: str, target: Any) -> None:
+        super().__init__(where)
+        self._type: Any = bytearray if issubclass(type(target), bytearray) else array
+        self._target, self._saved = target, self._type.__getitem__(target, slice(None))
+
+    def _differs(self) -> bool:
+        return memoryview(self._target).tobytes() != memoryview(self._saved).tobytes()
+
+    def _write(self) -> None:
+        self._type.__setitem__(self._target, slice(None), self._saved)
+
+
+class Array(Kept):
+    """A NumPy array's shape and contents."""
+
+    def __init__(self, where: str, target: np.ndarray[Any, Any]) -> None:
+        super().__init__(where)
+        self._target = target
+        self._saved = np.array(target, subok=False, copy=True, order="K")
+
+    def _differs(self) -> bool:
+        now = self._target.view(np.ndarray)
+        if (now.dtype, now.shape) != (self._saved.dtype, self._saved.shape):
+            return True
+        if now.dtype.hasobject:
+            return not _all_same(now.ravel().tolist(), self._saved.ravel().tolist())
+        return not np.array_equal(array_bytes(now), array_bytes(self._saved))
+
+    def _write(self) -> None:
+        if self._target.shape != self._saved.shape:
+            self._target.resize(self._saved.shape, refcheck=False)
+        np.copyto(self._target.view(np.ndarray), self._saved)
+
+
+class Place(Kept):
+    """Where a tensor's memory lies, how it is read, and whether it takes part in a graph."""
+
+    def __init__(self, where: str, target: Tensor) -> None:
+        super().__init__(where)
+        self._target = target
+        # Shares the memory, and stays where it is when the tensor is given other memory, or another shape.
+        self.memory = target.detach()
+        self._requires_grad = target.requires_grad
+
+    def _differs(self) -> bool:
+        return self._has_moved() or self._target.requires_grad != self._requires_grad
+
+    def _write(self) -> None:
+        if self._has_moved():
+            self._target.data = self.memory
+        if self._target.requires_grad == self._requires_grad:
+            return
+        if self._target.is_leaf:
+            self._target.requires_grad_(self._requires_grad)
+        else:  # a step that is written for `no_grad` has updated it in place while gradients were wanted
+            self._target.detach_()
+
+    def _has_moved(self) -> bool:
+        a, b = self._target, self.memory
+        if a.layout != torch.strided:
+            return not _all_same([c.data_ptr() for c in components(a)], [c.data_ptr() for c in components(b)])
+        return (a.data_ptr(), a.shape, a.stride(), a.dtype) != (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
+class Contents(Kept):
+    """A copy of a tensor's memory.
+
+    Args:
+        where: The tensor's place.
+        memory: Shares the memory.
+    """
+
+    def __init__(self, where: str, memory: Tensor) -> None:
+        super().__init__(where)
+        self._memory, self._saved = memory, memory.clone()
+
+    def _differs(self) -> bool:
+        return not same_bits(self._memory, self._saved)
+
+    def _write(self) -> None:
+        self._memory.copy_(self._saved)
+
+
+class Watched(Kept):
+    """What can be seen of something that is too large to be copied, or cannot be put back."""
+
+    def __init__(self, where: str, look: Callable[[], Any]) -> None:
+        super().__init__(where)
+        self._look = look
+        self._seen = look()
+
+    def _differs(self) -> bool:
+        return not is_same_state(self._look(), self._seen)
+
+    def _write(self) -> None:
+        pass  # nothing is left of it as it was
+
+
+class Generator(Kept):
+    """A random number generator's state."""
+
+    def __init__(self, where: str, target: Any) -> None:
+        super().__init__(where)
+        self._target, self._state = target, generator_state(target)
+
+    def _differs(self) -> bool:
+        return not is_same_state(generator_state(self._target), self._state)
+
+    def _write(self) -> None:
+        set_generator_state(self._target, self._state)
+
+
+class Setting(Kept):
+    """One value that is read by one function and written by another.
+
+    Args:
+        where: Its name.
+        read: Returns the value, or raises ``AttributeError`` or ``ValueError`` if there is none.
+        write: Sets a value.
+        erase: Takes it away.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        read: Callable[[], Any],
+        write: Callable[[Any], object],
+        erase: Callable[[], object] = lambda: None,
+    ) -> None:
+        super().__init__(where)
+        self._read, self._assign, self._erase = read, write, erase
+        self.value = self._now()
+
+    def _differs(self) -> bool:
+        now = self._now()
+        # Numbers and names are made anew each time that they are asked for.
+        return now is not self.value and not (type(now) in (int, float, str, bool, dict) and now == self.value)
+
+    def _write(self) -> None:
+        self._erase() if self.value is MISSING else self._assign(self.value)
+
+    def _now(self) -> Any:
+        try:
+            return self._read()
+        except (AttributeError, ValueError):
+            return MISSING
+
+
+def slot(where: str, holder: Any, descriptor: MemberDescriptorType) -> Setting:
+    """Keep an attribute of an object without a ``__dict__``, past its class's own ``__setattr__``."""
+    return Setting(
+        where,
+        lambda: descriptor.__get__(holder),
+        lambda value: descriptor.__set__(holder, value),
+        lambda: descriptor.__delete__(holder),
+    )
+
+
+def cell(where: str, target: CellType) -> Setting:
+    """Keep what a function's closure holds under one name."""
+
+    def write(value: Any) -> None:
+        target.cell_contents = value
+
+    def erase() -> None:
+        del target.cell_contents
+
+    return Setting(where, lambda: target.cell_contents, write, erase)
+
+
+def class_of(where: str, target: Any) -> Setting:
+    """Keep an object's class, which a parametrization replaces."""
+    return Setting(where, lambda: type(target), lambda cls: object.__setattr__(target, "__class__", cls))
+
+
+def attribute(where: str, target: Any, name: str) -> Setting:
+    """Keep what an attribute refers to."""
+    return Setting(where, lambda: getattr(target, name), lambda value: setattr(target, name, value))
+
+
+def components(tensor: Tensor) -> list[Tensor]:
+    """Return the plain tensors that a tensor of another layout or class consists of.
+
+    Raises:
+        TypeError: They are not known.
+    """
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return [getattr(tensor, name) for name in names]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    raise TypeError(f"a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device}")
+
+
+def _all_same(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    a, b = list(a), list(b)
+    return len(a) == len(b) and all(map(operator.is_, a, b))

@@ -1,0 +1,98 @@
+"""What a search looks into, and what it leaves alone.
+
+In reach are instances of anybody's own classes, by their ``__dict__`` and ``__slots__``, never through their methods;
+containers, functions by what they close over, modules, tensors, arrays and generators of random numbers; and of torch
+and Lightning what a run changes as it goes: optimizers, schedulers, loaders, datasets and samplers.
+
+Out of reach is what nobody can take back or nobody can find: files and sockets, globals and class attributes, the
+memory of C extensions, iterators and running generators, the Trainer's other callbacks and its loggers, and whatever
+lies more than ``MAX_DEPTH`` objects deep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from types import MemberDescriptorType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+MAX_DEPTH = 12
+MAX_OBJECTS = 300_000
+# Items of longer containers are data.
+MAX_CONTAINER_LENGTH = 50_000
+LIGHTNING = {"lightning", "pytorch_lightning"}
+# Objects of these packages are not looked into: they hold threads, files, or the run itself.
+OPAQUE_PACKAGES = {"torch", *LIGHTNING, "lightning_ckmerge", "optuna", "numpy"}
+OPAQUE_PACKAGES |= {"aim", "clearml", "comet_ml", "mlflow", "neptune", "tensorboard", "tensorboardX", "wandb"}
+STATEFUL = (Dataset, Sampler, DataLoader, Optimizer, LRScheduler, torch.amp.GradScaler, SimpleNamespace)
+# Of the standard library, what holds other people's state.
+OPEN_STDLIB = {"__main__", "argparse", "collections", "queue", "types"}
+ATOMS: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type(...), range, slice, type, Enum)
+ATOMS += (torch.dtype, torch.device, torch.Size, torch.layout, ModuleType)
+
+
+def is_atom(cls: type) -> bool:
+    """Whether instances of a class cannot change, or hold none of the run's state."""
+    return issubclass(cls, ATOMS)
+
+
+def is_inert(value: Any) -> bool:
+    """Whether a value is plain data that cannot change."""
+    cls = type(value)
+    return is_atom(cls) or (cls is tuple and all(is_atom(type(item)) for item in value))
+
+
+def is_looked_into(cls: type) -> bool:
+    """Whether the attributes of a class's instances are state."""
+    if issubclass(cls, STATEFUL):
+        return True
+    if package_of(cls) in sys.stdlib_module_names - OPEN_STDLIB:
+        return False
+    # A Trainer or callback of the user's own is the run itself; a datamodule, which hands out loaders, is not. Nor are
+    # Lightning's records of progress, settings and optimizers.
+    if package_of(cls) in LIGHTNING and dataclasses.is_dataclass(cls):
+        return True
+    return hasattr(cls, "val_dataloader") or not any(package_of(base) in OPAQUE_PACKAGES for base in cls.__mro__)
+
+
+def package_of(thing: Any) -> str:
+    """Return the name of the package that a class or function is from."""
+    return str(thing.__module__).partition(".")[0]
+
+
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """Return an object's own ``__dict__``, past its ``__getattr__``; ``None`` if it has none."""
+    try:
+        own = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return own if type(own) is dict else None
+
+
+def slots_of(cls: type) -> Iterator[tuple[str, MemberDescriptorType]]:
+    """Return the slots of a class's instances, whatever its ``__slots__`` says."""
+    for base in cls.__mro__:
+        if "__slots__" in vars(base):
+            yield from ((n, d) for n, d in vars(base).items() if type(d) is MemberDescriptorType)
+
+
+def named_modules(module: nn.Module, where: str) -> Iterator[tuple[str, nn.Module]]:
+    """Return a module and all below it, each once, past methods of their own."""
+    seen: set[int] = set()
+    stack = [(where, module)]
+    while stack:
+        path, current = stack.pop()
+        if id(current) in seen or not issubclass(type(current), nn.Module):
+            continue
+        seen.add(id(current))
+        yield path, current
+        children = (attributes_of(current) or {}).get("_modules") or {}
+        stack += [(f"{path}.{name}", child) for name, child in children.items()]
