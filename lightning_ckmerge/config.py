@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
+from lightning_ckmerge.checks import check_fields
 from lightning_ckmerge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,14 +62,10 @@ class BufferConfig:
     bucket_size: str = "64MB"
 
     def __post_init__(self) -> None:
+        check_fields(self, "buffer")
         require_at_least("buffer.capacity", self.capacity, 2, "A merge needs two snapshots; the default is 10.")
-        require_choice("buffer.layout", self.layout, get_args(Layout))
         require_at_least("buffer.every_n_train_steps", self.every_n_train_steps, 1, "Leave it out for 1 % of the run.")
-        require_choice("buffer.snapshot", self.snapshot, get_args(SnapshotKind))
         require_at_least("buffer.update_every_n_steps", self.update_every_n_steps, 1, "1 averages every step.")
-        require_choice("buffer.storage", self.storage, get_args(StorageKind))
-        if self.dtype is not None:
-            require_choice("buffer.dtype", self.dtype, get_args(BufferDtype))
         parse_size(self.bucket_size, "buffer.bucket_size")
 
 
@@ -128,8 +125,8 @@ class Constraint:
     mode: Mode = "min"
 
     def __post_init__(self) -> None:
+        check_fields(self, "search.constraints")
         require_at_least("search.constraints.allowance", self.allowance, 0, "0 allows no loss at all.")
-        require_choice("search.constraints.mode", self.mode, get_args(Mode))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,19 +178,14 @@ class SearchConfig:
     storage: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.space, str):
-            require_choice("search.space", self.space, get_args(SpaceName))
+        check_fields(self, "search")
         require_at_least("search.n_trials", self.n_trials, 1, "The default is 16.")
-        for name in self.anchors:
-            require_choice("search.anchors", name, get_args(AnchorName))
+        require_at_least("search.seed", self.seed, 0, "The default is 0.")
         if not 0 <= self.min_gain_left < 1:
             raise ConfigError(
                 f"`0 <= search.min_gain_left < 1` must hold, got {self.min_gain_left}. 0 runs all trials."
             )
-        if self.refine is not None:
-            require_choice("search.refine", self.refine, get_args(Refine))
         require_positive("search.timeout_s", self.timeout_s, "Leave it out for no limit.")
-        require_choice("search.at_low_lr", self.at_low_lr, get_args(AtLowRate))
         require_fraction("search.max_fraction_of_training", self.max_fraction_of_training, "`null` sets no limit.")
 
 
@@ -222,6 +214,7 @@ class EvaluationConfig:
     staged: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, "evaluation")
         if isinstance(self.limit_batches, float):
             require_fraction("evaluation.limit_batches", self.limit_batches, "An int counts batches.")
         else:
@@ -260,12 +253,8 @@ class ArtifactConfig:
     adapters: AdapterMerge = "factors"
 
     def __post_init__(self) -> None:
-        # YAML has no tuples: jsonargparse may hand over a list.
-        object.__setattr__(self, "formats", tuple(self.formats))
-        for name in self.formats:
-            require_choice("artifact.formats", name, get_args(ArtifactFormat))
+        check_fields(self, "artifact")
         parse_size(self.max_shard_size, "artifact.max_shard_size")
-        require_choice("artifact.adapters", self.adapters, get_args(AdapterMerge))
         if self.adapters == "products" and "ckpt" in self.formats:
             raise ConfigError(
                 '`artifact.adapters` "products" gives LoRA layers another rank, which no checkpoint of the module can '

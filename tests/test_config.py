@@ -37,6 +37,7 @@ WRONG = [
     (SearchConfig, "space", "simplx", "`search.space` must be one of grouped, decay, pairwise"),
     (SearchConfig, "n_trials", 0, "`search.n_trials >= 1`"),
     (SearchConfig, "anchors", ("swa",), "`search.anchors` must be one of uniform, ema, wsm-linear"),
+    (SearchConfig, "seed", -1, "`search.seed >= 0`"),
     (SearchConfig, "min_gain_left", -0.1, "`0 <= search.min_gain_left < 1`"),
     (SearchConfig, "min_gain_left", 1.0, "`0 <= search.min_gain_left < 1`"),
     (SearchConfig, "timeout_s", 0.0, "`search.timeout_s > 0`"),
@@ -112,7 +113,7 @@ def test_a_wrong_constraint_is_refused(wrong: dict[str, Any], rule: str) -> None
 
 def test_every_argument_with_a_range_is_tested() -> None:
     """Goes red when one is added without a wrong value for it here."""
-    free = {(SearchConfig, n) for n in ("sampler", "seed", "terminator", "constraints", "storage")}
+    free = {(SearchConfig, n) for n in ("sampler", "terminator", "constraints", "storage")}
     free |= {(EvaluationConfig, n) for n in ("dataloader", "staged")}
     arguments = {(c, f.name) for c in CONFIGS for f in dataclasses.fields(c)}
     assert arguments - {(c, n) for c, n, _, _ in WRONG} == free

@@ -15,19 +15,20 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 MODULES = sorted(ROOT.rglob("*.py"))
 ROWS = {
     "errors": 0,
-    "config": 1,
-    "core": 2,
-    "search": 3,
-    "buffer": 3,
-    "distributed": 3,
-    "pipeline": 4,
-    "artifact": 4,
-    "report": 4,
-    "plugin": 5,
-    "cli": 6,
-    "__init__": 6,
+    "checks": 1,
+    "config": 2,
+    "core": 3,
+    "search": 4,
+    "buffer": 4,
+    "distributed": 4,
+    "pipeline": 5,
+    "artifact": 5,
+    "report": 5,
+    "plugin": 6,
+    "cli": 7,
+    "__init__": 7,
 }
-LIGHT = {"errors", "config"}
+LIGHT = {"errors", "checks", "config"}
 HOMES = {
     "jinja2": {"report"},
     "jsonargparse": {"cli"},

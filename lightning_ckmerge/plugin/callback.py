@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact, best_target
+from lightning_ckmerge.checks import checked
 from lightning_ckmerge.config import (
     Apply,
     ArtifactConfig,
@@ -20,7 +21,6 @@ from lightning_ckmerge.config import (
     SearchConfig,
     make_objectives,
     require_at_least,
-    require_choice,
 )
 from lightning_ckmerge.core.spaces import make_space
 from lightning_ckmerge.errors import ConfigError, MonitorError
@@ -66,6 +66,7 @@ class CheckpointMergeCallback(Callback):
         Liu et al. 2024, arXiv:2403.19390, whose method is ``search.space="pairwise"``.
     """
 
+    @checked()
     def __init__(
         self,
         monitor: str | list[str] = "val_loss",
@@ -84,8 +85,6 @@ class CheckpointMergeCallback(Callback):
         on_error: OnError = "warn",
     ) -> None:
         first, *others = make_objectives(monitor, mode)
-        require_choice("apply", apply, get_args(Apply))
-        require_choice("on_error", on_error, get_args(OnError))
         require_at_least("save_top_k", save_top_k, -1, "-1 keeps all artifacts.")
         needed = make_space(search.space).snapshot
         if needed not in (None, buffer.snapshot):

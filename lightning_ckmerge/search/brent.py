@@ -16,6 +16,7 @@ from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_ckmerge.checks import checked
 from lightning_ckmerge.config import require_fraction
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search.study import require_one_objective
@@ -40,6 +41,7 @@ class BrentSampler(BaseSampler):
         Brent 1973, *Algorithms for Minimization without Derivatives*, chapter 5, ``localmin``.
     """
 
+    @checked()
     def __init__(self, *, tolerance: float = 1e-3) -> None:
         require_fraction("tolerance", tolerance, "The default is 0.001.")
         self._tolerance = tolerance

@@ -11,6 +11,7 @@ from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_ckmerge.checks import checked
 from lightning_ckmerge.config import require_at_least, require_positive
 from lightning_ckmerge.search.gaussian_process import Acquisition, GaussianProcess
 from lightning_ckmerge.search.study import require_one_objective
@@ -36,6 +37,7 @@ class GPHedgeSampler(BaseSampler):
         Allocation for Bayesian Optimization", arXiv:1009.5419, algorithm 2.
     """
 
+    @checked()
     def __init__(self, *, seed: int | None = None, n_startup_trials: int = 2, eta: float = 1.0) -> None:
         require_at_least("n_startup_trials", n_startup_trials, 1, "A Gaussian process needs a trial to begin with.")
         require_positive("eta", eta, "The default is 1.")

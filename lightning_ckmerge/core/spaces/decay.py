@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
+from lightning_ckmerge.checks import checked
 from lightning_ckmerge.config import require_at_least, require_choice
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces.base import Coordinates, Interval, Space, near
@@ -36,6 +37,7 @@ class Decay(Space):
         Extra-Merge, arXiv:2605.26484.
     """
 
+    @checked()
     def __init__(
         self, *, ratio: float | None = 4.0, max_extrapolation: float = 2.0, kernel: KernelName = "exponential"
     ) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
+from lightning_ckmerge.checks import checked
 from lightning_ckmerge.config import require_positive
 from lightning_ckmerge.core.groups import GroupRule, assign_groups, check_patterns
 from lightning_ckmerge.core.segments import Segment
@@ -42,6 +43,7 @@ class Grouped(Space):
         ConfigError: An argument is outside its range, or a pattern is no regular expression.
     """
 
+    @checked()
     def __init__(
         self,
         *,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lightning_ckmerge.checks import checked
 from lightning_ckmerge.config import require_positive
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces.base import Coordinates, Interval, Space
@@ -47,6 +48,7 @@ class Affine(Space):
         max_deviation: Largest absolute deviation; above 0.
     """
 
+    @checked()
     def __init__(self, *, max_deviation: float = 0.5) -> None:
         require_positive("max_deviation", max_deviation, "The default is 0.5.")
         self.max_deviation = max_deviation

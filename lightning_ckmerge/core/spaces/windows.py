@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lightning_ckmerge.checks import checked
 from lightning_ckmerge.config import require_positive
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces.base import Coordinates, Interval, Space, near
@@ -28,6 +29,7 @@ class Pairwise(Space):
 
     snapshot = "point"
 
+    @checked()
     def __init__(self, *, alpha: float = 0.0) -> None:
         if not 0 <= alpha < 1:
             raise ConfigError(f"`0 <= alpha < 1` must hold, got {alpha}. The default, 0, searches the whole pair.")
@@ -66,6 +68,7 @@ class Window(Space):
         most: WSM, arXiv:2507.17634.
     """
 
+    @checked()
     def __init__(self, *, max_tilt: float = 3.0) -> None:
         require_positive("max_tilt", max_tilt, "The default is 3.")
         self.max_tilt = max_tilt
