@@ -30,7 +30,7 @@ from lightning_ckmerge.plugin.run import MergeRun
 from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.strategies import check_supported
 from lightning_ckmerge.plugin.validation import unknown_monitor
-from lightning_ckmerge.plugin.whereabouts import Whereabouts
+from lightning_ckmerge.plugin.whereabouts import Whereabouts, find_fault, resolve_dirpath
 from lightning_ckmerge.search.study import open_storage
 
 
@@ -163,7 +163,8 @@ class CheckpointMergeCallback(Callback):
             return
         _check_served(trainer, self.search)
         # Loggers of several ranks may count several versions.
-        dirpath = trainer.strategy.broadcast(_resolve_dirpath(trainer, self.dirpath))
+        dirpath = trainer.strategy.broadcast(resolve_dirpath(trainer, self.dirpath))
+        _check_usable(trainer, dirpath)
         callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009 - set where mypy cannot see it
         others = [c for c in callbacks if isinstance(c, CheckpointMergeCallback) and c is not self]
         if any(other._resolved_dirpath == dirpath for other in others):
@@ -265,13 +266,7 @@ def _check_served(trainer: Trainer, search: SearchConfig) -> None:
         raise ConfigError(fault)
 
 
-def _resolve_dirpath(trainer: Trainer, dirpath: str | Path | None) -> Path:
-    if dirpath is not None:
-        return Path(dirpath).absolute()
-    if not trainer.loggers:
-        return Path(trainer.default_root_dir).absolute() / "merges"
-    # As ModelCheckpoint does: beside its `checkpoints`.
-    logger = trainer.loggers[0]
-    root = Path(logger.save_dir if logger.save_dir is not None else trainer.default_root_dir)
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return (root / str(logger.name) / version / "merges").absolute()
+def _check_usable(trainer: Trainer, dirpath: Path) -> None:
+    """Raise, on all ranks, unless rank 0 can write to the directory."""
+    if fault := trainer.strategy.broadcast(find_fault(dirpath) if trainer.is_global_zero else None):
+        raise ConfigError(fault)

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
-from lightning_ckmerge.errors import UnsupportedError
+from lightning_ckmerge.errors import ConfigError, UnsupportedError
 from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 from lightning_ckmerge.plugin.loaders import length_of, limited
 from lightning_ckmerge.plugin.offline import Configured
@@ -19,6 +19,7 @@ from lightning_ckmerge.plugin.plan import Known, Plan, make_plan
 from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.run_length import run_length
 from lightning_ckmerge.plugin.strategies import check_supported
+from lightning_ckmerge.plugin.whereabouts import find_fault, root_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +41,11 @@ def forecast(configured: Configured, callback: CheckpointMergeCallback) -> Plan:
     # Of several training loaders, shorter ones begin anew.
     length = run_length(trainer, max(train, default=math.inf), _steps_per_update(configured, warnings))
     val = loaders.val
+    dirpath, fault = _directory(trainer, callback)
     known = Known(
         length=length,
         val_batches=None if val is None else [_batches(v, trainer.limit_val_batches, num_ranks) for v in val],
-        dirpath=Path(callback.dirpath) if callback.dirpath is not None else Path(trainer.default_root_dir),
+        dirpath=dirpath,
         num_ranks=num_ranks,
         holders=num_ranks,
     )
@@ -51,8 +53,17 @@ def forecast(configured: Configured, callback: CheckpointMergeCallback) -> Plan:
     plan = make_plan(callback, trainer, model, known)
     plan.warnings[:0] = warnings
     plan.warnings += _warnings(trainer, known)
-    plan.faults += _faults(callback, trainer, known)
+    plan.faults += [*([fault] if fault is not None else []), *_faults(callback, trainer, known)]
     return plan
+
+
+def _directory(trainer: Any, callback: CheckpointMergeCallback) -> tuple[Path, str | None]:
+    """Return where artifacts go, or what that is below, and why they cannot."""
+    try:
+        dirpath = root_of(trainer, callback.dirpath)
+    except ConfigError as error:
+        return Path(trainer.default_root_dir), str(error)
+    return dirpath, find_fault(dirpath)
 
 
 def _loaders(configured: Configured, warnings: list[str]) -> Loaders:

@@ -1,12 +1,86 @@
-"""Where a run's artifacts are, for a process that only launched the run: attributes do not come back from its ranks."""
+"""Where a run's artifacts go, whether they can, and where they are for a process that only launched the run."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import tempfile
 import uuid
 import weakref
 from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from lightning_ckmerge.errors import ConfigError
+
+# `Path` makes `s3:/` of `s3://`. One letter before the colon is a drive.
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:[:/]")
+# About as long as what a rank writes below it, so that a path that just fits is found out now.
+PROBE_NAME = f".ckmerge-probe-{'0' * 64}"
+
+
+def resolve_dirpath(trainer: Trainer, dirpath: str | Path | None) -> Path:
+    """Return where the artifacts of a run go, if the directory is its own.
+
+    Raises:
+        ConfigError: It is a URL.
+    """
+    root = root_of(trainer, dirpath)
+    if dirpath is not None:
+        return root
+    if not trainer.loggers:
+        return root / "merges"
+    # As ModelCheckpoint does: beside its `checkpoints`.
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return root / str(logger.name) / version / "merges"
+
+
+def root_of(trainer: Trainer, dirpath: str | Path | None) -> Path:
+    """Return ``dirpath``, or the directory below which a default one lies; no logger is asked to begin its run.
+
+    Raises:
+        ConfigError: It is a URL.
+    """
+    if dirpath is not None:
+        return _local("dirpath", dirpath)
+    logger = trainer.loggers[0] if trainer.loggers else None
+    if logger is not None and logger.save_dir is not None:
+        return _local(f"{type(logger).__name__}.save_dir", logger.save_dir)
+    return _local("default_root_dir", trainer.default_root_dir)
+
+
+def find_fault(dirpath: Path) -> str | None:
+    """Say why nothing can be written into ``dirpath``, by trying; nothing is left behind."""
+    made: list[Path] = []
+    try:
+        for path in reversed([p for p in (dirpath, *dirpath.parents) if not os.path.lexists(p)]):
+            path.mkdir()
+            made.append(path)
+        probe = dirpath / PROBE_NAME
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:  # a ValueError for a name with a NUL
+        reason = getattr(error, "strerror", None) or error
+        return (
+            f"`dirpath` must be a directory that can be written to, got {dirpath}: {reason}. Name another one, or mend "
+            "its permissions."
+        )
+    finally:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # somebody else has begun to use it
+                path.rmdir()
+    return None
+
+
+def _local(name: str, path: str | os.PathLike[str]) -> Path:
+    if URL.match(os.fspath(path)):
+        raise ConfigError(
+            f"artifacts go to a directory of this machine, got the URL {os.fspath(path)!r} in `{name}`. Set `dirpath` "
+            "to a local or mounted path, and copy what is published from there."
+        )
+    return Path(os.path.abspath(Path(path).expanduser()))
 
 
 class Whereabouts:
