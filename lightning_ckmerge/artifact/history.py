@@ -10,6 +10,7 @@ from typing import Any
 from lightning_ckmerge.artifact.files import MANIFEST_NAME, inside
 from lightning_ckmerge.artifact.load import best_target
 from lightning_ckmerge.artifact.manifest import Manifest, read_manifest
+from lightning_ckmerge.artifact.runs import find_run
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME, read_timeline
 from lightning_ckmerge.errors import ArtifactError
 
@@ -21,23 +22,25 @@ class History:
     """The searches of one run.
 
     Args:
+        dirpath: Where the run's artifacts lie.
         timeline: A record a search, oldest first; at least one.
         manifests: Name of each artifact that is still there, and its checked manifest.
         best: Name of the best accepted artifact; ``None`` if there is none.
     """
 
+    dirpath: Path
     timeline: list[dict[str, Any]]
     manifests: dict[str, Manifest]
     best: str | None
 
 
 def read_history(dirpath: str | os.PathLike[str]) -> History:
-    """Return the history of the run whose artifacts lie in ``dirpath``.
+    """Return the history of the run whose artifacts lie in ``dirpath``: of several, of the one that began last.
 
     Raises:
         ArtifactError: There was no search, or a file is damaged.
     """
-    dirpath = Path(dirpath)
+    dirpath = find_run(Path(dirpath))
     timeline = read_timeline(dirpath)
     if not timeline:
         raise ArtifactError(
@@ -50,12 +53,14 @@ def read_history(dirpath: str | os.PathLike[str]) -> History:
                 f"a record of a search must be whole, got line {number} of {dirpath / TIMELINE_NAME} without "
                 f"{', '.join(missing)}. Read it with the version of lightning-ckmerge that wrote it."
             )
+    timeline = [record for record in timeline if record.get("run_id") == timeline[-1].get("run_id")]
     names = {record["artifact"] for record in timeline}
     target = best_target(dirpath)
-    if target is not None:
-        names.add(target.name)
+    if target is not None and target.name not in names:
+        target = None  # another run's, which shares the directory
     present = sorted(name for name in names if (inside(dirpath, name) / MANIFEST_NAME).is_file())
     return History(
+        dirpath=dirpath,
         timeline=timeline,
         manifests={name: read_manifest(dirpath / name) for name in present},
         best=target.name if target is not None else None,

@@ -11,8 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_ckmerge.artifact.files import MANIFEST_NAME, WEIGHTS_NAME, file_record, inside
+from lightning_ckmerge.artifact.files import (
+    BEST_NAME,
+    MANIFEST_NAME,
+    POINTER_NAME,
+    WEIGHTS_NAME,
+    file_record,
+    inside,
+)
 from lightning_ckmerge.artifact.manifest import Manifest, read_manifest
+from lightning_ckmerge.artifact.runs import find_run
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.errors import ArtifactError
 
@@ -21,8 +29,6 @@ if TYPE_CHECKING:
 
     from lightning_ckmerge.artifact.stored import StoredWeights
 
-BEST_NAME = "best"
-POINTER_NAME = "best.json"
 NUM_LISTED = 5
 
 
@@ -43,7 +49,8 @@ class Artifact:
         """Return the artifact at ``path``, its files checked.
 
         Args:
-            path: The artifact's directory, a run's ``best``, or the run's ``dirpath``, which stands for its best.
+            path: The artifact's directory, a run's ``best``, or the run's ``dirpath``, which stands for its best; where
+                several runs share it, for that of the run that began last.
             verify: Compare each file's SHA-256. Sizes, names and the manifest's schema are checked in any case.
 
         Raises:
@@ -192,7 +199,7 @@ def locate(path: Path) -> Path:
         return path
     # `best` itself does not exist where links are refused.
     is_best = path.name in (BEST_NAME, POINTER_NAME)
-    dirpath = path.parent if is_best else path
+    dirpath = find_run(path.parent if is_best else path)
     if target := best_target(dirpath):
         return target
     if records := read_timeline(dirpath):

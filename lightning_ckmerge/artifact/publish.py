@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from lightning_ckmerge.artifact.files import (
+    BEST_NAME,
+    POINTER_NAME,
     TEMPORARY_NAME,
     FileRecord,
     file_record,
@@ -20,8 +22,9 @@ from lightning_ckmerge.artifact.files import (
     replace_json,
     temporary,
 )
-from lightning_ckmerge.artifact.load import BEST_NAME, POINTER_NAME, Artifact, best_target
+from lightning_ckmerge.artifact.load import Artifact, best_target
 from lightning_ckmerge.artifact.manifest import Manifest, read_manifest, write_manifest
+from lightning_ckmerge.artifact.runs import LATER_RUN, find_run, is_alive
 from lightning_ckmerge.artifact.timeline import Validated, append_timeline, timeline_record
 from lightning_ckmerge.artifact.weights import Weights, write_weights
 from lightning_ckmerge.config import Mode
@@ -42,6 +45,9 @@ class ArtifactStore:
         save_top_k: Artifacts that hold weights, by the winner's value on the confirmation half, accepted ones first;
             -1: all. ``best`` stays in any case, and so does the record of a search without weights.
         max_shard_size: Bytes above which weights are split over several files.
+
+    Attributes:
+        removed: Names of the artifacts that the last ``publish`` has removed, on rank 0.
     """
 
     def __init__(self, dirpath: Path, *, mode: Mode, save_top_k: int, max_shard_size: int) -> None:
@@ -49,6 +55,7 @@ class ArtifactStore:
         self.mode: Mode = mode
         self.save_top_k = save_top_k
         self.max_shard_size = max_shard_size
+        self.removed: list[str] = []
 
     def keeps_weights(self, manifest: Manifest) -> bool:
         """Whether an artifact of this search would hold its weights, or be a record only.
@@ -57,7 +64,8 @@ class ArtifactStore:
         """
         if manifest["verdict"]["status"] == "rejected":
             return False
-        better = [a for a in self._ranked(manifest["monitor"]) if self._rank(a.manifest) <= self._rank(manifest)]
+        own_rank = self._rank(manifest, manifest)
+        better = [a for a in self._ranked(manifest) if self._rank(a.manifest, manifest) <= own_rank]
         return self.save_top_k == -1 or len(better) < self.save_top_k
 
     def publish(
@@ -98,6 +106,12 @@ class ArtifactStore:
                     shutil.rmtree(staging, ignore_errors=True)
                 raise
         return Artifact(path.resolve(), complete)
+
+    def show_best(self, run_id: str, monitor: str) -> None:
+        """Let ``best`` be the run's own again, where a later run has shared its directory. For one rank."""
+        own = [a for a in self._found() if _measured(a.manifest) == (run_id, monitor, self.mode)]
+        if own:
+            self._move_best(self._ranked(own[-1].manifest))
 
     def write_member(
         self, path: Path, manifest: Manifest, weights: Weights, *, extras: Sequence[Extra], comm: Comm
@@ -142,7 +156,7 @@ class ArtifactStore:
         os.rename(staging, path)
         fsync(self.dirpath)
         append_timeline(self.dirpath, timeline_record(complete, path.name, validation))
-        ranked = self._ranked(complete["monitor"])
+        ranked = self._ranked(complete)
         self._move_best(ranked)
         self._retain(ranked)
         return path
@@ -154,45 +168,37 @@ class ArtifactStore:
             path = self.dirpath / f"{step}-v{version}"
         return path
 
-    def _ranked(self, monitor: str) -> list[Artifact]:
-        """Return the artifacts that hold weights and were measured by ``monitor``, best first; of equals the older."""
-        found = []
-        for path in sorted(self.dirpath.glob("step=*"), key=_age):
-            if not ARTIFACT_NAME.fullmatch(path.name) or path.is_symlink():
-                continue
-            try:
-                artifact = Artifact(path, read_manifest(path))
-            except ArtifactError:
-                continue  # Damaged or not ours: neither counted nor removed.
-            measured = (artifact.manifest["monitor"], artifact.manifest["mode"])
-            if artifact.has_weights and measured == (monitor, self.mode):
-                found.append(artifact)
-        return sorted(found, key=lambda a: self._rank(a.manifest))
+    def _ranked(self, like: Manifest) -> list[Artifact]:
+        """Return the artifacts of one run and metric that hold weights, best first; of equals the older."""
+        found = [a for a in self._found() if a.has_weights and _measured(a.manifest) == _measured(like)]
+        return sorted(found, key=lambda a: self._rank(a.manifest, like))
 
-    def _rank(self, manifest: Manifest) -> tuple[bool, float]:
-        """Return what sorts better artifacts first."""
+    def _found(self) -> Iterator[Artifact]:
+        """Yield what is there, oldest first."""
+        for path in sorted(self.dirpath.glob("step=*"), key=_age):
+            if ARTIFACT_NAME.fullmatch(path.name) and not path.is_symlink():
+                with contextlib.suppress(ArtifactError):  # damaged or not ours: neither counted nor removed
+                    yield Artifact(path, read_manifest(path))
+
+    def _rank(self, manifest: Manifest, like: Manifest) -> tuple[bool, bool, float]:
+        """Return what sorts better artifacts first; those measured on other batches than ``like`` come later."""
         verdict = manifest["verdict"]
         value = float("inf") if verdict["value"] is None else verdict["value"] * (1 if self.mode == "min" else -1)
-        return verdict["status"] != "accepted", value
+        batches, others = manifest["evaluation"]["fingerprint"], like["evaluation"]["fingerprint"]
+        return verdict["status"] != "accepted", batches != others, value
 
     def _move_best(self, ranked: Sequence[Artifact]) -> None:
         accepted = [a for a in ranked if a.manifest["verdict"]["status"] == "accepted"]
-        if not accepted or best_target(self.dirpath) == accepted[0].path.resolve():
+        if not accepted:
             return
-        link = temporary(self.dirpath, BEST_NAME)
-        try:
-            os.symlink(accepted[0].path.name, link, target_is_directory=True)
-        except OSError:
-            # Some network file systems, and Windows without developer mode, refuse links.
-            replace_json(self.dirpath / POINTER_NAME, {"artifact": accepted[0].path.name})
-            if (self.dirpath / BEST_NAME).is_symlink():
-                (self.dirpath / BEST_NAME).unlink()
-        else:
-            os.replace(link, self.dirpath / BEST_NAME)
-            (self.dirpath / POINTER_NAME).unlink(missing_ok=True)
-        fsync(self.dirpath)
+        _point(self.dirpath, accepted[0].path)
+        shared = self.dirpath.parent
+        if LATER_RUN.fullmatch(self.dirpath.name) and find_run(shared) == self.dirpath and not is_alive(shared):
+            with contextlib.suppress(OSError, ArtifactError):  # it is not this run's own
+                _point(shared, accepted[0].path)
 
     def _retain(self, ranked: Sequence[Artifact]) -> None:
+        self.removed = []
         if self.save_top_k == -1:
             return
         best = best_target(self.dirpath)
@@ -202,6 +208,7 @@ class ArtifactStore:
                 doomed = temporary(self.dirpath, artifact.path.name)
                 os.rename(artifact.path, doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
+                self.removed.append(artifact.path.name)
 
     def _sweep(self) -> None:
         """Remove what a crash left."""
@@ -213,11 +220,34 @@ class ArtifactStore:
                     path.unlink(missing_ok=True)
 
 
+def _point(dirpath: Path, artifact: Path) -> None:
+    """Let the ``best`` in ``dirpath`` name an artifact at or below it."""
+    if best_target(dirpath) == artifact.resolve():
+        return
+    link, name = temporary(dirpath, BEST_NAME), artifact.relative_to(dirpath)
+    try:
+        os.symlink(name, link, target_is_directory=True)
+    except OSError:
+        # Some network file systems, and Windows without developer mode, refuse links.
+        replace_json(dirpath / POINTER_NAME, {"artifact": name.as_posix()})
+        if (dirpath / BEST_NAME).is_symlink():
+            (dirpath / BEST_NAME).unlink()
+    else:
+        os.replace(link, dirpath / BEST_NAME)
+        (dirpath / POINTER_NAME).unlink(missing_ok=True)
+    fsync(dirpath)
+
+
+def _measured(manifest: Manifest) -> tuple[str | None, str, str]:
+    """Return what two artifacts share if one can be better than the other: run, metric and mode."""
+    return manifest.get("run_id"), manifest["monitor"], manifest["mode"]
+
+
 def _records(staging: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
     return {name: known.get(name) or file_record(staging / name) for name in list_files(staging)}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _as_artifact_error(path: Path) -> Iterator[None]:
     try:
         yield

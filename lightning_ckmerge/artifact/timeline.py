@@ -27,6 +27,7 @@ def timeline_record(manifest: Manifest, artifact: str, validation: Sequence[Vali
     candidates = [*manifest["anchors"], *manifest["trials"]]
     verdict = manifest["verdict"]
     return {
+        "run_id": manifest.get("run_id"),
         "step": manifest["step"],
         "monitor": manifest["monitor"],
         "mode": manifest["mode"],

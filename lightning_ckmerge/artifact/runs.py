@@ -1,0 +1,285 @@
+"""Whose directory it is: one run's, as its ``run.json`` says, and held by a lock while that run is alive.
+
+The first run in a ``dirpath`` has the directory itself, and a later one a directory below it: ``run=2``, ``run=3``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from lightning_ckmerge.artifact.files import BEST_NAME, POINTER_NAME, replace_json
+from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+RUN_NAME = "run.json"
+LOCK_NAME = "run.lock"
+LATER_RUN = re.compile(r"run=([2-9]|[1-9]\d+)")
+PUBLISHED = (TIMELINE_NAME, BEST_NAME, POINTER_NAME)
+HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What ``run.json`` says.
+
+    Args:
+        run_id: Eight hexadecimal digits.
+        started: When the run began, or was resumed last, in seconds since the epoch.
+        resumable: Whether a checkpoint may name its snapshots.
+    """
+
+    run_id: str
+    started: float
+    resumable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a run goes on.
+
+    Args:
+        dirpath: Its directory.
+        run_id: Its own, which a run that branches off a living one does not share.
+        source: Where the snapshots lie that its checkpoint names; ``None``: there are none to be found.
+        notes: What people should know.
+    """
+
+    dirpath: Path
+    run_id: str
+    source: Path | None
+    notes: tuple[str, ...] = ()
+
+
+class Claim:
+    """A run's directory, held until ``release``. Made by one rank for all.
+
+    Args:
+        base: Where the run's artifacts go, if nobody else's are there.
+        run_id: Of the run that goes on; ``None``: a new one.
+        earlier: Where it may have been, likeliest first.
+        moves: Whether it goes on below ``base`` wherever it has been.
+
+    Raises:
+        OSError: No directory can be written.
+    """
+
+    def __init__(
+        self, base: Path, run_id: str | None = None, earlier: Iterable[Path] = (), *, moves: bool = True
+    ) -> None:
+        home = _find_home(base, run_id, earlier) if run_id is not None else None
+        self._lock: DirectoryLock | None = None
+        if home is not None and not (moves and base not in (home, home.parent)) and self._take_home(home):
+            assert run_id is not None
+            shared = home.parent if LATER_RUN.fullmatch(home.name) else home
+            notes = [] if base == shared else [f"This run goes on where it has been, in {home}."]
+            self.place = Place(dirpath=home, run_id=run_id, source=home, notes=(*notes, *_others(shared, home)))
+            return
+        alive = home is not None and is_alive(home)
+        own_id = uuid.uuid4().hex[:8] if run_id is None or alive else run_id
+        dirpath = self._take_free(base, own_id)
+        notes = [*_reasons(base, dirpath, home, run_id, alive=alive), *_others(base, dirpath)]
+        self.place = Place(dirpath=dirpath, run_id=own_id, source=home, notes=tuple(notes))
+
+    def release(self) -> None:
+        """Let others have the directory."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _take_home(self, home: Path) -> bool:
+        """Go on where the run was, unless it is alive there or nothing can be written."""
+        self._lock = DirectoryLock.acquire(home)
+        record = read_run(home)
+        if self._lock is None or record is None:
+            return False
+        try:
+            _write(home, replace(record, started=time.time()))
+        except OSError:
+            self.release()
+            return False
+        return True
+
+    def _take_free(self, base: Path, run_id: str) -> Path:
+        for dirpath in _places(base):
+            dirpath.mkdir(parents=True, exist_ok=True)
+            self._lock = DirectoryLock.acquire(dirpath)
+            if self._lock is None:
+                continue
+            record = read_run(dirpath)
+            if _is_published(dirpath) or (record is not None and (record.resumable or not self._lock.is_sure)):
+                self._lock.release()
+                continue
+            if record is not None:  # it left nothing but snapshots that no checkpoint names
+                for path in _snapshots(dirpath, record.run_id):
+                    path.unlink(missing_ok=True)
+            _write(dirpath, RunRecord(run_id=run_id, started=time.time(), resumable=False))
+            return dirpath
+        raise AssertionError("there is always another number")
+
+
+class DirectoryLock:
+    """A lock that the system takes back when the process ends, however it does. Made by ``acquire``."""
+
+    # The system does not hold a process's own locks against it.
+    _held: ClassVar[set[Path]] = set()
+
+    def __init__(self, dirpath: Path, descriptor: int | None, *, is_sure: bool) -> None:
+        self.is_sure = is_sure
+        self._dirpath = dirpath
+        self._descriptor = descriptor
+        self._held.add(dirpath)
+
+    @classmethod
+    def acquire(cls, dirpath: Path) -> DirectoryLock | None:
+        """Return the lock of a directory; ``None`` if a living run has it.
+
+        Where the file system knows no locks, or the directory cannot be written, it is not sure that nobody lives.
+        """
+        dirpath = dirpath.resolve()
+        if dirpath in cls._held:
+            return None
+        try:
+            descriptor = os.open(dirpath / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:
+            return cls(dirpath, None, is_sure=False)
+        try:
+            _lock(descriptor)
+        except OSError as error:
+            if error.errno in HELD_BY_ANOTHER:
+                os.close(descriptor)
+                return None
+            return cls(dirpath, descriptor, is_sure=False)
+        return cls(dirpath, descriptor, is_sure=True)
+
+    def release(self) -> None:
+        """Give it back."""
+        self._held.discard(self._dirpath)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def is_alive(dirpath: Path) -> bool:
+    """Whether a living run has the directory."""
+    lock = DirectoryLock.acquire(dirpath)
+    if lock is None:
+        return True
+    lock.release()
+    return False
+
+
+def read_run(dirpath: Path) -> RunRecord | None:
+    """Return whose directory it is; ``None`` if nobody says. A damaged record is that of a run nobody knows."""
+    try:
+        record = json.loads((dirpath / RUN_NAME).read_text(encoding="utf-8"))
+        return RunRecord(
+            run_id=str(record["run_id"]), started=float(record["started"]), resumable=bool(record["resumable"])
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return RunRecord(run_id="", started=0.0, resumable=True)
+
+
+def keep_snapshots(dirpath: Path) -> None:
+    """Note that a checkpoint names the run's snapshots from now on."""
+    record = read_run(dirpath)
+    if record is not None and not record.resumable:
+        with contextlib.suppress(OSError):  # a full disk has lost the snapshots too
+            _write(dirpath, replace(record, resumable=True))
+
+
+def find_run(dirpath: Path) -> Path:
+    """Return the directory of the run that began, or was resumed, last in a ``dirpath``."""
+    records = [(record.started, path) for path in _runs(dirpath) if (record := read_run(path)) is not None]
+    return max(records)[1] if records else dirpath
+
+
+def likely(old: Path, roots: Iterable[Path]) -> Iterator[Path]:
+    """Yield where a directory may be now that what it lay in has been moved or copied; where it was comes last."""
+    for root in roots:
+        for num_parts in range(1, len(old.parts)):
+            yield root.joinpath(*old.parts[-num_parts:])
+    yield old
+
+
+def _runs(dirpath: Path) -> list[Path]:
+    """Return the directories of all runs below a ``dirpath``, in the order of their numbers."""
+    try:
+        later = [p for p in dirpath.iterdir() if LATER_RUN.fullmatch(p.name) and p.is_dir()]
+    except OSError:
+        later = []
+    return [dirpath, *sorted(later, key=lambda p: int(p.name.partition("=")[2]))]
+
+
+def _places(base: Path) -> Iterator[Path]:
+    yield base
+    number = 2
+    while True:
+        yield base / f"run={number}"
+        number += 1
+
+
+def _find_home(base: Path, run_id: str, earlier: Iterable[Path]) -> Path | None:
+    own = (path for path in (*_runs(base), *earlier) if (record := read_run(path)) and record.run_id == run_id)
+    return next(own, None)
+
+
+def _is_published(dirpath: Path) -> bool:
+    return any(os.path.lexists(dirpath / name) for name in PUBLISHED) or any(dirpath.glob("step=*"))
+
+
+def _snapshots(dirpath: Path, run_id: str = "*") -> list[Path]:
+    buffer = dirpath / "buffer"
+    name = f"{run_id}-*.safetensors*"
+    return [*buffer.glob(name), *buffer.glob(f"rank=*/{name}")]
+
+
+def _reasons(base: Path, dirpath: Path, home: Path | None, run_id: str | None, *, alive: bool) -> Iterator[str]:
+    if alive:
+        yield f"Run {run_id} is alive in {home}: this one goes on from its checkpoint as a run of its own, in {dirpath}."
+    elif home is not None:
+        yield f"This run goes on in {dirpath}; what it published before, and its snapshots, stay in {home}."
+    elif dirpath != base:
+        yield (
+            f"{base} holds another run: this one goes to {dirpath}. `load_merged({str(base)!r}, model)` loads the best "
+            "of the run that began last."
+        )
+
+
+def _others(base: Path, own: Path) -> Iterator[str]:
+    """Name the snapshots of other runs, which their checkpoints may need."""
+    paths = [p for run in _runs(base) if run != own for p in _snapshots(run)]
+    if paths:
+        with contextlib.suppress(OSError):  # a living run deletes some
+            num_bytes = sum(p.stat().st_size for p in paths)
+            yield (
+                f"{base} holds {len(paths)} snapshots of other runs, {num_bytes / 1e6:.3g} MB, which their checkpoints "
+                "may need. Remove their `buffer/` once they are not to be resumed."
+            )
+
+
+def _write(dirpath: Path, record: RunRecord) -> None:
+    replace_json(dirpath / RUN_NAME, asdict(record))
+
+
+def _lock(descriptor: int) -> None:
+    if sys.platform == "win32":
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        # Not `flock`, which a dead run's loader workers would go on holding.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
