@@ -177,8 +177,9 @@ def best_target(dirpath: Path) -> Path | None:
         ArtifactError: ``best.json`` names nothing inside the run's directory.
     """
     link, pointer = dirpath / BEST_NAME, dirpath / POINTER_NAME
-    if link.is_dir():
-        return link.resolve()
+    # A later run's, below this one's directory, may have taken the link.
+    if link.is_dir() and (target := link.resolve()).parent == dirpath.resolve():
+        return target
     if not pointer.is_file():
         return None
     try:

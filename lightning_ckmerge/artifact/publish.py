@@ -194,8 +194,8 @@ class ArtifactStore:
         _point(self.dirpath, accepted[0].path)
         shared = self.dirpath.parent
         if LATER_RUN.fullmatch(self.dirpath.name) and find_run(shared) == self.dirpath and not is_alive(shared):
-            with contextlib.suppress(OSError, ArtifactError):  # it is not this run's own
-                _point(shared, accepted[0].path)
+            with contextlib.suppress(OSError, ArtifactError):  # where links are refused, tools know the last run
+                _lend(shared, accepted[0].path)
 
     def _retain(self, ranked: Sequence[Artifact]) -> None:
         self.removed = []
@@ -221,20 +221,30 @@ class ArtifactStore:
 
 
 def _point(dirpath: Path, artifact: Path) -> None:
-    """Let the ``best`` in ``dirpath`` name an artifact at or below it."""
-    if best_target(dirpath) == artifact.resolve():
+    """Let ``best`` name an artifact."""
+    if (dirpath / BEST_NAME).resolve() == artifact.resolve():
         return
-    link, name = temporary(dirpath, BEST_NAME), artifact.relative_to(dirpath)
+    link = temporary(dirpath, BEST_NAME)
     try:
-        os.symlink(name, link, target_is_directory=True)
+        os.symlink(artifact.name, link, target_is_directory=True)
     except OSError:
         # Some network file systems, and Windows without developer mode, refuse links.
-        replace_json(dirpath / POINTER_NAME, {"artifact": name.as_posix()})
+        replace_json(dirpath / POINTER_NAME, {"artifact": artifact.name})
         if (dirpath / BEST_NAME).is_symlink():
             (dirpath / BEST_NAME).unlink()
     else:
         os.replace(link, dirpath / BEST_NAME)
         (dirpath / POINTER_NAME).unlink(missing_ok=True)
+    fsync(dirpath)
+
+
+def _lend(dirpath: Path, artifact: Path) -> None:
+    """Let the link ``best`` of a run that is over name a later run's artifact; its own stays in the pointer."""
+    link = temporary(dirpath, BEST_NAME)
+    os.symlink(artifact.relative_to(dirpath), link, target_is_directory=True)
+    if (own := best_target(dirpath)) is not None:
+        replace_json(dirpath / POINTER_NAME, {"artifact": own.name})
+    os.replace(link, dirpath / BEST_NAME)
     fsync(dirpath)
 
 

@@ -251,7 +251,7 @@ def _snapshots(dirpath: Path, run_id: str = "*") -> list[Path]:
 
 def _reasons(base: Path, dirpath: Path, home: Path | None, run_id: str | None, *, alive: bool) -> Iterator[str]:
     if alive:
-        yield f"Run {run_id} is alive in {home}: this one goes on from its checkpoint as a run of its own, in {dirpath}."
+        yield f"Run {run_id} is alive in {home}: this one goes on from its checkpoint as another run, in {dirpath}."
     elif home is not None:
         yield f"This run goes on in {dirpath}; what it published before, and its snapshots, stay in {home}."
     elif dirpath != base:

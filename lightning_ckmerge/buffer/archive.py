@@ -121,14 +121,14 @@ class Archive:
         self.run_id = state.run_id
         found = self._storage.contents(state.run_id)
         self._saved_names = state.names
-        for entry in state.entries if usable else ():
-            if found.get(entry.stored.name) == entry.stored.num_bytes:
-                self.entries.append(entry)
-            else:
-                self._warnings.append(
-                    f"A snapshot must be where the checkpoint says, got no whole file {entry.stored.name}. "
-                    f"Resume with the same `dirpath`; until then, {lost(entry.segment)}."
-                )
+        wanted = state.entries if usable else ()
+        self.entries += [e for e in wanted if found.get(e.stored.name) == e.stored.num_bytes]
+        if missing := [e for e in wanted if e not in self.entries]:
+            self._warnings.append(
+                f"Snapshots must be where the checkpoint says, got no whole file for {len(missing)} of {len(wanted)}, "
+                f"{missing[0].stored.name} the first. Resume with the `dirpath` of the run; until then, "
+                f"{'; '.join(lost(e.segment) for e in missing)}."
+            )
         kept = {e.stored.name for e in self.entries} | ({state.file.name} if usable and state.file else set())
         self._retired = found.keys() - kept
 

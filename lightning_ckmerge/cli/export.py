@@ -104,9 +104,11 @@ def _export_adapters(source: Source, adapters: dict[str, Any], out: Path, as_jso
 
 def _resolved(path: Path) -> Path:
     """A run, or its `best` where links are refused, stands for its best artifact."""
-    from lightning_ckmerge.artifact.load import POINTER_NAME, best_target
+    from lightning_ckmerge.artifact.files import BEST_NAME, POINTER_NAME
+    from lightning_ckmerge.artifact.load import best_target
+    from lightning_ckmerge.artifact.runs import find_run
 
-    directory = path.parent if path.name in ("best", POINTER_NAME) else path
+    directory = find_run(path.parent if path.name in (BEST_NAME, POINTER_NAME) else path)
     target = best_target(directory) if directory.is_dir() else None
     return target if target is not None else path
 

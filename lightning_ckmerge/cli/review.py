@@ -23,8 +23,10 @@ def list_searches(directory: RunPath, as_json: Json = False) -> None:
       ckmerge list runs/gpt/merges
     """
     from lightning_ckmerge.artifact.load import best_target
+    from lightning_ckmerge.artifact.runs import find_run
     from lightning_ckmerge.report.text import count, gain_text, number, seconds
 
+    directory = find_run(directory)
     searches = _searches(directory)
     best = best_target(directory)
     if as_json:
@@ -166,9 +168,9 @@ def _run_report(directory: Path) -> tuple[str, Path]:
 
     history = read_history(directory)
     found = (history.timeline, history.manifests, history.best)
-    markdown, page = render_run_markdown(*found), directory / "report.html"
+    markdown, page = render_run_markdown(*found), history.dirpath / "report.html"
     replace_text(page, render_run_html(*found))
-    replace_text(directory / "report.md", markdown)
+    replace_text(history.dirpath / "report.md", markdown)
     return markdown, page
 
 

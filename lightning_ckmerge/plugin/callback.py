@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact, best_target
+from lightning_ckmerge.artifact.runs import keep_snapshots
 from lightning_ckmerge.checks import checked
 from lightning_ckmerge.config import (
     Apply,
@@ -30,7 +31,7 @@ from lightning_ckmerge.plugin.run import MergeRun
 from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.strategies import check_supported
 from lightning_ckmerge.plugin.validation import unknown_monitor
-from lightning_ckmerge.plugin.whereabouts import Whereabouts, find_fault, resolve_dirpath
+from lightning_ckmerge.plugin.whereabouts import Stay, Whereabouts, find_fault, resolve_dirpath
 from lightning_ckmerge.search.study import open_storage
 
 
@@ -127,6 +128,8 @@ class CheckpointMergeCallback(Callback):
         self.apply = apply
         self.on_error = on_error
         self._run: MergeRun | None = None
+        self._stay: Stay | None = None
+        self._shared_dirpath: Path | None = None
         self._resolved_dirpath: Path | None = None
         self._whereabouts = Whereabouts()
         self._state: dict[str, Any] | None = None
@@ -162,25 +165,25 @@ class CheckpointMergeCallback(Callback):
         if stage != "fit":
             return
         _check_served(trainer, self.search)
-        # Loggers of several ranks may count several versions.
-        dirpath = trainer.strategy.broadcast(resolve_dirpath(trainer, self.dirpath))
-        _check_usable(trainer, dirpath)
-        callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009 - set where mypy cannot see it
-        others = [c for c in callbacks if isinstance(c, CheckpointMergeCallback) and c is not self]
-        if any(other._resolved_dirpath == dirpath for other in others):
+        dirpath = _usable_dirpath(trainer, self.dirpath)
+        others = [c for c in _merge_callbacks(trainer) if c is not self]
+        if any(other._shared_dirpath == dirpath for other in others):
             raise ConfigError(f"each merge callback needs a `dirpath` of its own, got {dirpath} twice. Name another.")
-        self._resolved_dirpath = dirpath
-        if trainer.local_rank == 0:
-            self._whereabouts.leave(dirpath)
-        self._run, self._monitor_seen = None, False
+        self._shared_dirpath, self._resolved_dirpath = dirpath, None
+        self._run, self._state, self._monitor_seen = None, None, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the buffer, or go on with a checkpoint's."""
         if getattr(trainer, "fast_dev_run", False):
             rank_zero_info("lightning-ckmerge does nothing in a fast_dev_run: there is no trail of weights to merge.")
             return
-        assert self._resolved_dirpath is not None
-        self._run = MergeRun(self, trainer, self._resolved_dirpath, self._state)
+        assert self._shared_dirpath is not None
+        state = self._state or self._left_off(trainer)
+        self._stay = Stay(trainer, self._shared_dirpath, state, moves=self.dirpath is not None)
+        self._resolved_dirpath = self._stay.place.dirpath
+        if trainer.local_rank == 0:
+            self._whereabouts.leave(self._resolved_dirpath)
+        self._run = MergeRun(self, trainer, self._stay.place, state)
         self._state = None
 
     def on_validation_batch_end(
@@ -223,11 +226,12 @@ class CheckpointMergeCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Search one last time after Ctrl-C, which Lightning handles; let anything else through."""
         if self._run is None:
+            self._end_stay()
             return
         # Several ranks are interrupted at several places, some of them inside a collective.
         if isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1:
             self._run.at_end()
-        self._run.close()
+        self._close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the merge where that was asked for. Checkpoints have been written by now; later ones know the buffer."""
@@ -237,20 +241,49 @@ class CheckpointMergeCallback(Callback):
             self._run.apply()
         self._last_state = self._run.finish()
         self._run = None
+        self._end_stay()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finish writing, if training failed."""
-        if self._run is not None:
-            self._run.close()
-            self._run = None
+        self._close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data for the checkpoint, no tensors."""
-        return self._run.state_dict() if self._run is not None else self._state or self._last_state
+        if self._run is not None:
+            return self._run.state_dict()
+        state = self._state or self._last_state
+        if state:
+            keep_snapshots(Path(state["dirpath"]))
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until training starts."""
         self._state = state_dict or None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take up the state of a run with another `dirpath`, where it can be nobody else's."""
+        own, _, _ = self.state_key.rpartition("'dirpath'")
+        states = {key: state for key, state in checkpoint["callbacks"].items() if str(key).startswith(own)}
+        keys = {c.state_key for c in _merge_callbacks(trainer) if c.state_key.startswith(own)}
+        unclaimed, without = states.keys() - keys, keys - states.keys()
+        if self.state_key in without and len(unclaimed) == len(without) == 1:
+            self.load_state_dict(states[unclaimed.pop()])
+
+    def _left_off(self, trainer: Trainer) -> dict[str, Any] | None:
+        """What the last ``fit`` left, where this one goes on from its last step."""
+        state = self._last_state
+        return state if state and trainer.global_step == state["schedule"]["step"] > 0 else None
+
+    def _close(self) -> None:
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+        self._end_stay()
+
+    def _end_stay(self) -> None:
+        if self._stay is not None:
+            self._stay.end()
+            self._stay = None
 
 
 def _check_served(trainer: Trainer, search: SearchConfig) -> None:
@@ -266,7 +299,15 @@ def _check_served(trainer: Trainer, search: SearchConfig) -> None:
         raise ConfigError(fault)
 
 
-def _check_usable(trainer: Trainer, dirpath: Path) -> None:
-    """Raise, on all ranks, unless rank 0 can write to the directory."""
-    if fault := trainer.strategy.broadcast(find_fault(dirpath) if trainer.is_global_zero else None):
+def _merge_callbacks(trainer: Trainer) -> list[CheckpointMergeCallback]:
+    callbacks: list[Callback] = getattr(trainer, "callbacks")  # noqa: B009 - set where mypy cannot see it
+    return [c for c in callbacks if isinstance(c, CheckpointMergeCallback)]
+
+
+def _usable_dirpath(trainer: Trainer, dirpath: str | Path | None) -> Path:
+    """Return the directory, the same on all ranks; raise, on all of them, unless rank 0 can write to it."""
+    # Loggers of several ranks may count several versions.
+    resolved: Path = trainer.strategy.broadcast(resolve_dirpath(trainer, dirpath))
+    if fault := trainer.strategy.broadcast(find_fault(resolved) if trainer.is_global_zero else None):
         raise ConfigError(fault)
+    return resolved

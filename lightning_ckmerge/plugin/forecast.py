@@ -151,7 +151,10 @@ def _faults(callback: CheckpointMergeCallback, trainer: Any, known: Known) -> li
 def _warnings(trainer: Any, known: Known) -> list[str]:
     found = []
     if (known.dirpath / TIMELINE_NAME).is_file():
-        found.append(f"{known.dirpath} holds the artifacts of an earlier run, which this one would go on with.")
+        found.append(
+            f"{known.dirpath} holds the artifacts of an earlier run: a new one goes to a directory of its own below, "
+            "`run=2` or later, and one that is resumed goes on where it has been."
+        )
     if trainer.fast_dev_run:
         found.append("The callback does nothing in a `fast_dev_run`: this plan is not of the run itself.")
     return found

@@ -22,6 +22,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_ckmerge.artifact.files import file_record
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.offline import listed
+from lightning_ckmerge.artifact.runs import Place
 from lightning_ckmerge.artifact.sources import Source
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.core.layout import as_real
@@ -186,7 +187,7 @@ class OfflineRun(MergeRun):
         # The same checkpoints make the same study, so that a search that was interrupted goes on.
         names = "\n".join(f"{s.step} {s.path.name}" for s in sources)
         run_id = hashlib.sha256(names.encode()).hexdigest()[:8]
-        super().__init__(callback, trainer, dirpath, {"run_id": run_id, "training_s": 0.0, "searched_s": 0.0})
+        super().__init__(callback, trainer, Place(dirpath=dirpath, run_id=run_id, source=None))
 
     @property
     def step(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import Manifest, build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore, Extra
+from lightning_ckmerge.artifact.runs import Place
 from lightning_ckmerge.artifact.timeline import Validated
 from lightning_ckmerge.config import parse_size
 from lightning_ckmerge.core.outcome import SearchOutcome
@@ -37,7 +39,7 @@ class Publisher:
     Args:
         callback: Holds the arguments.
         trainer: The Trainer.
-        dirpath: Where artifacts go.
+        place: Where artifacts go.
         model: Where merges are, as all ranks publish them.
     """
 
@@ -45,7 +47,7 @@ class Publisher:
         self,
         callback: CheckpointMergeCallback,
         trainer: Trainer,
-        dirpath: Path,
+        place: Place,
         model: RankModel,
     ) -> None:
         config = callback.artifact
@@ -53,17 +55,21 @@ class Publisher:
         self._module: LightningModule = trainer.lightning_module
         self._adapters = model.adapters
         self._comm = model.comm
-        self._dirpath = dirpath
+        self._dirpath = place.dirpath
+        self._run_id = place.run_id
         self._writes_checkpoint = "ckpt" in config.formats
         self._pretrained = (
             Pretrained(trainer, config, has_adapters=model.adapters is not None) if "hf" in config.formats else None
         )
         self._store = ArtifactStore(
-            dirpath,
+            place.dirpath,
             mode=callback.mode,
             save_top_k=callback.save_top_k,
             max_shard_size=parse_size(config.max_shard_size),
         )
+        if self._comm.rank == 0 and place.source == place.dirpath:
+            with contextlib.suppress(CkmergeError, OSError):  # the next accepted merge tries again
+                self._store.show_best(place.run_id, callback.monitor)
 
     def publish(self, outcome: SearchOutcome, job: SearchJob, validation: Sequence[Validated]) -> Artifact:
         """Publish the winner, or the record alone of a rejected search, and return its artifact.
@@ -94,7 +100,7 @@ class Publisher:
             rank_zero_warn(f"The run's report was not written: {explain(error)}")
 
     def _manifest(self, outcome: SearchOutcome) -> Manifest:
-        manifest = build_manifest(outcome)
+        manifest = {**build_manifest(outcome), "run_id": self._run_id}
         if self._adapters is not None:
             manifest["adapters"] = self._adapters.describe(outcome.winner.candidate.coefficients)
         return manifest

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_ckmerge.artifact.runs import Place
 from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.config import BufferConfig
@@ -25,9 +25,8 @@ class RankBuffer:
     Args:
         config: What to keep.
         model: Whose tensors.
-        dirpath: Where artifacts go; snapshots on disk lie below it.
+        place: Where artifacts go; snapshots on disk lie below it.
         device: The weights' device.
-        run_id: Marks the run's files.
         total_steps: Length of the run, where it is known.
 
     Attributes:
@@ -38,17 +37,16 @@ class RankBuffer:
         self,
         config: BufferConfig,
         model: RankModel,
-        dirpath: Path,
+        place: Place,
         *,
         device: torch.device,
-        run_id: str,
         total_steps: int | None,
     ) -> None:
         self._model = model
-        self._dirpath = dirpath
+        self._place = place
         self._leftovers = Leftovers([], "")
         storage: Storage = (
-            DiskStorage(buffer_dirpath(dirpath, model.comm.rank, model.comm.world_size))
+            DiskStorage(buffer_dirpath(place.dirpath, model.comm.rank, model.comm.world_size))
             if config.storage == "disk"
             else MemoryStorage(device if config.storage == "device" else "cpu")
         )
@@ -57,7 +55,7 @@ class RankBuffer:
             model.layout,
             storage,
             device=device,
-            run_id=run_id,
+            run_id=place.run_id,
             segment_steps=finest_segment(config, total_steps),
             double_segments=config.every_n_train_steps is None and total_steps is None,
         )
@@ -100,7 +98,7 @@ class RankBuffer:
         model = self._model
         with together(model.comm):
             self._leftovers, warnings = resume_buffer(
-                self.rolling, state["buffers"], state["layouts"], model.ownership, model.comm, self._dirpath
+                self.rolling, state["buffers"], state["layouts"], model.ownership, model.comm, self._place
             )
         for warning in warnings:
             rank_zero_warn(warning)

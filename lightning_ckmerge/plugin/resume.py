@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_ckmerge.artifact.runs import Place
 from lightning_ckmerge.buffer.reshard import NewRank, reshard
 from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.buffer.state import BufferState
@@ -34,9 +37,11 @@ def resume_buffer(
     layouts: Sequence[str],
     ownership: Ownership,
     comm: Comm,
-    dirpath: Path,
+    place: Place,
 ) -> tuple[Leftovers, list[str]]:
     """Go on from the old ranks' states; their files are used as they are if each rank has the same part as before.
+
+    Files that lie elsewhere are linked or copied, and left alone there.
 
     Args:
         buffer: A new one.
@@ -44,7 +49,7 @@ def resume_buffer(
         layouts: Their fingerprints.
         ownership: The parts of this rank.
         comm: The ranks.
-        dirpath: Where artifacts go.
+        place: Where artifacts go, and where the files lie.
 
     Returns:
         The files that are no longer used, and what could not be taken over.
@@ -55,10 +60,14 @@ def resume_buffer(
     now = comm.exchange(fingerprint(TensorLayout(ownership.owned())))
     old = [BufferState.from_dict(s) for s in states]
     usable = buffer.config.storage == "disk" and all(s.durable and s.snapshot == buffer.config.snapshot for s in old)
+    dirpath, source = place.dirpath, place.source or place.dirpath
     if list(layouts) == now or not usable:
+        if usable and source != dirpath:
+            own = [buffer_dirpath(path, comm.rank, comm.world_size) for path in (source, dirpath)]
+            _bring(old[comm.rank].names, *own)
         buffer.load_state_dict(states[comm.rank if list(layouts) == now else 0])
         return Leftovers([], ""), []
-    dirpaths = [buffer_dirpath(dirpath, rank, len(old)) for rank in range(len(old))]
+    dirpaths = [buffer_dirpath(source, rank, len(old)) for rank in range(len(old))]
     new = NewRank(
         rank=comm.rank,
         world_size=comm.world_size,
@@ -69,7 +78,8 @@ def resume_buffer(
     )
     state, warnings = reshard(old, dirpaths, new)
     buffer.load_state_dict(state.to_dict())
-    return Leftovers(dirpaths[comm.rank :: comm.world_size], old[0].run_id), warnings
+    own_leftovers = dirpaths[comm.rank :: comm.world_size] if source == dirpath else []
+    return Leftovers(own_leftovers, old[0].run_id), warnings
 
 
 class Leftovers:
@@ -99,3 +109,19 @@ class Leftovers:
                 for name in storage.contents(self._run_id):
                     storage.delete(name)
                 storage.dirpath.rmdir()  # unless others' files are in it
+
+
+def _bring(names: Iterable[str], source: Path, target: Path) -> None:
+    """Link or copy snapshots. The buffer tells of those that are not there."""
+    old, new = DiskStorage(source), DiskStorage(target)
+    for name in names:
+        with contextlib.suppress(OSError):
+            target.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(old.path(name), new.path(name))
+            except FileExistsError:
+                continue
+            except OSError:  # another file system, or one without links
+                staged = target / f"{name}.tmp"
+                shutil.copyfile(old.path(name), staged)
+                staged.replace(new.path(name))

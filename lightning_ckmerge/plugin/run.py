@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.artifact.runs import Place, keep_snapshots
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.distributed.comm import on_rank_zero
@@ -41,19 +40,19 @@ class MergeRun:
     Args:
         callback: Holds the arguments.
         trainer: The Trainer, which has the model on its device and knows the length of the run.
-        dirpath: Where artifacts go.
+        place: Where artifacts go, and where they went before.
         state: What a checkpoint held of an earlier one; ``None``: a new run.
     """
 
     def __init__(
-        self, callback: CheckpointMergeCallback, trainer: Trainer, dirpath: Path, state: dict[str, Any] | None = None
+        self, callback: CheckpointMergeCallback, trainer: Trainer, place: Place, state: dict[str, Any] | None = None
     ) -> None:
         self.callback = callback
-        self.dirpath = dirpath
+        self.dirpath = place.dirpath
         self._trainer = trainer
         self._model = RankModel(trainer.lightning_module, callback.search.space, callback.artifact)
         self._bench_maker = BenchMaker(callback, trainer, self._model)
-        self._publisher = Publisher(callback, trainer, dirpath, self._model)
+        self._publisher = Publisher(callback, trainer, place, self._model)
         self._announcer = Announcer(trainer)
         self._curve = Curve()
         self._rates = LearningRates()
@@ -63,15 +62,14 @@ class MergeRun:
         self._has_ended = False
         length = length_of_run(trainer)
         self._schedule = Schedule(**callback.triggers, total_steps=length.steps, step=trainer.global_step)
-        state = state or {"run_id": uuid.uuid4().hex[:8], "training_s": 0.0, "searched_s": 0.0}
-        self._run_id: str = self._model.comm.exchange(state["run_id"])[0]
+        state = state or {"training_s": 0.0, "searched_s": 0.0}
+        self._run_id = place.run_id
         self._clock = Clock(float(state["training_s"]), float(state["searched_s"]))
         self._buffer = RankBuffer(
             callback.buffer,
             self._model,
-            dirpath,
+            place,
             device=trainer.strategy.root_device,
-            run_id=self._run_id,
             total_steps=length.steps,
         )
         if "buffers" in state:
@@ -80,6 +78,8 @@ class MergeRun:
             self._previous = state["previous"]
             self._curve.load_state_dict(state["curve"])
             self._rates.load_state_dict(state["rates"])
+        for note in place.notes:
+            rank_zero_info(note)
         self._say_plan(length)
 
     @property
@@ -158,7 +158,7 @@ class MergeRun:
         It is taken last: the files of the last checkpoint, which are not all named in it, stay.
         """
         self._buffer.rolling.close()
-        state = self.state_dict()
+        state = self._state()
         self._buffer.warn()
         self._model.comm.close()
         return state
@@ -170,10 +170,17 @@ class MergeRun:
         self._model.comm.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain data from which a later one goes on; no tensors."""
+        """Return plain data from which a later one goes on; no tensors. From now on, a checkpoint names snapshots."""
+        state = self._state()
+        if self._model.comm.rank == 0:
+            keep_snapshots(self.dirpath)
+        return state
+
+    def _state(self) -> dict[str, Any]:
         buffers = self._buffer.state_dict()
         return {
             "run_id": self._run_id,
+            "dirpath": str(self.dirpath),
             "training_s": self._clock.training_s,
             "searched_s": self._clock.searched_s,
             "previous": self._previous,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import tempfile
 import uuid
 import weakref
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_ckmerge.errors import ConfigError
+from lightning_ckmerge.artifact.runs import Claim, Place, likely
+from lightning_ckmerge.errors import ConfigError, explain
 
 # `Path` makes `s3:/` of `s3://`. One letter before the colon is a drive.
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:[:/]")
@@ -74,6 +77,14 @@ def find_fault(dirpath: Path) -> str | None:
     return None
 
 
+def _claim(trainer: Trainer, base: Path, state: dict[str, Any] | None, *, moves: bool) -> Claim:
+    if state is None:
+        return Claim(base)
+    checkpoint = Path(trainer.ckpt_path).absolute() if trainer.ckpt_path else None
+    roots = itertools.chain(checkpoint.parents if checkpoint else (), [Path(trainer.default_root_dir), Path.cwd()])
+    return Claim(base, state["run_id"], likely(Path(state["dirpath"]), roots), moves=moves)
+
+
 def _local(name: str, path: str | os.PathLike[str]) -> Path:
     if URL.match(os.fspath(path)):
         raise ConfigError(
@@ -81,6 +92,42 @@ def _local(name: str, path: str | os.PathLike[str]) -> Path:
             "to a local or mounted path, and copy what is published from there."
         )
     return Path(os.path.abspath(Path(path).expanduser()))
+
+
+class Stay:
+    """A run's directory, the same on all ranks, and the run's own until ``end``.
+
+    Args:
+        trainer: The Trainer, before its first step.
+        base: What ``resolve_dirpath`` returned, on all ranks.
+        state: What a checkpoint held of the run; ``None``: a new one.
+        moves: Whether ``base`` was asked for, so that a run that has been elsewhere goes on there.
+
+    Raises:
+        ConfigError: Nothing can be written there.
+
+    Attributes:
+        place: The directory, and where the run has been.
+    """
+
+    def __init__(self, trainer: Trainer, base: Path, state: dict[str, Any] | None, *, moves: bool) -> None:
+        self._claim: Claim | None = None
+        fault = None
+        if trainer.is_global_zero:
+            try:
+                self._claim = _claim(trainer, base, state, moves=moves)
+            except Exception as error:
+                fault = f"`dirpath` must be a directory that can be written to, got {base}: {explain(error)}."
+        found = None if self._claim is None else self._claim.place
+        place, fault = trainer.strategy.broadcast((found, fault))
+        if place is None:
+            raise ConfigError(fault)
+        self.place: Place = place
+
+    def end(self) -> None:
+        """Let others have the directory."""
+        if self._claim is not None:
+            self._claim.release()
 
 
 class Whereabouts:

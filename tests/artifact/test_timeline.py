@@ -14,6 +14,7 @@ def test_a_record_tells_the_search_in_a_line() -> None:
     record = timeline_record(build_manifest(make_outcome(value=2.0)), "step=000001000", [(500, 2.4), (1000, 2.1)])
     assert record.pop("cost")["num_batches"] == 93
     assert record == {
+        "run_id": None,
         "step": 1000,
         "monitor": "val_loss",
         "mode": "min",
