@@ -1,12 +1,14 @@
-"""Show a search on the Trainer's own progress bar; plain log lines are the caller's where there is none."""
+"""What people see while a run goes on: lines that no progress bar overwrites, and a search on the Trainer's own bar."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_ckmerge.core.outcome import Trial
 
@@ -16,6 +18,40 @@ class OnScored(Protocol):
 
     def __call__(self, trial: Trial, total: int) -> None:
         """Show it."""
+
+
+def say(trainer: Trainer, text: str, tell: Callable[[str], None] = rank_zero_info) -> None:
+    """Tell people something, on rank 0, on lines of its own above the progress bar.
+
+    Args:
+        trainer: Its bar makes room.
+        text: One line or more.
+        tell: Where it goes: a log record by default, so that it is in every log, once; or ``rank_zero_warn``.
+    """
+    bar: Any = trainer.progress_bar_callback
+    with contextlib.ExitStack() as stack:
+        if getattr(bar, "is_enabled", False) and trainer.is_global_zero:
+            if hasattr(bar, "init_validation_tqdm"):
+                stack.enter_context(Tqdm.external_write_mode())
+            elif (live := getattr(getattr(bar, "progress", None), "live", None)) is not None:
+                stack.enter_context(_without_live(bar.progress, live))
+        tell(text)
+
+
+@contextlib.contextmanager
+def _without_live(progress: Any, live: Any) -> Iterator[None]:
+    """Take a Rich display off the terminal: log handlers write past it, and it would be drawn over their lines."""
+    console = live.console
+    if not (live.is_started and console.is_terminal) or console.is_jupyter:
+        yield
+        return
+    transient, live.transient = live.transient, True  # stops without a trace
+    progress.stop()
+    try:
+        yield
+    finally:
+        live.transient = transient
+        progress.start()
 
 
 @contextlib.contextmanager

@@ -24,8 +24,9 @@ from lightning_ckmerge.errors import CkmergeError, explain
 from lightning_ckmerge.pipeline import SearchJob
 from lightning_ckmerge.plugin.evaluation import dump_weights
 from lightning_ckmerge.plugin.pretrained import Pretrained
+from lightning_ckmerge.plugin.progress import say
 from lightning_ckmerge.plugin.rank_model import RankModel
-from lightning_ckmerge.plugin.reports import write_run_report, write_search_report
+from lightning_ckmerge.plugin.reports import summarize_run, write_run_report, write_search_report
 
 if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
@@ -97,7 +98,19 @@ class Publisher:
         try:
             write_run_report(self._dirpath)
         except (CkmergeError, OSError) as error:
-            rank_zero_warn(f"The run's report was not written: {explain(error)}")
+            say(self._trainer, f"The run's report was not written: {explain(error)}", rank_zero_warn)
+
+    def sum_up(self) -> None:
+        """Say what the run's searches found."""
+        if self._comm.rank != 0:
+            return
+        try:
+            text = summarize_run(self._dirpath)
+        except (CkmergeError, OSError) as error:
+            say(self._trainer, f"The run's searches could not be summed up: {explain(error)}", rank_zero_warn)
+            return
+        if text:
+            say(self._trainer, text)
 
     def _manifest(self, outcome: SearchOutcome) -> Manifest:
         manifest = {**build_manifest(outcome), "run_id": self._run_id}

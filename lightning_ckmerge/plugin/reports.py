@@ -1,4 +1,4 @@
-"""Writes the reports of a search and of the run."""
+"""Writes the reports of a search and of the run, and sums the run up in a few lines."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 from lightning_ckmerge.artifact.files import replace_text
 from lightning_ckmerge.artifact.history import read_history
+from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
-from lightning_ckmerge.report.run import render_run_html, render_run_markdown
+from lightning_ckmerge.report.run import render_run_html, render_run_markdown, summarize
 
 
 def write_search_report(path: Path, manifest: dict[str, Any]) -> None:
@@ -28,3 +29,15 @@ def write_run_report(dirpath: Path) -> None:
     found = (history.timeline, history.manifests, history.best)
     replace_text(dirpath / "report.md", render_run_markdown(*found))
     replace_text(dirpath / "report.html", render_run_html(*found))
+
+
+def summarize_run(dirpath: Path) -> str:
+    """Return the searches so far in a few lines, with the code that loads the best merge; none: an empty text.
+
+    Raises:
+        ArtifactError: A file is damaged.
+    """
+    if not read_timeline(dirpath):
+        return ""
+    history = read_history(dirpath)
+    return summarize(history.timeline, history.best, dirpath)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.runs import Place, keep_snapshots
@@ -22,13 +22,14 @@ from lightning_ckmerge.plugin.clock import Clock
 from lightning_ckmerge.plugin.curve import Curve
 from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.plan import Known, Plan, make_plan, render_plan
-from lightning_ckmerge.plugin.progress import OnScored, search_progress
+from lightning_ckmerge.plugin.progress import OnScored, say, search_progress
 from lightning_ckmerge.plugin.publisher import Publisher
 from lightning_ckmerge.plugin.rank_buffer import RankBuffer
 from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.rates import LearningRates, rates_of
 from lightning_ckmerge.plugin.run_length import RunLength, length_of_run
 from lightning_ckmerge.plugin.schedule import Schedule
+from lightning_ckmerge.search.study import keep_warned
 
 if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
@@ -111,9 +112,10 @@ class MergeRun:
             self._search_as_scheduled()
 
     def at_end(self) -> None:
-        """Search once more, unless the last step has been searched or a search was interrupted."""
+        """Search once more, unless the last step has been searched or a search was interrupted, and sum the run up."""
         if self.callback.search_on_train_end and not self._searching and self._buffer_has_moved():
             self._search_as_scheduled()
+        self._publisher.sum_up()
 
     def search(self) -> Artifact | None:
         """Search, publish, restore and log; ``None`` if the search was skipped or failed, on this rank or another."""
@@ -131,7 +133,8 @@ class MergeRun:
                 if self.callback.on_error == "raise":
                     raise
                 if not isinstance(error, TraceError):
-                    rank_zero_warn(f"No merge at step {self.step}: {explain(error)}")
+                    say(self._trainer, f"No merge at step {self.step}: {explain(error)}", rank_zero_warn)
+        keep_warned()
         self._searching = False
         self._end_if_traced()
         return self._last_artifact
@@ -144,7 +147,7 @@ class MergeRun:
             self._has_ended = True
             if self.callback.on_error == "raise":
                 raise
-            rank_zero_warn(str(error))
+            say(self._trainer, str(error), rank_zero_warn)
 
     def apply(self) -> None:
         """Load the last search's merge into the module, if it was accepted."""
@@ -195,7 +198,7 @@ class MergeRun:
         batches = trainer.num_val_batches
         known = Known(length=length, val_batches=batches, dirpath=self.dirpath, num_ranks=trainer.world_size)
         self.plan: Plan = make_plan(self.callback, trainer, self._model, known)
-        rank_zero_info(render_plan(self.plan))
+        say(trainer, render_plan(self.plan))
 
     def _buffer_has_moved(self) -> bool:
         return self._trainer.global_step > self._schedule.searched_step
@@ -214,9 +217,8 @@ class MergeRun:
             return
         self._schedule.searched_step = self.step
         self._last_artifact = None  # which is not of these weights
-        rank_zero_info(
-            f"No merge search at step {self.step}: {objection}. `search.at_low_lr: search` searches all the same."
-        )
+        text = f"No merge search at step {self.step}: {objection}. `search.at_low_lr: search` searches all the same."
+        say(self._trainer, text)
 
     def _objection(self) -> str | None:
         """Why a search has little to find at this step."""
@@ -282,9 +284,7 @@ class MergeRun:
     def _announce(self, outcome: SearchOutcome, artifact: Artifact) -> None:
         self._previous = outcome.best_coordinates or self._previous
         verdict = outcome.verdict
-        line = f"Merge search at step {outcome.step}: {verdict.sentence} {artifact.path}"
-        (rank_zero_warn if verdict.status == "rejected" else rank_zero_info)(line)
-        for warning in verdict.warnings:
-            rank_zero_warn(warning)
+        found = f"Merge search at step {outcome.step}: {verdict.sentence} {artifact.path}"
+        say(self._trainer, "\n".join([found, *(f"  Note: {warning}" for warning in verdict.warnings)]))
         self._publisher.show_run()
         self._announcer.announce(outcome, artifact, self._clock.searched_s)

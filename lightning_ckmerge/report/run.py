@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lightning_ckmerge.core.wording import change_told
 from lightning_ckmerge.report import charts, run_charts
@@ -93,6 +94,19 @@ def render_run_markdown(timeline: Sequence[Record], manifests: Mapping[str, Mani
         f"```python\n{view.code}```" if view.code else "No merge was accepted: go on with the latest weights.",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def summarize(timeline: Sequence[Record], best: str | None, dirpath: Path) -> str:
+    """Return what a run found in three lines, for a terminal; the arguments are those of ``render_run_html``."""
+    leader = _leader(timeline, best)
+    load = f'load_merged("{dirpath / "best"}", model)' if best is not None else "go on with the final weights"
+    return "\n".join(
+        [
+            f"lightning-ckmerge: {_tally(timeline)}",
+            f"  {_finding(leader)}",
+            f"  To use it: {load}. Report: {dirpath / 'report.html'}",
+        ]
+    )
 
 
 def build_run_view(timeline: Sequence[Record], manifests: Mapping[str, Manifest], best: str | None) -> RunView:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import math
 import re
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -162,7 +163,7 @@ def make_sampler(sampler: BaseSampler | None, seed: int) -> BaseSampler:
     """Return ``sampler``, or the default: a Gaussian process for an objective without noise."""
     if sampler is not None:
         return sampler
-    with warnings.catch_warnings():
+    with quiet(), warnings.catch_warnings():
         # `deterministic_objective` is marked experimental. All candidates see the same batches, so it is true here.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return GPSampler(seed=seed, n_startup_trials=NUM_STARTUP_TRIALS, deterministic_objective=True)
@@ -247,3 +248,21 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+        keep_warned()
+
+
+def keep_warned() -> None:
+    """Keep Python from warning again of what it has warned of.
+
+    It forgets all of that wherever filters change, and Optuna and others change them for a moment. A warning that a
+    training step raises would be shown once more after each search.
+    """
+    probe: dict[str | tuple[str, type[Warning], int], int] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.warn_explicit("", UserWarning, "", 0, registry=probe)
+    # A registry holds while its version is that of the filters, which leaving the block has raised once more.
+    version = probe["version"] + 1
+    for module in tuple(sys.modules.values()):
+        if (registry := getattr(module, "__dict__", {}).get("__warningregistry__")) is not None:
+            registry["version"] = version

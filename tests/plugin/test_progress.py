@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import re
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +15,10 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 
-from tests.plugin.runs import Case, SearchAtValidationEnd, assert_searched, fit, make_merge
+from lightning_ckmerge import SearchConfig
+from lightning_ckmerge.artifact.timeline import read_timeline
+from tests.plugin.models import Classifier, points_loader
+from tests.plugin.runs import Case, SearchAtValidationEnd, assert_searched, fit, make_merge, merges_dir
 
 BARS: dict[str, Callable[[], pl.Callback]] = {
     "tqdm": TQDMProgressBar,
@@ -70,3 +78,78 @@ def test_another_bar_is_left_alone(tmp_path: Path, capfd: pytest.CaptureFixture[
             self.enabled = True
 
     output(tmp_path, capfd, Own(), every_n_train_steps=5)  # which asserts that searches took place
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("bar", [*BARS, "none"])
+def test_what_is_said_stays_on_the_terminal(bar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goes red if a bar is drawn over the plan, a verdict or the summary, or if a verdict is a warning.
+
+    Bar and log share one terminal, whose screen is worked out from what they write. All warnings are ignored.
+    """
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    logger = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(terminal)])
+    monkeypatch.setattr(logger, "propagate", False)
+    case = Case(
+        trainer={"enable_progress_bar": bar != "none"}, callbacks=lambda: [BARS[bar]()] if bar != "none" else []
+    )
+    run = fit(case, tmp_path, [make_merge(every_n_train_steps=8, search_on_train_end=True)])
+    said = screen(terminal.getvalue())
+    plan = ["lightning-ckmerge: up to 10 mean snapshots", "  buffer: ", "  a search: "]
+    verdicts = [f"Merge search at step {r['step']}: " for r in read_timeline(merges_dir(run))]
+    summary = [f"lightning-ckmerge: {len(verdicts)} searches: ", "  To use it: "]
+    assert len(verdicts) == 2
+    assert [line for line in [*plan, *verdicts, *summary] if sum(s.startswith(line) for s in said) != 1] == []
+
+
+def screen(written: str) -> list[str]:
+    """Return the lines that stand on a terminal of any width after this was written."""
+    lines, row, column = [""], 0, 0
+    for up, erase, text in re.findall(r"\x1b\[(?:(1?A)|([012]?K)|[\d;?]*[a-zA-Z])|(\r|\n|[^\x1b\r\n]+)", written):
+        if up:
+            row -= 1
+        elif erase:
+            lines[row] = "" if erase == "2K" else lines[row][:column]
+        elif text == "\r":
+            column = 0
+        elif text == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row == len(lines))
+        else:
+            lines[row] = f"{lines[row][:column]:{column}}{text}{lines[row][column + len(text) :]}"
+            column += len(text)
+    return lines
+
+
+def test_a_warning_of_the_run_is_shown_as_often_as_without_searches(tmp_path: Path) -> None:
+    """Goes red where Python forgets what it has warned of: Optuna and others change the filters for a moment."""
+
+    class Warns(Classifier):
+        def training_step(self, *args: Any) -> Any:
+            warnings.warn("in training", stacklevel=1)
+            return super().training_step(*args)
+
+        def validation_step(self, *args: Any) -> Any:
+            warnings.warn("in validation", stacklevel=1)
+            return super().validation_step(*args)
+
+    def count(*merges: pl.Callback) -> Counter[str]:
+        globals().pop("__warningregistry__", None)
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter("default")
+            trainer = pl.Trainer(max_epochs=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+            trainer.callbacks.extend(merges)
+            trainer.fit(Warns(), points_loader(train=True), points_loader(train=False))
+        return Counter(str(w.message) for w in shown if str(w.message).startswith("in "))
+
+    merge = make_merge(dirpath=tmp_path / "merges", search=SearchConfig(n_trials=8, max_fraction_of_training=None))
+    assert count(merge) == count() == {"in training": 1, "in validation": 1}
+    assert read_timeline(tmp_path / "merges")
