@@ -220,6 +220,7 @@ def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
         job.name,
         sampler=sampler,
         intervals=intervals,
+        monitor=job.monitor,
         mode=job.mode,
         others=job.others,
         fingerprint=_fingerprint(identity),

@@ -20,6 +20,7 @@ from lightning_ckmerge.artifact.files import (
     inside,
 )
 from lightning_ckmerge.artifact.manifest import Manifest, read_manifest
+from lightning_ckmerge.artifact.notebook import describe, render_card
 from lightning_ckmerge.artifact.runs import find_run
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.errors import ArtifactError
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 NUM_LISTED = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Artifact:
     """A directory that a search published.
 
@@ -60,6 +61,12 @@ class Artifact:
         artifact = cls(directory, read_manifest(directory))
         artifact.check_files(verify=verify)
         return artifact
+
+    def __repr__(self) -> str:
+        return describe(self.path, self.manifest)
+
+    def _repr_html_(self) -> str:
+        return render_card(self.path, self.manifest, has_weights=self.has_weights)
 
     @property
     def has_weights(self) -> bool:

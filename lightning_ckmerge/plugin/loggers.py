@@ -32,7 +32,7 @@ class Announcer:
         Args:
             outcome: The search.
             artifact: What it published.
-            searched_s: Seconds that all searches have taken.
+            searched_s: Seconds that all searches have taken, this one included.
         """
         if not self._trainer.is_global_zero:
             return
@@ -58,13 +58,15 @@ class Announcer:
 
 def scalars(outcome: SearchOutcome, searched_s: float) -> dict[str, float]:
     """Return what a search logs as numbers."""
-    winner = outcome.winner
-    best_anchor = next(t for t in outcome.anchors if t.candidate.name == outcome.verdict.best_anchor)
+    winner, verdict = outcome.winner, outcome.verdict
+    anchors = {t.candidate.name: (t.confirm or t.search).value for t in outcome.anchors}
     values = {
         f"merge/{outcome.monitor}": (winner.confirm or winner.search).value,
-        **{f"merge/{other.monitor}": other.value for other in outcome.verdict.others},
-        "merge/gain": outcome.verdict.gain,
-        "merge/best_anchor": (best_anchor.confirm or best_anchor.search).value,
+        **{f"merge/{other.monitor}": other.value for other in verdict.others},
+        "merge/latest": anchors["latest"],
+        "merge/best_anchor": anchors[verdict.best_anchor],
+        "merge/gain": verdict.gain,
+        **dict(zip(("merge/gain_low", "merge/gain_high"), verdict.interval or (), strict=False)),
         "merge/seconds": sum(outcome.cost.seconds.values()),
         "merge/seconds_total": searched_s,
         **{f"merge/{name}": value for name, value in (winner.candidate.coordinates or {}).items()},

@@ -287,4 +287,4 @@ class MergeRun:
         found = f"Merge search at step {outcome.step}: {verdict.sentence} {artifact.path}"
         say(self._trainer, "\n".join([found, *(f"  Note: {warning}" for warning in verdict.warnings)]))
         self._publisher.show_run()
-        self._announcer.announce(outcome, artifact, self._clock.searched_s)
+        self._announcer.announce(outcome, artifact, self._clock.searched_s + sum(outcome.cost.seconds.values()))

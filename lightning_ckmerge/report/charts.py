@@ -18,7 +18,7 @@ Shape = Literal["dot", "ring", "cross", "diamond", "up", "down"]
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One snapshot's coefficient; ``hint`` shows under the pointer."""
+    """One snapshot's weight; ``hint`` shows its coefficient under the pointer."""
 
     x: float
     y: float
@@ -30,10 +30,11 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class CoefficientChart:
-    """Coefficients over training steps; ``zero`` is the height of the axis."""
+    """Weights over training steps; ``zero`` is the height of the axis, ``unit`` says what is drawn upwards."""
 
     bars: list[Bar]
     zero: float
+    unit: str
     x_ticks: list[Tick]
     y_ticks: list[Tick]
 
@@ -71,33 +72,49 @@ class HistoryChart:
     y_ticks: list[Tick]
 
 
+def weights_per_step(manifest: Manifest) -> tuple[list[float], str]:
+    """Return how much each snapshot of the winner weighs, and the name of that.
+
+    A mean's coefficient is spread over its steps, so that a plain mean over steps is level. The latest weights are no
+    mean: they count as the shortest one does. Where there are points alone, their coefficients are what is compared.
+    """
+    lengths = [s["last_step"] - s["first_step"] + 1 for s in manifest["snapshots"]]
+    is_mean = [s["kind"] == "mean" for s in manifest["snapshots"]]
+    shortest = min((n for n, mean in zip(lengths, is_mean, strict=True) if mean), default=1)
+    spans = [n if mean else shortest for n, mean in zip(lengths, is_mean, strict=True)]
+    weights = [c / span for c, span in zip(manifest["coefficients"], spans, strict=True)]
+    return weights, "weight per step" if any(is_mean) else "coefficient"
+
+
 def coefficient_chart(manifest: Manifest) -> CoefficientChart:
-    """Return the winner's coefficients as bars, each as wide as its snapshot's steps."""
+    """Return the winner's weights as bars, each as wide as its snapshot's steps: its area is its coefficient."""
     snapshots, c_K = manifest["snapshots"], manifest["coefficients"]
+    weights, unit = weights_per_step(manifest)
     first, last = min(s["first_step"] for s in snapshots) - 1, max(s["last_step"] for s in snapshots)
-    low, high = min(0.0, *c_K), max(0.0, *c_K)
+    low, high = min(0.0, *weights), max(0.0, *weights)
     # Room on the right for the latest weights, whose steps the newest mean already covers.
     right = RIGHT - 2 * (MIN_BAR + BAR_GAP)
 
     x = Axis(low=first, high=last, start=LEFT, end=right)
     y = vertical(low, high)
     bars, end = [], float(LEFT)
-    for snapshot, c in zip(snapshots, c_K, strict=True):
+    for snapshot, c, weight in zip(snapshots, c_K, weights, strict=True):
         start = max(end, x.at(snapshot["first_step"] - 1))
         end = max(x.at(snapshot["last_step"]), start + MIN_BAR + BAR_GAP)
         bars.append(
             Bar(
                 x=start,
-                y=min(y.at(c), y.at(0)),
+                y=min(y.at(weight), y.at(0)),
                 width=end - start - BAR_GAP,
-                height=abs(y.at(c) - y.at(0)),
+                height=abs(y.at(weight) - y.at(0)),
                 negative=c < 0,
-                hint=f"steps {steps(snapshot)}, {snapshot['kind']}: {number(c, '+.4f')}",
+                hint=f"steps {steps(snapshot)}, {snapshot['kind']}: coefficient {number(c, '+.4f')}",
             )
         )
     return CoefficientChart(
         bars=bars,
         zero=y.at(0),
+        unit=unit,
         x_ticks=x.ticks(4, count),
         y_ticks=y.ticks(5, short),
     )

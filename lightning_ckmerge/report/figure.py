@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lightning_ckmerge.report.charts import value_axis
+from lightning_ckmerge.report.charts import value_axis, weights_per_step
 from lightning_ckmerge.report.text import Manifest, count
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ BLUE, ORANGE, GREEN, GREY = "#2563c9", "#c2570c", "#17713f", "#5c6573"
 
 
 def draw_search(manifest: Manifest) -> Figure | None:
-    """Return coefficients over training steps beside the search's history; ``None`` without Matplotlib.
+    """Return the winner's weights over training steps beside the search's history; ``None`` without Matplotlib.
 
     The figure has no window and belongs to no global state.
     """
@@ -26,23 +26,29 @@ def draw_search(manifest: Manifest) -> Figure | None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     figure.suptitle(f"Merge at step {count(manifest['step'])}: {manifest['verdict']['status']}")
     left, right = figure.subplots(1, 2)
-    for snapshot, c in zip(manifest["snapshots"], manifest["coefficients"], strict=True):
+    weights, unit = weights_per_step(manifest)
+    narrowest = 0.01 * max(s["last_step"] for s in manifest["snapshots"])
+    for snapshot, weight in zip(manifest["snapshots"], weights, strict=True):
         start = snapshot["first_step"] - 1
-        left.bar(start, c, snapshot["last_step"] - start, align="edge", color=BLUE if c >= 0 else ORANGE, edgecolor="w")
+        width = max(snapshot["last_step"] - start, narrowest)
+        left.bar(start, weight, width, align="edge", color=BLUE if weight >= 0 else ORANGE, edgecolor="w")
     left.axhline(0, color=GREY, linewidth=0.8)
-    left.set(xlabel="step", ylabel="coefficient", title="Coefficients over training steps")
+    left.set(xlabel="step", ylabel=unit, title="What the merge is made of")
     _draw_history(right, manifest)
     return figure
 
 
 def _draw_history(axes: Axes, manifest: Manifest) -> None:
     named, winner = {"latest", manifest["verdict"]["best_anchor"]}, manifest["verdict"]["winner"]
-    for anchor in manifest["anchors"]:
-        if (value := anchor["search"]["value"]) is not None:
-            is_named = anchor["name"] in named
-            axes.axhline(value, color=GREY, linestyle="--" if is_named else ":", linewidth=1.2 if is_named else 0.8)
-            if is_named:
-                axes.annotate(anchor["name"], (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    values = {a["name"]: v for a in manifest["anchors"] if (v := a["search"]["value"]) is not None}
+    for name, value in values.items():
+        is_named = name in named
+        axes.axhline(value, color=GREY, linestyle="--" if is_named else ":", linewidth=1.2 if is_named else 0.8)
+    # Beside the frame, the upper one above its line and the lower one below, where neither meets a mark or the other.
+    ordered = sorted(named & values.keys(), key=lambda name: -values[name])
+    for name, side, up in zip(ordered, ("bottom", "top"), (1, -1), strict=False):
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
+        axes.annotate(name, (1, values[name]), (4, up), ha="left", va=side, **place)
     for i, trial in enumerate(manifest["trials"], start=1):
         if (value := trial["search"]["value"]) is not None:
             colour = GREEN if trial["name"] == winner else BLUE

@@ -46,6 +46,7 @@ class SearchStudy:
         name: Name of the study; taken again only if ``fingerprint`` is that of the stored one, else ``name-v1``, ...
         sampler: Proposes coordinates; copied, so that it starts each search alike.
         intervals: The D coordinates and their ranges.
+        monitor: The metric's name, for people who look at the study.
         mode: Whether lower or higher values are better.
         others: More metrics to search by.
         fingerprint: Identifies weights, data and settings. Equal ones mean that an interrupted search goes on.
@@ -58,6 +59,7 @@ class SearchStudy:
         *,
         sampler: BaseSampler,
         intervals: Mapping[str, Interval],
+        monitor: str,
         mode: Mode,
         others: Sequence[Objective] = (),
         fingerprint: str,
@@ -76,6 +78,7 @@ class SearchStudy:
                 load_if_exists=True,
             )
             self._study.set_user_attr("fingerprint", fingerprint)
+            self._name_metrics([monitor, *(o.monitor for o in others)])
             self._clear()
 
     @property
@@ -142,6 +145,13 @@ class SearchStudy:
         taken = {s.study_name: s for s in optuna.get_all_study_summaries(backend)}
         versions = (name if v == 0 else f"{name}-v{v}" for v in range(len(taken) + 1))
         return next(n for n in versions if n not in taken or taken[n].user_attrs.get("fingerprint") == fingerprint)
+
+    def _name_metrics(self, names: list[str]) -> None:
+        if self._study.metric_names == names:  # the study was begun earlier
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.set_metric_names(names)
 
     def _clear(self) -> None:
         """A trial that was under way when the process died would count as pending for ever."""

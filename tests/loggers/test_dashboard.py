@@ -72,6 +72,7 @@ def test_the_dashboard_shows_each_search_with_its_trials(tmp_path: Path) -> None
     for study, detail, manifest in zip(studies, details, published, strict=True):
         assert str(manifest["step"]) in study["study_name"]
         assert detail["directions"] == ["minimize"]
+        assert detail["objective_names"] == ["val_loss"]
         candidates = [t for t in [*manifest["anchors"], *manifest["trials"]] if t["coordinates"] is not None]
         expected = [(t["name"], [t["search"]["value"]]) for t in candidates]
         assert [(name_of(t), t["values"]) for t in detail["trials"]] == expected

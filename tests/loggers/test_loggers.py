@@ -16,10 +16,14 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 
 from lightning_ckmerge import EvaluationConfig
 from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.artifact.manifest import build_manifest
+from lightning_ckmerge.plugin.loggers import scalars
+from lightning_ckmerge.report.figure import draw_search
+from tests.artifact.outcomes import make_outcome
 from tests.plugin.models import Classifier, points_loader
 from tests.plugin.runs import make_merge
 
-SCALARS = {"merge/val_loss", "merge/gain", "merge/best_anchor", "merge/seconds", "merge/seconds_total"}
+SCALARS = {"merge/val_loss", "merge/latest", "merge/gain", "merge/best_anchor", "merge/seconds", "merge/seconds_total"}
 
 
 def train(tmp_path: Path, *loggers: Logger) -> list[Artifact]:
@@ -51,6 +55,31 @@ def test_csv_gets_the_numbers(tmp_path: Path) -> None:
     assert {name for name, value in row.items() if value} >= SCALARS
     assert float(row["merge/gain"]) == pytest.approx(artifact.manifest["verdict"]["gain"])
     assert row["step"] == "24"
+    assert float(row["merge/seconds_total"]) >= float(row["merge/seconds"]) > 0
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_gain_stands_beside_the_value_that_it_is_from_and_its_interval(mode: Any) -> None:
+    outcome = make_outcome(mode=mode)
+    logged = scalars(outcome, 20.0)
+    sign = 1 if mode == "min" else -1
+    assert sign * (logged["merge/latest"] - logged["merge/val_loss"]) == pytest.approx(logged["merge/gain"])
+    assert (logged["merge/gain_low"], logged["merge/gain_high"]) == outcome.verdict.interval
+    assert "merge/gain_low" not in scalars(make_outcome(status="unconfirmed"), 20.0)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-9, 0.05])
+def test_the_labels_of_the_picture_do_not_meet(apart: float) -> None:
+    data = build_manifest(make_outcome())
+    data["anchors"][0]["search"]["value"] = data["anchors"][1]["search"]["value"] + apart
+    figure = draw_search(data)
+    assert figure is not None
+    figure.draw_without_rendering()
+    labels = [text.get_window_extent() for text in figure.axes[1].texts]
+    assert len(labels) == 2
+    assert not labels[0].overlaps(labels[1])
+    assert not any(label.overlaps(figure.axes[1].bbox) for label in labels)
+    assert all(label.x1 <= figure.bbox.x1 for label in labels)
 
 
 def test_tensorboard_gets_numbers_a_picture_and_the_verdict(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def make_search(
             name,
             sampler=make_sampler(sampler, 0),
             intervals=posed.space.coordinates(posed.segments_K),
+            monitor="loss",
             mode=posed.mode,
             others=posed.others,
             fingerprint=f"{latest.value}{fingerprint}",

@@ -26,6 +26,7 @@ def open_shared(storage: Path | str, n_trials: int = 4, seed: int = 0, fingerpri
         n_trials=n_trials,
         sampler=RandomSampler(seed=seed),
         intervals={"x": Interval(low=0, high=1)},
+        monitor="loss",
         mode="min",
         fingerprint=fingerprint,
     )

@@ -45,7 +45,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
 
 def open_study(storage: Path | str, fingerprint: str = "a", **options: Any) -> SearchStudy:
     chosen: dict[str, Any] = {"sampler": RandomSampler(seed=0), "intervals": {"x": Interval(low=0, high=1)}, **options}
-    return SearchStudy(storage, "search", mode="min", fingerprint=fingerprint, **chosen)
+    return SearchStudy(storage, "search", monitor="loss", mode="min", fingerprint=fingerprint, **chosen)
 
 
 def study_names(journal: Path) -> list[str]:
