@@ -80,7 +80,7 @@ class MergeRun:
             self._curve.load_state_dict(state["curve"])
             self._rates.load_state_dict(state["rates"])
         for note in place.notes:
-            rank_zero_info(note)
+            say(trainer, note)
         self._say_plan(length)
 
     @property

@@ -221,7 +221,9 @@ def test_an_artifact_may_be_moved_on_its_own(publish: Publish, tmp_path: Path) -
 def test_an_artifact_shows_itself_in_a_line_and_as_a_card(publish: Publish) -> None:
     """Goes red if it shows its whole manifest, or if a name becomes markup."""
     artifact = publish(weights=tensors_of(randomised(1)))
-    assert repr(artifact) == f"Artifact('{artifact.path}', accepted, val_loss {artifact.manifest['verdict']['value']:.5g})"
+    assert (
+        repr(artifact) == f"Artifact('{artifact.path}', accepted, val_loss {artifact.manifest['verdict']['value']:.5g})"
+    )
     hostile = {**artifact.manifest["verdict"], "sentence": "<script>{x}</script>"}
     card = Artifact(artifact.path, {**artifact.manifest, "verdict": hostile})._repr_html_()
     assert "load_merged(&quot;" in card

@@ -103,7 +103,7 @@ def test_what_is_said_stays_on_the_terminal(bar: str, tmp_path: Path, monkeypatc
     )
     run = fit(case, tmp_path, [make_merge(every_n_train_steps=8, search_on_train_end=True)])
     said = screen(terminal.getvalue())
-    plan = ["lightning-ckmerge: up to 10 mean snapshots", "  buffer: ", "  a search: "]
+    plan = ["lightning-ckmerge, the plan of this run:", "  model ", "  disk, buffer and artifacts "]
     verdicts = [f"Merge search at step {r['step']}: " for r in read_timeline(merges_dir(run))]
     summary = [f"lightning-ckmerge: {len(verdicts)} searches: ", "  To use it: "]
     assert len(verdicts) == 2
