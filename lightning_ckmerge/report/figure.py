@@ -47,8 +47,16 @@ def _draw_history(axes: Axes, manifest: Manifest) -> None:
     # Beside the frame, the upper one above its line and the lower one below, where neither meets a mark or the other.
     ordered = sorted(named & values.keys(), key=lambda name: -values[name])
     for name, side, up in zip(ordered, ("bottom", "top"), (1, -1), strict=False):
-        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
-        axes.annotate(name, (1, values[name]), (4, up), ha="left", va=side, **place)
+        axes.annotate(
+            name,
+            (1, values[name]),
+            (4, up),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="left",
+            va=side,
+            annotation_clip=False,
+        )
     for i, trial in enumerate(manifest["trials"], start=1):
         if (value := trial["search"]["value"]) is not None:
             colour = GREEN if trial["name"] == winner else BLUE
