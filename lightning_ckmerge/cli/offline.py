@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -83,6 +83,9 @@ def search(
         bool, typer.Option("--worker", help="Help the process that was started without this, on another device.")
     ] = False,
     monitor: Annotated[str | None, typer.Option("--monitor", help="Metric, in place of the config's.")] = None,
+    mode: Annotated[
+        str | None, typer.Option("--mode", help="min if lower is better, max if higher is; in place of the config's.")
+    ] = None,
     n_trials: Annotated[int | None, typer.Option("--n-trials", help="Likewise.")] = None,
     last: Annotated[int | None, typer.Option("--last", help="Use the newest so many checkpoints.")] = None,
     model_class: ModelClass = None,
@@ -107,7 +110,8 @@ def search(
         from lightning_ckmerge.plugin.offline import search_checkpoints
 
         configured = _build(config, model_class, data_class, ALONE)
-        callback = _adapted(_callbacks(configured, config)[0], storage, monitor, n_trials, worker)
+        callback = _monitoring(_callbacks(configured, config)[0], monitor, mode)
+        callback = _adapted(callback, storage, n_trials, worker)
         sources = _open(checkpoints, key, last)
         with progress("Searching", None) as advance:
             found = search_checkpoints(
@@ -176,8 +180,24 @@ def _callbacks(configured: Configured, config: Path) -> list[CheckpointMergeCall
     return configured.callbacks or [CheckpointMergeCallback()]
 
 
+def _monitoring(callback: CheckpointMergeCallback, monitor: str | None, mode: str | None) -> CheckpointMergeCallback:
+    """Return the callback with the metric and the mode that the command line names."""
+    import copy
+
+    from lightning_ckmerge.config import make_objectives
+
+    modes = [callback.mode, *(o.mode for o in callback.others)]
+    if monitor is not None:
+        modes = modes[:1]
+    first, *others = make_objectives(monitor or callback.monitors, cast("Any", mode) or modes)
+    adapted = copy.copy(callback)
+    adapted.monitor, adapted.mode, adapted.others = first.monitor, first.mode, others
+    adapted.check_modes({})
+    return adapted
+
+
 def _adapted(
-    callback: CheckpointMergeCallback, storage: str | None, monitor: str | None, n_trials: int | None, worker: bool
+    callback: CheckpointMergeCallback, storage: str | None, n_trials: int | None, worker: bool
 ) -> CheckpointMergeCallback:
     """Return the callback with what the command line says, which raises what goes wrong."""
     import copy
@@ -191,8 +211,6 @@ def _adapted(
         # Equal seeds would propose equal candidates at the same moment.
         seed=own.seed + (os.getpid() if worker else 0),
     )
-    if monitor is not None:
-        adapted.monitor, adapted.others = monitor, []
     adapted.on_error = "raise"
     return adapted
 

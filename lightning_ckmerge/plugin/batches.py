@@ -59,6 +59,7 @@ class BatchRecorder:
         self._before: dict[str, tuple[float, float]] = {}
         self._totals: dict[str, tuple[float, float]] = {}
         self.of = {monitor: BatchValues() for monitor in monitors}
+        self.higher_is_better: dict[str, bool] = {}  # of logged metric objects that say so
         self.num_batches = 0
         self.stopped = False
         self._ended: float = 0  # loaders that this rank has read to their end

@@ -112,8 +112,8 @@ class BenchMaker:
         callback, config = self._callback, self._callback.evaluation
         if config.dataloader is not None and self._own_loaders is None:
             self._own_loaders = self._find_loaders(config.dataloader)
-        monitors, comm = callback.monitors, self._model.comm
-        return Validation(self._trainer, callback, config, monitors, comm, standstill, self._own_loaders)
+        told = (callback.monitors, self._model.comm, callback.check_modes)
+        return Validation(self._trainer, callback, config, *told, standstill, self._own_loaders)
 
     def _find_loaders(self, name: str) -> Any:
         trainer = self._trainer

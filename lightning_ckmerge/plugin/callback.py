@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,21 @@ from lightning_ckmerge.config import (
     BufferConfig,
     EvaluationConfig,
     Mode,
+    Objective,
     OnError,
     SearchConfig,
     make_objectives,
     require_at_least,
 )
+from lightning_ckmerge.core.directions import require_modes
 from lightning_ckmerge.core.spaces import make_space
-from lightning_ckmerge.errors import ConfigError, MonitorError
-from lightning_ckmerge.plugin.evaluation import logged_names
+from lightning_ckmerge.errors import CkmergeError, ConfigError
+from lightning_ckmerge.plugin.evaluation import directions, logged_names
 from lightning_ckmerge.plugin.gradients import loss_of
 from lightning_ckmerge.plugin.run import MergeRun
 from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.strategies import check_supported
-from lightning_ckmerge.plugin.validation import unknown_monitor
+from lightning_ckmerge.plugin.validation import require_logged
 from lightning_ckmerge.plugin.whereabouts import Stay, Whereabouts, find_fault, resolve_dirpath
 from lightning_ckmerge.search.study import open_storage
 
@@ -59,6 +62,8 @@ class CheckpointMergeCallback(Callback):
         apply: ``emit``: never touch the module. ``on_train_end``: load the last search's merge into the module after
             training, if it was accepted.
         on_error: ``warn``: a failing search is reported, and training goes on. ``raise``: it ends training.
+        check_mode: Refuse a ``mode`` that speaks against the metric's name, or against ``higher_is_better`` of the
+            torchmetrics object that is logged. ``False`` takes it as it is.
 
     Raises:
         ConfigError: An argument is outside its range, or arguments contradict each other.
@@ -84,8 +89,11 @@ class CheckpointMergeCallback(Callback):
         artifact: ArtifactConfig = ArtifactConfig(),  # noqa: B008
         apply: Apply = "emit",
         on_error: OnError = "warn",
+        check_mode: bool = True,
     ) -> None:
         first, *others = make_objectives(monitor, mode)
+        if check_mode:
+            require_modes([first, *others, *search.constraints])
         require_at_least("save_top_k", save_top_k, -1, "-1 keeps all artifacts.")
         needed = make_space(search.space).snapshot
         if needed not in (None, buffer.snapshot):
@@ -127,6 +135,7 @@ class CheckpointMergeCallback(Callback):
         self.artifact = artifact
         self.apply = apply
         self.on_error = on_error
+        self.check_mode = check_mode
         self._run: MergeRun | None = None
         self._stay: Stay | None = None
         self._shared_dirpath: Path | None = None
@@ -148,6 +157,13 @@ class CheckpointMergeCallback(Callback):
     def monitors(self) -> list[str]:
         """The monitored metrics."""
         return [self.monitor, *(o.monitor for o in self.others)]
+
+    def check_modes(self, higher_is_better: Mapping[str, bool]) -> None:
+        """Raise ``ConfigError`` where a metric, or the object that logs it, speaks against its ``mode``."""
+        if self.check_mode:
+            require_modes(
+                [Objective(self.monitor, self.mode), *self.others, *self.search.constraints], higher_is_better
+            )
 
     @property
     def best_artifact(self) -> Artifact | None:
@@ -194,19 +210,19 @@ class CheckpointMergeCallback(Callback):
             loss_of(outputs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find a misspelt ``monitor`` at the first validation, not at the first search; keep the value for reports."""
+        """Find a misspelt ``monitor`` or a wrong ``mode`` at the first validation; keep the value for reports."""
         if self._run is not None:
             self._run.after_validation()
         if self._monitor_seen or self.evaluation.dataloader is not None:
             return
         self._monitor_seen = True
-        logged = logged_names(trainer)
-        unknown = [m for m in self.monitors if m not in logged]
-        if unknown:
-            message = unknown_monitor(unknown[0], logged)
+        try:
+            require_logged(self.monitors, logged_names(trainer))
+            self.check_modes(directions(trainer))
+        except CkmergeError as error:
             if trainer.sanity_checking:  # nothing is lost yet
-                raise MonitorError(message)
-            rank_zero_warn(message)
+                raise
+            rank_zero_warn(str(error))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Take the optimizer's step, and search if one is due."""

@@ -94,6 +94,7 @@ def evaluate(
     try:
         with _isolated(trainer, loop), _listening(callback, hooks), _listening(trainer.lightning_module, own_step):
             logged = loop.run()
+            recorder.higher_is_better = _directions(loop)
     finally:
         loop.teardown()
     return {name: float(value) for row in logged for name, value in row.items()}
@@ -141,6 +142,11 @@ def logged_names(trainer: Trainer) -> set[str]:
     """
     results = trainer.fit_loop.epoch_loop.val_loop._results
     return {*trainer.callback_metrics, *(n for e in results.values() if e.meta.on_epoch for n in _logged_names(e.meta))}
+
+
+def directions(trainer: Trainer) -> dict[str, bool]:
+    """Return, for each torchmetrics object that the validation now ending has logged, whether higher is better."""
+    return _directions(trainer.fit_loop.epoch_loop.val_loop)
 
 
 def dump_weights(trainer: Any) -> dict[str, Any]:
@@ -191,6 +197,16 @@ def _record(recorder: BatchRecorder, loop: Any, *hook_args: Any) -> None:
     # The hook's arguments: trainer, module, outputs, batch, batch_idx and, with several loaders, dataloader_idx.
     batch_idx, dataloader_idx = (*hook_args[4:6], 0)[:2]
     recorder.take(sums, dataloader_idx=dataloader_idx, batch_idx=batch_idx)
+
+
+def _directions(loop: Any) -> dict[str, bool]:
+    said = {
+        name: getattr(entry.value, "higher_is_better", None)
+        for entry in loop._results.values()
+        if entry.meta.on_epoch and not entry.is_tensor
+        for name in _logged_names(entry.meta)
+    }
+    return {name: bool(higher) for name, higher in said.items() if higher is not None}
 
 
 def _end_loader(recorder: BatchRecorder, store_outputs: Callable[[], None]) -> None:

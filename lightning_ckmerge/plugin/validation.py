@@ -6,7 +6,7 @@ Letters: B batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,8 @@ class Validation:
         config: On what to evaluate.
         monitors: The metrics to score; the first one leads.
         comm: The ranks, which score their shares of the batches together.
+        check_modes: Told, after an evaluation of the search half, which logged metrics are better the higher they are;
+            raises where that speaks against the search's own direction.
         randomness: Where every evaluation starts alike; for batches that are kept.
         own_loaders: What ``evaluation.dataloader`` returned; ``None``: the run's own validation loaders.
     """
@@ -46,6 +48,7 @@ class Validation:
         config: EvaluationConfig,
         monitors: Sequence[str],
         comm: Comm,
+        check_modes: Callable[[Mapping[str, bool]], None],
         randomness: Randomness,
         own_loaders: Any = None,
     ) -> None:
@@ -54,6 +57,7 @@ class Validation:
         self._config = config
         self._monitors = monitors
         self._comm = comm
+        self._check_modes = check_modes
         self._module: LightningModule = trainer.lightning_module
         self._combined, loaders, limits = find_loaders(trainer, own_loaders)
         limits = [limited(n, config.limit_batches) for n in limits]
@@ -93,6 +97,7 @@ class Validation:
 
         Raises:
             MonitorError: Validation does not log the metric.
+            ConfigError: It logs a metric that speaks against its ``mode``.
         """
         parts = [s.part(half) for s in self._splits]
         batches = self._cache.wrap(half, [p.batches for p in parts])
@@ -101,6 +106,7 @@ class Validation:
         recorder = BatchRecorder(self._monitors, [p.padding for p in parts], keep_going, self._comm)
         logged = self._evaluate(batches, recorder)
         metrics = recorder.finish(logged)
+        self._check_modes(recorder.higher_is_better)
         self._batch_means = all(v.values_B for v in recorder.of.values())
         first, *others = [
             Score(value=value, values_B=tuple(values.values_B) or None, sizes_B=tuple(values.sizes_B) or None)
@@ -190,16 +196,18 @@ class Validation:
         return replace(first, metrics=metrics, num_batches=total, others=tuple(others))
 
     def _monitored(self, metrics: dict[str, float]) -> list[float]:
-        for monitor in self._monitors:
-            if monitor not in metrics:
-                raise MonitorError(unknown_monitor(monitor, metrics))
+        require_logged(self._monitors, metrics)
         return [metrics[monitor] for monitor in self._monitors]
 
 
-def unknown_monitor(monitor: str, logged: Iterable[str]) -> str:
-    """Return the message for a ``monitor`` that validation does not log."""
-    names = ", ".join(sorted(logged)) or "nothing: call `self.log` in `validation_step`"
-    return f"`monitor` must be a metric that validation logs, got {monitor!r}. Logged are: {names}."
+def require_logged(monitors: Iterable[str], logged: Collection[str]) -> None:
+    """Raise ``MonitorError`` unless validation logs each of ``monitors``."""
+    for monitor in monitors:
+        if monitor not in logged:
+            names = ", ".join(sorted(logged)) or "nothing: call `self.log` in `validation_step`"
+            raise MonitorError(
+                f"`monitor` must be a metric that validation logs, got {monitor!r}. Logged are: {names}."
+            )
 
 
 class _Batches:

@@ -187,7 +187,7 @@ def test_a_config_of_a_class_of_ones_own_names_the_classes(checkpoints: Path, tm
 
 def test_a_merge_that_does_not_help_is_a_finding(checkpoints: Path, tmp_path: Path) -> None:
     """With the mode turned round the latest weights, the worst, are the best of all means."""
-    config = {"mode": "max", "search": {"space": "window", "n_trials": 2}}
+    config = {"mode": "max", "check_mode": False, "search": {"space": "window", "n_trials": 2}}
     found = ckmerge_json(*search_args(checkpoints, tmp_path, **config), code=1)
     assert found["verdict"]["status"] == "rejected"
 
@@ -196,6 +196,13 @@ def test_a_merge_that_does_not_help_is_a_finding(checkpoints: Path, tmp_path: Pa
     ("more", "config", "message"),
     [
         (("--monitor", "loss"), {}, "Logged are: val_loss"),
+        (
+            ("--monitor", "val_acc"),
+            {},
+            "got 'min' for 'val_acc', of which higher values are better by its name. Set it",
+        ),
+        (("--mode", "max"), {}, "got 'max' for 'val_loss', of which lower values are better by its name"),
+        (("--monitor", "val_acc", "--mode", "max"), {}, "Logged are: val_loss"),
         (("--last", "1"), {}, "needs two checkpoints"),
         (
             ("--storage", "mysql://a:secret@b/c"),

@@ -18,6 +18,7 @@ from pytorch_lightning.loggers import CSVLogger as OtherCSVLogger
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
 from lightning_ckmerge.artifact.load import load_merged
 from lightning_ckmerge.artifact.timeline import read_timeline
+from lightning_ckmerge.config import Constraint
 from lightning_ckmerge.errors import ConfigError, MonitorError, SearchError, UnsupportedError
 from tests.plugin.models import BATCH, NUM_TRAIN, Classifier, points_loader
 from tests.plugin.runs import (
@@ -192,6 +193,28 @@ def test_without_a_sanity_check_a_misspelt_monitor_is_only_warned_of(tmp_path: P
     compare_runs(plain, merged)
     with pytest.warns(UserWarning, match="`monitor` must be a metric"):
         make_merge(monitor="val_los").on_validation_end(merged.trainer, merged.module)
+
+
+class Renamed(Classifier):
+    """Logs its accuracy, an object of torchmetrics, under a name that says nothing."""
+
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        super().log("quality" if name == "val_acc" else name, *args, **kwargs)
+
+
+@pytest.mark.parametrize("sanity", [2, 0])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"monitor": "quality"}, {"search": SearchConfig(n_trials=1, constraints=[Constraint(monitor="quality")])}],
+)
+def test_a_mode_against_the_metric_object_is_refused(sanity: int, arguments: dict[str, Any], tmp_path: Path) -> None:
+    """In the sanity check where there is one; without, no search publishes."""
+    case = Case(model=Renamed, trainer={"num_sanity_val_steps": sanity})
+    merge = make_merge(**arguments)
+    with pytest.raises(ConfigError, match="got 'min' for 'quality', of which higher values are better as torchmetrics"):
+        fit(case, tmp_path, [merge])
+    assert (merge._run is None) == bool(sanity)
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 def test_no_validation_data_is_told(tmp_path: Path) -> None:
