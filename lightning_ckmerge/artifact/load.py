@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from lightning_ckmerge.artifact.stored import StoredWeights
 
+RECIPE_NAME = "recipe.json"
+CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 NUM_LISTED = 5
 
 
@@ -114,9 +116,55 @@ class Artifact:
             )
 
 
+@dataclass(frozen=True)
+class MergedFiles:
+    """What ``ckmerge merge`` wrote: weights that no search has chosen.
+
+    Args:
+        path: The directory, or a ``.safetensors`` file.
+        manifest: The recipe, with the files that it lists; empty for a file.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    def tensors(self) -> StoredWeights:
+        """Return the weights by name, tied ones under each of their names; a tensor is read when it is asked for."""
+        from lightning_ckmerge.artifact.stored import StoredWeights
+
+        if self.path.is_file():
+            return StoredWeights([self.path])
+        names = sorted(name for name in self.manifest["files"] if WEIGHTS_NAME.fullmatch(name))
+        return StoredWeights([inside(self.path, name) for name in names])
+
+
+def _opened(path: Path, verify: bool) -> Artifact | MergedFiles:
+    """Return the artifact or merge at ``path``, its files checked as far as hashes are known."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return MergedFiles(path.resolve(), {})
+    if path.is_file() and path.suffix in CHECKPOINT_SUFFIXES:
+        raise ArtifactError(
+            f"`load_merged` reads safetensors alone, got the checkpoint {path}. Load it with `load_from_checkpoint`, "
+            "or test it with `trainer.test(model, ckpt_path=...)`."
+        )
+    recipe = path / RECIPE_NAME
+    if (path / MANIFEST_NAME).is_file() or not recipe.is_file():
+        return Artifact.open(path, verify=verify)
+    try:
+        manifest = json.loads(recipe.read_text(encoding="utf-8"))
+        Artifact(path, {"files": manifest["files"]}).check_files(verify=verify)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(f"a merge's {RECIPE_NAME} must list its files, got {recipe}. Merge again.") from error
+    return MergedFiles(path.resolve(), manifest)
+
+
 def load_merged(
-    source: str | os.PathLike[str] | Artifact, model: nn.Module, *, strict: bool = True, verify: bool = True
-) -> Artifact:
+    source: str | os.PathLike[str] | Artifact | MergedFiles,
+    model: nn.Module,
+    *,
+    strict: bool = True,
+    verify: bool = True,
+) -> Artifact | MergedFiles:
     """Load an artifact's weights into ``model``, in place, and return the artifact.
 
     Everything is checked before the first weight changes. The model keeps its device, dtype and tied weights. Its extra
@@ -126,7 +174,8 @@ def load_merged(
     products were merged, LoRA layers get the merge's rank.
 
     Args:
-        source: An artifact, its directory, a run's ``best``, or the run's ``dirpath``, which stands for its best.
+        source: An artifact, its directory, a run's ``best``, or the run's ``dirpath``, which stands for its best; also
+            the directory or the ``.safetensors`` file that ``ckmerge merge`` wrote.
         model: The LightningModule that was trained, or one with the same ``state_dict`` names.
         strict: Refuse missing and unexpected names. Otherwise what fits is loaded, and a warning lists what is not; no
             name in common, or another shape, is refused in any case.
@@ -138,7 +187,7 @@ def load_merged(
     # As above: reviewing artifacts needs no torch.
     from lightning_ckmerge.core.adapters import fits, give_ranks
 
-    artifact = source if isinstance(source, Artifact) else Artifact.open(source, verify=verify)
+    artifact = source if isinstance(source, (Artifact, MergedFiles)) else _opened(Path(source), verify)
     stored = artifact.tensors()
     state = {name: value for name, value in model.state_dict().items() if not _is_extra_state(name)}
     names = {name for name in stored if not _is_extra_state(name)}

@@ -10,13 +10,15 @@ import functools
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_ckmerge.artifact.files import FileRecord, file_record, fsync, fsync_tree, list_files
+from lightning_ckmerge.artifact.files import SINGLE_NAME, FileRecord, file_record, fsync, fsync_tree, list_files
+from lightning_ckmerge.artifact.load import RECIPE_NAME
 from lightning_ckmerge.artifact.shards import write_blocks
 from lightning_ckmerge.artifact.software import software
 from lightning_ckmerge.artifact.sources import Source
@@ -24,10 +26,15 @@ from lightning_ckmerge.core.blockwise import mix_blocks, prepare_to_mix
 from lightning_ckmerge.core.specs import TENSOR_TYPES, TensorSpec
 from lightning_ckmerge.errors import ArtifactError, ConfigError
 
-RECIPE_NAME = "recipe.json"
+if TYPE_CHECKING:
+    from torch import Tensor
+
 RECIPE_KEY = "ckmerge_recipe"
 NUM_LISTED = 5
 BLOCK_BYTES = 1 << 20
+# Of a Lightning checkpoint: what a merge has no use for, and which belongs to no weights but the newest.
+STATE_OF_TRAINING = {"optimizer_states", "lr_schedulers", "callbacks", "loops", "MixedPrecision", "amp_scaling_state"}
+AVERAGED_STATISTICS = ("running_mean", "running_var")
 
 Recipe = dict[str, Any]
 
@@ -100,6 +107,22 @@ class MergedWeights:
             yield from self._mixed(name, sources_K)
         self._on_tensor(spec.nbytes)
 
+    def tensor(self, name: str) -> Tensor:
+        """Return a merged tensor whole."""
+        import torch
+
+        from lightning_ckmerge.core.layout import DTYPES
+
+        spec = self.specs[name]
+        if spec.dtype not in TENSOR_TYPES:  # it cannot be averaged
+            return self._sources_K[-1].weights[name]
+        merged = torch.empty(spec.nbytes, dtype=torch.uint8)
+        start = 0
+        for block in self.blocks(name):
+            merged[start : start + len(block)] = torch.frombuffer(block, dtype=torch.uint8)
+            start += len(block)
+        return merged.view(DTYPES[spec.dtype]).reshape(spec.shape)
+
     def _mixed(self, name: str, sources_K: Sequence[Source]) -> Iterator[memoryview]:
         """Yield the weighted mean of a tensor over some checkpoints; over one, its own bytes."""
         specs_K = [s.specs[name] for s in sources_K]
@@ -167,8 +190,12 @@ def write_merge(
     Raises:
         ArtifactError: ``out`` exists, or a tensor cannot be stored.
     """
+    header = {RECIPE_KEY: json.dumps(recipe, separators=(",", ":"))}
+    if out.suffix == ".safetensors":
+        with new_directory(out, only=SINGLE_NAME) as staging:
+            files = write_blocks(staging, merged, sys.maxsize, header)
+        return {**recipe, "files": {out.name: files[SINGLE_NAME]}}
     with new_directory(out) as staging:
-        header = {RECIPE_KEY: json.dumps(recipe, separators=(",", ":"))}
         files = write_blocks(staging, merged, max_shard_size, header)
         for path in copies:
             shutil.copyfile(path, staging / path.name)
@@ -176,6 +203,48 @@ def write_merge(
         text = json.dumps(complete, indent=1, ensure_ascii=False) + "\n"
         (staging / RECIPE_NAME).write_text(text, encoding="utf-8")
     return complete
+
+
+def write_checkpoint(out: Path, merged: MergedWeights, recipe: Recipe, like: Source) -> Recipe:
+    """Write a merge as a weights-only Lightning checkpoint, and return its recipe with the ``files``.
+
+    The merged weights are held in memory.
+
+    Args:
+        out: The file; must not exist.
+        merged: What to write.
+        recipe: What ``build_recipe`` returned. The checkpoint holds it, as text, under ``ckmerge_recipe``.
+        like: A Lightning checkpoint, for hyper-parameters and all else that is no weight and no state of training.
+
+    Raises:
+        ArtifactError: ``out`` exists.
+    """
+    import torch
+
+    # It has been opened before, by the same restricted reader.
+    content = torch.load(like.path, map_location="cpu", weights_only=True, mmap=True)
+    kept = {key: value for key, value in content.items() if key not in STATE_OF_TRAINING}
+    tensors = {name: merged.tensor(name) for name in merged.specs if name not in merged.aliases}
+    tensors |= {name: tensors[first] for name, first in merged.aliases.items()}
+    weights = type(content["state_dict"])({name: tensors.get(name, v) for name, v in content["state_dict"].items()})
+    with new_directory(out, only=out.name) as staging:
+        torch.save({**kept, "state_dict": weights, RECIPE_KEY: json.dumps(recipe)}, staging / out.name)
+    return {**recipe, "files": {out.name: file_record(out)}}
+
+
+def newest_lightning(sources_K: Sequence[Source]) -> Source:
+    """Return the newest checkpoint that a ``.ckpt`` can be modelled on.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    for source in reversed(sources_K):
+        if source.kind == "torch" and source.is_lightning:
+            return source
+    raise ConfigError(
+        "a .ckpt takes its hyper-parameters from the newest Lightning .ckpt among the checkpoints, got "
+        f"{', '.join(source.path.name for source in sources_K[:NUM_LISTED])}. Write a .safetensors file or a directory."
+    )
 
 
 def build_recipe(sources_K: Sequence[Source], method: Method, inputs_K: Sequence[Mapping[str, FileRecord]]) -> Recipe:
@@ -189,6 +258,9 @@ def build_recipe(sources_K: Sequence[Source], method: Method, inputs_K: Sequence
     total = sum(method.weights_K)
     return {
         "schema_version": 1,
+        # Checkpoints that do not all tell their step stand as they were given.
+        "order": "step" if all(s.step is not None for s in sources_K) else "given",
+        "notes": _notes(sources_K[-1]) if len(sources_K) > 1 else [],
         "method": method.name,
         "schedule": method.schedule,
         "weights": list(method.weights_K),
@@ -201,14 +273,32 @@ def build_recipe(sources_K: Sequence[Source], method: Method, inputs_K: Sequence
     }
 
 
+def _notes(source: Source) -> list[str]:
+    """Return what the user of a merge should know of it."""
+    averaged = [name for name in source.specs if name.rpartition(".")[2] in AVERAGED_STATISTICS]
+    layers = {name.rpartition(".")[0] for name in averaged}
+    if not layers:
+        return []
+    return [
+        f"The statistics of {len(layers)} normalization {'layer' if len(layers) == 1 else 'layers'}, such as "
+        f"{averaged[0]}, were averaged too: they are not those of the merged weights. Recalibrate them before use: "
+        "`torch.optim.swa_utils.update_bn(train_dataloader, model)`, or forward passes over training batches in "
+        "`model.train()`."
+    ]
+
+
 def records(directory: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
     """Return bytes and SHA-256 of all files in ``directory``; those that are ``known`` are not read again."""
     return {name: known.get(name) or file_record(directory / name) for name in list_files(directory)}
 
 
 @contextlib.contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
+def new_directory(out: Path, *, only: str | None = None) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``out`` by one rename; whatever goes wrong, it is removed instead.
+
+    Args:
+        out: What there will be.
+        only: Name of a file in the directory that becomes ``out`` alone, in the directory's place.
 
     Raises:
         ArtifactError: ``out`` exists.
@@ -221,10 +311,12 @@ def new_directory(out: Path) -> Iterator[Path]:
     try:
         yield staging
         fsync_tree(staging)
-        os.rename(staging, out)
+        os.rename(staging / only if only else staging, out)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    if only:
+        staging.rmdir()
     fsync(out.parent)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -60,6 +60,7 @@ class Source:
         aliases: Names that share another name's tensor.
         files: The files that hold the weights.
         step: Optimizer steps, as the file or its name says; ``None``: neither does.
+        is_lightning: Whether Lightning wrote it, as far as it tells.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Source:
     aliases: Mapping[str, str]
     files: tuple[Path, ...]
     step: int | None
+    is_lightning: bool = False
 
     def named(self, records: Mapping[Path, FileRecord]) -> dict[str, FileRecord]:
         """Return what is known of its files, by their names in the checkpoint's directory."""
@@ -163,6 +165,44 @@ def find_sources(directory: Path) -> list[Path]:
     return sorted(found, key=lambda p: (_named_step(p) is None, _named_step(p) or 0, p.name))
 
 
+def open_sources(paths: Sequence[Path], key: str | None = None) -> list[Source]:
+    """Open checkpoints in the order given.
+
+    A directory that is no checkpoint stands for the checkpoints that lie in it, oldest first; of those with equal steps
+    one is taken, since Lightning keeps copies of the last.
+
+    Args:
+        paths: Checkpoints, and directories of them.
+        key: As ``open_source``.
+
+    Raises:
+        ArtifactError: One of them is neither.
+    """
+    found: list[Source] = []
+    for path in paths:
+        if path.is_dir() and not _looks_like_one(path) and not (path / MANIFEST_NAME).is_file():
+            inside_it = _distinct(open_source(each, key) for each in find_sources(path))
+            found += [inside_it[i] for i in oldest_first(inside_it)]
+        else:
+            found.append(open_source(path, key))
+    return found
+
+
+def oldest_first(sources: Sequence[Source]) -> list[int]:
+    """Return the places of the sources in the order of their steps; in their own, unless each tells its step."""
+    places = range(len(sources))
+    steps = [s.step for s in sources if s.step is not None]
+    return sorted(places, key=lambda i: steps[i]) if len(steps) == len(sources) else list(places)
+
+
+def _distinct(sources: Iterable[Source]) -> list[Source]:
+    """Return one source a step; those that tell none stay."""
+    by_step: dict[int | Path, Source] = {}
+    for source in sources:
+        by_step.setdefault(source.path if source.step is None else source.step, source)
+    return list(by_step.values())
+
+
 def _looks_like_one(path: Path) -> bool:
     if path.is_file():
         return path.suffix in (*TORCH_SUFFIXES, ".safetensors")
@@ -200,6 +240,7 @@ def _open_torch(path: Path, key: str | None) -> Source:
         aliases=find_aliases(weights),
         files=(path,),
         step=step if isinstance(step, int) else _named_step(path),
+        is_lightning=isinstance(content, Mapping) and "pytorch-lightning_version" in content,
     )
 
 
@@ -249,8 +290,20 @@ def _open_distributed(path: Path, key: str | None) -> Source:
         specs=weights.specs,
         aliases={},
         files=tuple(sorted(p for p in path.iterdir() if p.suffix == ".distcp" or p.name == METADATA_NAME)),
-        step=_named_step(path),
+        step=_lightning_step(path / "meta.pt") if is_lightning else _named_step(path),
     )
+
+
+def _lightning_step(meta: Path) -> int | None:
+    """Return the step that Lightning keeps beside the shards, else the one in the directory's name."""
+    import torch
+
+    try:
+        content = torch.load(meta, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError):  # it holds what needs code: the name must do
+        content = None
+    step = content.get("global_step") if isinstance(content, Mapping) else None
+    return step if isinstance(step, int) else _named_step(meta.parent)
 
 
 def _shards(directory: Path) -> list[Path]:

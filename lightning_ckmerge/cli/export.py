@@ -16,6 +16,8 @@ from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out, require_
 if TYPE_CHECKING:
     from lightning_ckmerge.artifact.sources import Source
 
+NUM_LISTED = 5
+
 
 def export(
     source: Annotated[
@@ -57,18 +59,49 @@ def export(
         _export_adapters(opened, adapters, out, as_json)
         return
     config_dir = _config_directory(opened, config_from)
-    found, kept = _find_model(opened, config_dir, prefix)
+    found, kept = _find_model(opened, config_dir, _checked_prefix(opened, prefix))
     with progress("Exporting", sum(s.nbytes for s in opened.specs.values()), is_bytes=True) as advance:
         weights = HubWeights(SourceWeights(opened, advance), found, kept)
         with new_directory(out) as staging:
             write_hub(staging, weights, _card(opened), shard_bytes)
             for path in side_files(config_dir):
                 shutil.copyfile(path, staging / path.name)
-    summary = {"out": str(out), "prefix": found, "config_from": str(config_dir), "tensors": len(weights.specs)}
+    num, left_out = len(weights.specs), len(opened.specs) - len(weights.specs)
+    summary = {"out": str(out), "prefix": found, "config_from": str(config_dir), "tensors": num, "left_out": left_out}
     if as_json:
-        print_json({**summary, "files": list_files(out)})
-    else:
-        console().print(f"{out}: {len(weights.specs)} tensors under {found!r}, config from {config_dir}")
+        print_json({**summary, "verdict": _verdict(opened), "files": list_files(out)})
+        return
+    rest = f", {left_out} others left out" if left_out else ""
+    console().print(f"{out}: {num} tensors under {found!r}{rest}, config from {config_dir}")
+    if (verdict := _verdict(opened)) not in (None, "accepted"):
+        console().print(f"note: the search that made these weights ended {verdict}", style="yellow")
+
+
+def _checked_prefix(source: Source, prefix: str | None) -> str | None:
+    """Return the prefix with its dot; names must begin with it."""
+    from lightning_ckmerge.errors import ArtifactError
+
+    if not prefix:
+        return prefix
+    whole = prefix if prefix.endswith(".") else f"{prefix}."
+    if any(name.startswith(whole) for name in source.specs):
+        return whole
+    tops = sorted({f"{name.partition('.')[0]}." for name in source.specs if "." in name})
+    raise ArtifactError(
+        f"--prefix must stand before the names of some weights, got {prefix!r}, which none begins with. They begin "
+        f"with {', '.join(tops[:NUM_LISTED]) or 'no prefix'}; leave --prefix out where there is none."
+    )
+
+
+def _verdict(source: Source) -> str | None:
+    """Return how the search ended whose artifact this is; ``None`` if no search made it."""
+    from lightning_ckmerge.artifact.files import MANIFEST_NAME
+    from lightning_ckmerge.artifact.manifest import read_manifest
+
+    if not (source.path / MANIFEST_NAME).is_file():
+        return None
+    status: str = read_manifest(source.path)["verdict"]["status"]
+    return status
 
 
 def _adapters_of(source: Source) -> dict[str, Any] | None:
@@ -154,8 +187,8 @@ def _find_model(source: Source, config_dir: Path, prefix: str | None) -> tuple[s
 
 def _card(source: Source) -> str:
     from lightning_ckmerge.artifact.files import MANIFEST_NAME
+    from lightning_ckmerge.artifact.load import RECIPE_NAME
     from lightning_ckmerge.artifact.manifest import read_manifest
-    from lightning_ckmerge.artifact.offline import RECIPE_NAME
     from lightning_ckmerge.report.card import render_card, render_merge_card, render_source_card
 
     if (source.path / MANIFEST_NAME).is_file():

@@ -12,7 +12,7 @@ from lightning_ckmerge.cli.console import console, hash_files, print_json, progr
 from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out, require_absent
 
 if TYPE_CHECKING:
-    from lightning_ckmerge.artifact.offline import Method
+    from lightning_ckmerge.artifact.offline import MergedWeights, Method, Recipe
     from lightning_ckmerge.artifact.sources import Source
 
 
@@ -21,8 +21,8 @@ def merge(
         list[Path],
         typer.Argument(
             metavar="CHECKPOINT...",
-            help="Oldest first: Lightning .ckpt, torch or .safetensors files, Hugging Face or distributed checkpoint "
-            "directories, artifacts.",
+            help="Lightning .ckpt, torch or .safetensors files, Hugging Face or distributed checkpoint directories, "
+            "artifacts, or a directory of these. Taken by their steps, where each tells one, else oldest first.",
         ),
     ],
     out: Out,
@@ -39,26 +39,27 @@ def merge(
     max_shard_size: MaxShardSize = "5GB",
     as_json: Json = False,
 ) -> None:
-    """Merge checkpoints on disk into a new directory of safetensors, block by block.
+    """Merge checkpoints on disk, block by block: into a new directory, or the one file that --out names.
 
-    Memory stays at a few MB (slerp: at a few of the largest tensors). Integers come from the newest checkpoint, shared
-    tensors stay shared. The recipe, with the inputs' SHA-256, is written to recipe.json and into each file's header.
+    A name in .safetensors is a file that `load_merged` opens, as it opens the directory; one in .ckpt a weights-only
+    Lightning checkpoint with the hyper-parameters of the newest input. Memory stays at a few MB (slerp: at a few of the
+    largest tensors; .ckpt: at the model). Integers come from the newest checkpoint, shared tensors stay shared. The
+    recipe, with the inputs' SHA-256, is written to recipe.json and into each file's header.
 
     \b
     Examples:
       ckmerge merge runs/gpt/checkpoints/step=*00.ckpt --schedule minus-sqrt --out merged
-      ckmerge merge old/ new/ --weights 0.4,0.6 --out merged
+      ckmerge merge runs/gpt/checkpoints --schedule uniform --out merged.ckpt
+      ckmerge merge old/ new/ --weights 0.4,0.6 --out merged.safetensors
       ckmerge merge old.ckpt new.ckpt --schedule slerp:0.5 --out merged
     """
-    from lightning_ckmerge.artifact.offline import MergedWeights, build_recipe, write_merge
-    from lightning_ckmerge.artifact.sources import open_source
+    from lightning_ckmerge.artifact.offline import MergedWeights, build_recipe
+    from lightning_ckmerge.artifact.sources import open_sources
     from lightning_ckmerge.config import parse_size
-    from lightning_ckmerge.report.text import size
 
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
-    method = _method(weights, schedule, len(checkpoints))
     require_absent(out)
-    sources_K = [open_source(path, key) for path in checkpoints]
+    sources_K, method = _in_order(open_sources(checkpoints, key), weights, schedule)
     # Refuses what does not fit, before anything is hashed.
     preparing = threading.Thread(target=MergedWeights(sources_K, method).prepare)
     preparing.start()
@@ -68,15 +69,47 @@ def merge(
     total = sum(spec.nbytes for spec in sources_K[-1].specs.values())
     with progress("Merging", total, is_bytes=True) as advance:
         merged = MergedWeights(sources_K, method, advance)
-        complete = write_merge(out, merged, recipe, max_shard_size=shard_bytes, copies=_side_files(sources_K[-1]))
+        complete = _write(out, merged, recipe, sources_K, shard_bytes)
     if as_json:
         print_json({"out": str(out), **complete})
-        return
+    else:
+        _print_merge(out, merged, complete, sources_K)
+
+
+def _in_order(sources_K: list[Source], weights: str | None, schedule: str | None) -> tuple[list[Source], Method]:
+    """Return the checkpoints oldest first, and how they are merged, each with its own weight."""
+    from dataclasses import replace
+
+    from lightning_ckmerge.artifact.sources import oldest_first
+
+    method = _method(weights, schedule, len(sources_K))
+    order = oldest_first(sources_K)
+    # A schedule's coefficients are those of places; numbers were given to checkpoints.
+    if weights is not None and len(method.weights_K) == len(order):
+        method = replace(method, weights_K=tuple(method.weights_K[i] for i in order))
+    return [sources_K[i] for i in order], method
+
+
+def _write(out: Path, merged: MergedWeights, recipe: Recipe, sources_K: list[Source], shard_bytes: int) -> Recipe:
+    from lightning_ckmerge.artifact.offline import newest_lightning, write_checkpoint, write_merge
+
+    if out.suffix == ".ckpt":
+        return write_checkpoint(out, merged, recipe, newest_lightning(sources_K))
+    return write_merge(out, merged, recipe, max_shard_size=shard_bytes, copies=_side_files(sources_K[-1]))
+
+
+def _print_merge(out: Path, merged: MergedWeights, complete: Recipe, sources_K: list[Source]) -> None:
+    from lightning_ckmerge.report.text import size
+
     rows = [
         (str(source.path), source.kind, "" if source.step is None else str(source.step), f"{c:+.4f}")
         for source, c in zip(sources_K, complete["coefficients"], strict=True)
     ]
     console().print(table(("checkpoint", "kind", "step", "coefficient"), rows))
+    by = "by step" if complete["order"] == "step" else "as given, since not every checkpoint tells its step"
+    console().print(f"order: {by}, oldest first")
+    for note in complete["notes"]:
+        console().print(f"note: {note}", style="yellow")
     console().print(f"{out}: {len(merged.specs)} tensors, {size(merged.num_bytes)}")
 
 

@@ -13,6 +13,12 @@ from lightning_ckmerge.cli.options import ArtifactPath, Json, Key
 if TYPE_CHECKING:
     from lightning_ckmerge.artifact.load import Artifact
 
+STATES = {
+    "sound": ("sound", ""),
+    "not sound": ("NOT SOUND", "bold red"),
+    "cannot be rebuilt": ("the files are sound; the weights cannot be rebuilt", "yellow"),
+}
+
 
 def verify(
     artifact: ArtifactPath,
@@ -31,8 +37,9 @@ def verify(
     """Check an artifact's files against the hashes in its manifest.
 
     With --rebuild its weights are merged again from the snapshots that the run still keeps, found by their SHA-256, and
-    compared bit for bit. Exit code 1: a file is not what was published, or the rebuilt weights differ, or a snapshot
-    that counts is gone.
+    compared bit for bit. Exit code 1: a file is not what was published, or the rebuilt weights differ ("NOT SOUND"), or
+    a snapshot that counts is no longer kept, so that the files are sound but what was asked is open ("cannot be
+    rebuilt").
 
     \b
     Examples:
@@ -50,10 +57,13 @@ def verify(
     if rebuild and is_sound:
         found["rebuild"] = _rebuild(opened, latest, checkpoints, key)
         is_sound = found["rebuild"]["state"] == "equal"
+    found["state"] = "sound" if is_sound else "not sound"
+    if found.get("rebuild", {}).get("state") == "impossible":
+        found["state"] = "cannot be rebuilt"
     if as_json:
         print_json({**found, "ok": is_sound})
     else:
-        _print_verification(found, is_sound)
+        _print_verification(found)
     if not is_sound:
         raise typer.Exit(FOUND)
 
@@ -98,7 +108,7 @@ def _rebuild(artifact: Artifact, latest: Path | None, checkpoints: Path | None, 
     }
 
 
-def _print_verification(found: dict[str, Any], is_sound: bool) -> None:
+def _print_verification(found: dict[str, Any]) -> None:
     from rich.text import Text
 
     out = console()
@@ -106,7 +116,7 @@ def _print_verification(found: dict[str, Any], is_sound: bool) -> None:
     out.print(table(("file", "state"), rows))
     built = found.get("rebuild")
     if built and built["state"] == "impossible":
-        out.print(f"rebuild: impossible: {built['reason']}")
+        out.print(f"rebuild: not possible: {built['reason']}")
     elif built:
         names = ", ".join(built["different"][:5])
         out.print(
@@ -115,4 +125,5 @@ def _print_verification(found: dict[str, Any], is_sound: bool) -> None:
         )
         if built["different"]:
             out.print("note: BatchNorm statistics that `evaluation.recalibrate_batches` re-estimated are no merge.")
-    out.print(f"{found['artifact']}: {'sound' if is_sound else 'NOT SOUND'}", style="" if is_sound else "bold red")
+    text, style = STATES[found["state"]]
+    out.print(f"{found['artifact']}: {text}", style=style)

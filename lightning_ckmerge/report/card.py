@@ -17,6 +17,7 @@ tags:
 - lightning-ckmerge
 ---
 """
+NOT_ACCEPTED = "> Note: these weights are **not shown to be better** than the latest weights of the run at that step."
 MODEL = FRONT_MATTER.format(library="transformers")
 ADAPTER = FRONT_MATTER.format(library="peft")
 
@@ -35,6 +36,7 @@ def render_card(manifest: Manifest) -> str:
     sections = [
         f"{ADAPTER if 'adapters' in manifest else MODEL}\n# {view.title}",
         f"**{view.badge}.** {escape(view.sentence)}",
+        *(() if view.status == "accepted" else (NOT_ACCEPTED,)),
         *(f"> Note: {escape(warning)}" for warning in view.warnings),
         "The weights are a linear combination of snapshots of one training run, found by `lightning-ckmerge`.",
         "## Metrics",

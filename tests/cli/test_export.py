@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_ckmerge.cli import pretrained
+from lightning_ckmerge.report.card import render_card
 from tests.artifact.conftest import Publish, tensors_of
 from tests.cli.commands import ckmerge, ckmerge_json
 from tests.cli.transformers_models import CASES, Language, gpt2, llama, logits
@@ -154,6 +155,33 @@ def test_without_transformers_the_prefix_must_be_named_and_is_enough(
     assert "--prefix" in ckmerge(*args, code=2).stderr
     ckmerge(*args, "--prefix", "net.lm.")
     assert torch.equal(logits(open_pretrained("gpt2", tmp_path / "hf")), logits(model))
+
+
+@pytest.mark.parametrize("prefix", ["foo.", "ne", "net.lm.transformer.x", "net.l"])
+@pytest.mark.parametrize("has_transformers", [True, False])
+def test_a_prefix_of_nothing_writes_nothing(
+    publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str, has_transformers: bool
+) -> None:
+    """An empty model with a card that says "Accepted" would be the worst of exports."""
+    module, model = build("gpt2")
+    artifact, config = publish(weights=tensors_of(module)), save_config(model, tmp_path / "config")
+    if not has_transformers:
+        monkeypatch.setattr(pretrained, "expected_tensors", lambda config_dir: None)
+    args = ("export", artifact.path, "--config-from", config, "--out", tmp_path / "hf", "--prefix", prefix)
+    assert "which none begins with. They begin with net.;" in ckmerge(*args, code=2).stderr
+    assert not (tmp_path / "hf").exists()
+    whole = ckmerge_json(*args[:-1], "net.lm")
+    assert (whole["prefix"], whole["left_out"], whole["verdict"]) == ("net.lm.", 1, "accepted")
+
+
+@pytest.mark.parametrize("status", ["unconfirmed", "rejected"])
+def test_the_card_says_what_was_not_accepted(publish: Publish, status: str) -> None:
+    manifest = json.loads(json.dumps(publish().manifest))
+    assert "not shown to be better" not in render_card(manifest)
+    manifest["verdict"]["status"] = status
+    card = render_card(manifest)
+    assert f"**{status.capitalize()}.**" in card
+    assert "not shown to be better" in card
 
 
 def twice(model: Any) -> dict[str, Tensor]:

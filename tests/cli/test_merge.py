@@ -10,14 +10,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_ckmerge import load_merged
 from lightning_ckmerge.artifact.sources import open_source
 from lightning_ckmerge.core.blockwise import load_mix_kernel
+from lightning_ckmerge.errors import ArtifactError
 from tests.artifact.conftest import tensors_of
 from tests.cli.checkpoints import WRITERS, model_at, write_all, write_lightning
 from tests.cli.commands import ckmerge, ckmerge_json
@@ -119,7 +122,7 @@ def test_a_hub_directory_brings_its_config_and_tokenizer(tmp_path: Path) -> None
         (["a", "b", "--weights", "1,-1"], "must not sum to 0"),
         (["a", "b", "--schedule", "cosine"], "a schedule must be one of"),
         (["a", "b", "c", "--schedule", "slerp:0.5"], "slerp takes two checkpoints, got 3"),
-        (["b", "a", "--schedule", "uniform"], "oldest first, got steps 200, 100"),
+        (["b", "a", "no-step", "--schedule", "uniform"], "oldest first, got steps 200, 100"),
         (["a", "other", "--schedule", "uniform"], "must hold the same tensors, got bias, weight only in other"),
         (["a", "wide", "--schedule", "uniform"], "of another shape or kind"),
         (["a", "gone", "--schedule", "uniform"], "got nothing at"),
@@ -130,9 +133,10 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(tmp_path: Path, arg
     for name, step in (("a", 100), ("b", 200), ("c", 300)):
         write_lightning(tmp_path / f"{name}.ckpt", step)
     torch.save({"weight": torch.ones(2), "bias": torch.ones(2)}, tmp_path / "other.ckpt")
+    torch.save(tensors_of(model_at(100)), tmp_path / "no-step.ckpt")
     wide = {n: torch.cat([t, t]) if t.dim() else t for n, t in tensors_of(model_at(1)).items()}
     torch.save(wide, tmp_path / "wide.ckpt")
-    named = [tmp_path / f"{a}.ckpt" if a in ("a", "b", "c", "other", "wide", "gone") else a for a in args]
+    named = [tmp_path / f"{a}.ckpt" if a in ("a", "b", "c", "other", "wide", "gone", "no-step") else a for a in args]
     before = sorted(tmp_path.iterdir())
     assert message in ckmerge("merge", *named, "--out", tmp_path / "out", code=2).stderr
     assert sorted(tmp_path.iterdir()) == before
@@ -223,3 +227,129 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr, stderr
     assert list((tmp_path / "o").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("epoch=9-step=900.ckpt", "epoch=10-step=1000.ckpt", "last.ckpt"),
+        ("epoch=0-step=900.ckpt", "epoch=0-step=1000-v1.ckpt", "last-v1.ckpt"),
+        ("step=000900.ckpt", "step=001000.ckpt", "best.ckpt"),
+    ],
+)
+@pytest.mark.parametrize("as_directory", [False, True])
+def test_lightnings_own_names_are_merged_by_their_steps(
+    tmp_path: Path, names: tuple[str, ...], as_directory: bool
+) -> None:
+    """A shell lists `epoch=10` before `epoch=9`, and `last.ckpt` tells its step in the file alone."""
+    for name, step in zip(names, (900, 1000, 1100), strict=True):
+        write_lightning(tmp_path / "in" / name, step)
+    if as_directory:
+        write_lightning(tmp_path / "in" / "copy-of-the-last.ckpt", 1100)
+    paths = [tmp_path / "in"] if as_directory else sorted((tmp_path / "in").iterdir(), reverse=True)
+    schedule = ckmerge_json("merge", *paths, "--schedule", "minus-sqrt", "--out", tmp_path / "a")
+    assert [i["step"] for i in schedule["inputs"]] == [900, 1000, 1100]
+    assert schedule["order"] == "step"
+    text = ckmerge("merge", *paths, "--schedule", "minus-sqrt", "--out", tmp_path / "b").stdout
+    assert "order: by step, oldest first" in text
+
+
+def test_weights_stay_with_the_checkpoints_that_they_were_given_to(tmp_path: Path) -> None:
+    old, new = write_lightning(tmp_path / "old.ckpt", 100), write_lightning(tmp_path / "new.ckpt", 200)
+    found = ckmerge_json("merge", new, old, "--weights", "3,1", "--out", tmp_path / "out")
+    assert [(i["step"], c) for i, c in zip(found["inputs"], found["coefficients"], strict=True)] == [
+        (100, 0.25), (200, 0.75),
+    ]  # fmt: skip
+
+
+def test_checkpoints_without_a_step_stay_as_given(tmp_path: Path) -> None:
+    for name in "ab":
+        torch.save({"w": torch.ones(2)}, tmp_path / f"{name}.pt")
+    text = ckmerge("merge", tmp_path / "b.pt", tmp_path / "a.pt", "--weights", "1,1", "-o", tmp_path / "out").stdout
+    assert "order: as given" in text
+    assert text.index("b.pt") < text.index("a.pt")
+    assert "note" not in text
+
+
+def test_averaged_batchnorm_statistics_are_told_with_the_remedy(tmp_path: Path) -> None:
+    paths = write_all(tmp_path, "lightning")
+    text = ckmerge("merge", *paths, "--schedule", "uniform", "--out", tmp_path / "out").stdout
+    assert "note: The statistics of 1 normalization layer, such as norm.running_mean, were averaged too" in text
+    assert "update_bn" in text
+
+
+@pytest.mark.parametrize("out", ["merged", "merged.safetensors"])
+def test_load_merged_opens_what_merge_wrote(tmp_path: Path, out: str) -> None:
+    paths = write_all(tmp_path, "lightning")
+    ckmerge("merge", *paths, "--schedule", "uniform", "--out", tmp_path / out, "--max-shard-size", "64B")
+    assert (tmp_path / out).is_file() is out.endswith(".safetensors")
+    model, expected = model_at(1), mean_of(100, 200, 300)
+    load_merged(tmp_path / out, model)
+    for name, tensor in tensors_of(model).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
+    with pytest.raises(ArtifactError, match="must fit Linear"):
+        load_merged(tmp_path / out, torch.nn.Linear(2, 2))
+
+
+def test_a_merge_that_was_damaged_is_not_loaded(tmp_path: Path) -> None:
+    ckmerge("merge", *write_all(tmp_path, "lightning"), "--schedule", "uniform", "--out", tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ArtifactError, match="another SHA-256"):
+        load_merged(tmp_path / "out", model_at(1))
+
+
+class Small(pl.LightningModule):
+    """Takes an argument that only the checkpoint knows, and keeps more than tensors in its state."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(width, 1)
+        self.head = torch.nn.Linear(width, 1)
+        self.head.weight = self.layer.weight
+        self.register_buffer("calls", torch.tensor(0))
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("loss", self.layer(batch).sum())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_ckpt_is_what_lightning_opens(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "logger": False, "accelerator": "cpu", "enable_progress_bar": False, "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }  # fmt: skip
+    paths = []
+    for step, width in ((100, 3), (200, 3)):
+        model, trainer = Small(width), pl.Trainer(**options)
+        trainer.strategy.connect(model)
+        model.calls.fill_(step)  # type: ignore[operator]
+        paths.append(tmp_path / f"step={step}.ckpt")
+        trainer.save_checkpoint(paths[-1])
+    content = [torch.load(path, weights_only=True) for path in paths]
+    for path, step, held in zip(paths, (100, 200), content, strict=True):
+        torch.save({**held, "global_step": step, "mine": step}, path)
+    out = tmp_path / "merged.ckpt"
+    ckmerge("merge", *reversed(paths), "--schedule", "uniform", "--out", out)
+    merged = torch.load(out, weights_only=True)
+    assert (merged["global_step"], merged["mine"]) == (200, 200)
+    assert not {"optimizer_states", "lr_schedulers", "callbacks", "loops"} & merged.keys()
+    loaded = Small.load_from_checkpoint(out)
+    mean = (content[0]["state_dict"]["layer.weight"] + content[1]["state_dict"]["layer.weight"]) / 2
+    torch.testing.assert_close(loaded.layer.weight.detach(), mean)
+    assert loaded.head.weight is loaded.layer.weight
+    assert int(loaded.calls) == 200  # type: ignore[arg-type]
+    loader = torch.utils.data.DataLoader(torch.ones(2, 3))
+    (found,) = pl.Trainer(**options).test(Small(3), loader, ckpt_path=out, verbose=False)
+    assert found["loss"] == pytest.approx(float(loaded.layer(torch.ones(1, 3))))
+    ckmerge("merge", out, paths[1], "--weights", "1,1", "--out", tmp_path / "again.ckpt")
+    with pytest.raises(ArtifactError, match="load_from_checkpoint"):
+        load_merged(out, loaded)
+
+
+def test_a_ckpt_needs_hyperparameters_from_somewhere(tmp_path: Path) -> None:
+    paths = write_all(tmp_path, "safetensors")
+    found = ckmerge("merge", *paths, "--schedule", "uniform", "--out", tmp_path / "out.ckpt", code=2)
+    assert "from the newest Lightning .ckpt among the checkpoints, got step=100" in found.stderr
+    assert not (tmp_path / "out.ckpt").exists()

@@ -117,6 +117,9 @@ def test_snapshots_are_found_by_content_and_needed_only_if_they_count(kept: Kept
     found = ckmerge_json("verify", kept.artifact.path, "--rebuild", code=1)["rebuild"]
     assert found["state"] == "impossible"
     assert "steps 1-512 (coefficient -0.1)" in found["reason"]
+    text = ckmerge("verify", kept.artifact.path, "--rebuild", code=1).stdout
+    assert "the files are sound; the weights cannot be rebuilt" in text
+    assert "NOT SOUND" not in text
 
 
 def test_a_snapshot_that_changed_is_not_taken(kept: Kept) -> None:
