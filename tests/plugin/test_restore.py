@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -184,3 +185,110 @@ def test_parameters_are_left_to_the_search() -> None:
     memory.put_back()
     assert (module.layer.weight == 7).all()
     assert memory.changed() == ["it.layer.weight"]
+
+
+LIVING = Counting()
+
+
+def misbehaving() -> dict[str, Any]:
+    """Objects whose own methods must not be called, and tensors that not every operator takes."""
+
+    def raising(*_: Any, **__: Any) -> Any:
+        raise KeyError("of the user's own")
+
+    names = ("__eq__", "__len__", "__iter__", "__getattr__", "__setattr__", "__deepcopy__", "__bool__", "__contains__")
+    body = dict.fromkeys(names, raising) | {"__hash__": object.__hash__}
+
+    class FrozenDict(dict[str, Any]):
+        __setitem__ = __delitem__ = clear = update = raising
+
+    class Proxy:
+        __slots__ = ("target",)
+
+        @property
+        def __class__(self) -> Any:
+            raise KeyError("not loaded")
+
+        @property
+        def __dict__(self) -> Any:
+            raise KeyError("not loaded")
+
+    odd = type("Odd", (), {**body, "size": property(raising), "__slots__": iter(("a", "__dict__"))})()
+    return {
+        "object": odd,
+        "list": type("OddList", (list,), body)([1]),
+        "dict": FrozenDict(a=1),
+        "proxy": Proxy(),
+        "weak proxy": weakref.proxy(LIVING),
+        "sparse": torch.eye(3).to_sparse(),
+        "compressed": torch.eye(3).to_sparse_csr(),
+        "meta": torch.empty(3, device="meta"),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        "nested, strided": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "quantized": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        "conjugate": torch.ones(2, dtype=torch.complex64).conj(),
+        "read-only": np.broadcast_to(np.zeros(1), (3,)),
+        "structured": np.zeros(2, dtype=[("a", "i4"), ("b", "f8")]),
+        "masked": np.ma.masked_array([1.0, 2.0], [True, False]),
+        "lazy": nn.LazyLinear(2).weight,
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", misbehaving())
+def test_an_object_that_misbehaves_costs_nothing_else(name: str) -> None:
+    """Goes red if it raises where it is looked at, counts as changed, or keeps others from being put back."""
+    count = Counting()
+    memory = remember({"before": [count], "odd": misbehaving()[name], "after": count.rng})
+    first = count.collate(())
+    assert not memory.put_back()
+    assert not memory.changed()
+    assert count.collate(()) == first
+
+
+def test_what_fails_to_be_put_back_keeps_nothing_else_from_it() -> None:
+    """Goes red if the first failure ends the restoration."""
+    raw, numbers = bytearray(2), [1]
+    memory = remember([raw, numbers])
+    raw += b"x"
+    numbers.append(2)
+    with memoryview(raw):  # it cannot shrink
+        assert [*memory.put_back()] == ["it[0]"]
+        assert memory.changed() == ["it[0]"]
+    assert numbers == [1]
+
+
+CHANGES: dict[str, tuple[Any, Callable[[Any], Any]]] = {
+    "other memory": (lambda: torch.zeros(3), lambda t: setattr(t, "data", torch.ones(5))),
+    "resized": (lambda: torch.zeros(3), lambda t: t.resize_(9).fill_(1)),
+    "sparse": (lambda: torch.eye(3).to_sparse(), lambda t: t.add_(torch.ones(3, 3).to_sparse())),
+    "sparse, in place": (lambda: torch.eye(3).to_sparse().coalesce(), lambda t: t.values().mul_(2)),
+    "not a number": (lambda: torch.tensor([float("nan"), -0.0]), lambda t: t.zero_()),
+    "attribute": (lambda: nn.Parameter(torch.zeros(2)), lambda t: setattr(t, "mark", 1)),
+    "bfloat16": (lambda: torch.zeros(3, dtype=torch.bfloat16), lambda t: t.add_(1)),
+    "array resized": (lambda: np.zeros(3), lambda a: a.resize(9, refcheck=False)),
+    "objects": (lambda: np.array([[1], None], dtype=object), lambda a: a[0].append(2)),
+    "masked": (lambda: np.ma.masked_array([1.0, 2.0], [True, False]), lambda a: a.mask.fill(True)),
+    "large": (lambda: torch.zeros(1 << 19), lambda t: t[7].fill_(1)),
+    "large, permuted": (lambda: torch.arange(1 << 19), lambda t: t.copy_(t.flip(0))),
+    "large array": (lambda: np.arange(1 << 19), lambda a: np.random.default_rng(1).shuffle(a)),
+    "large bytes": (lambda: bytearray(1 << 21), lambda b: b.__setitem__(7, 1)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_is_changed_is_put_back_or_named(name: str) -> None:
+    make, change = CHANGES[name]
+    holder = make()
+    memory = remember(holder)
+    change(holder)
+    assert memory.changed()
+    assert not memory.put_back()
+    assert bool(memory.changed()) == ("large" in name)
+
+
+def test_a_bytearray_that_is_watched_can_still_grow() -> None:
+    raw = bytearray(1 << 21)
+    memory = remember(raw)
+    raw += b"x"
+    assert memory.changed()

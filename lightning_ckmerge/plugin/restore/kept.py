@@ -189,7 +189,7 @@ class Place(Kept):
     def _has_moved(self) -> bool:
         a, b = self._target, self.memory
         if a.layout != torch.strided:
-            return not _all_same([c.data_ptr() for c in components(a)], [c.data_ptr() for c in components(b)])
+            return [c.data_ptr() for c in components(a)] != [c.data_ptr() for c in components(b)]
         return (a.data_ptr(), a.shape, a.stride(), a.dtype) != (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
 
@@ -210,6 +210,33 @@ class Contents(Kept):
 
     def _write(self) -> None:
         self._memory.copy_(self._saved)
+
+
+class TensorHooks(Kept):
+    """The hooks of a tensor under one attribute: a dict, or none before the first one.
+
+    Their dict is emptied, never taken away: autograd would go on calling them.
+    """
+
+    def __init__(self, where: str, target: Tensor, name: str) -> None:
+        super().__init__(where)
+        self._target, self._name = target, name
+        self._holder = getattr(target, name)
+        self._hooks = self._now()
+
+    def _differs(self) -> bool:
+        now = self._now()
+        return now.keys() != self._hooks.keys() or not _all_same(now.values(), self._hooks.values())
+
+    def _write(self) -> None:
+        holder = getattr(self._target, self._name)
+        if holder is None:
+            setattr(self._target, self._name, holder := self._holder)
+        holder.clear()
+        holder.update(self._hooks)
+
+    def _now(self) -> dict[Any, Any]:
+        return dict(getattr(self._target, self._name) or {})
 
 
 class Watched(Kept):
@@ -307,6 +334,12 @@ def class_of(where: str, target: Any) -> Setting:
 def attribute(where: str, target: Any, name: str) -> Setting:
     """Keep what an attribute refers to."""
     return Setting(where, lambda: getattr(target, name), lambda value: setattr(target, name, value))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is one piece of memory and no more. Operators on the bytes of others may well crash."""
+    is_other = tensor.is_nested or tensor.is_quantized or hasattr(type(tensor), "__tensor_flatten__")
+    return tensor.layout == torch.strided and not is_other
 
 
 def components(tensor: Tensor) -> list[Tensor]:

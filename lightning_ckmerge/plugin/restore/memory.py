@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from types import FunctionType, MappingProxyType, MethodType
@@ -27,11 +27,12 @@ from lightning_ckmerge.plugin.restore.kept import (
     Kept,
     Place,
     Raw,
+    TensorHooks,
     Watched,
-    attribute,
     cell,
     class_of,
     components,
+    is_plain,
     slot,
 )
 from lightning_ckmerge.plugin.restore.randomness import GENERATORS
@@ -50,8 +51,9 @@ from lightning_ckmerge.plugin.restore.reach import (
 )
 
 BUILT_IN = (Tensor, np.ndarray, list, deque, dict, set)
-PLAIN_PACKAGES = ("builtins", "collections", "numpy")
+PLAIN_TYPES = {list, dict, set, deque, OrderedDict, defaultdict, Counter, np.ndarray}
 MODULE_INTERNALS = vars(nn.Module()).keys()
+SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
 HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -137,7 +139,7 @@ class Memory:
             self.take(part, f"{where}{name}", allowance, depth + 1)
         if issubclass(cls, FunctionType):
             self._take_closure(value, where, allowance, depth)
-        elif is_looked_into(cls) or (issubclass(cls, BUILT_IN) and package_of(cls) not in PLAIN_PACKAGES):
+        elif is_looked_into(cls) or (issubclass(cls, BUILT_IN) and cls not in PLAIN_TYPES):
             self._take_attributes(value, cls, where, allowance, depth)
 
     def _take_module(self, module: nn.Module, where: str, allowance: Allowance) -> None:
@@ -174,15 +176,18 @@ class Memory:
             return
         if tensor.is_leaf:
             for name in HOOKS:
-                self.kept.append(attribute(f"{where}.{name}", tensor, name))
+                self.kept.append(TensorHooks(f"{where}.{name}", tensor, name))
                 self.take(getattr(tensor, name), f"{where}.{name}", allowance, MAX_DEPTH - 2)
         is_weight = id(tensor) in self._weights
-        if tensor.layout == torch.strided and not hasattr(type(tensor), "__tensor_flatten__"):
+        if is_plain(tensor):
             place = Place(where, tensor)
             self.kept.append(place)
             self._take_memory(place.memory, where, allowance, copied=not is_weight)
             return
-        if tensor.layout != torch.strided:
+        if tensor.is_quantized:
+            self.kept.append(Watched(where, lambda: checksum(tensor.int_repr())))
+            return
+        if tensor.layout in SPARSE:
             self.kept.append(Place(where, tensor))
         for component in components(tensor):
             if is_weight:

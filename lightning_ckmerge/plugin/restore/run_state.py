@@ -53,6 +53,8 @@ def keep_run(trainer: Any, memory: Memory, allowance: Allowance) -> None:
         memory: Where to keep it.
         allowance: Of copies.
     """
+    for name in ("datamodule", "train_dataloader", "val_dataloaders"):
+        memory.take(getattr(trainer, name), name, allowance)
     for i, optimizer in enumerate(trainer.optimizers):
         memory.take(optimizer, f"optimizers[{i}]", allowance)
     memory.take(trainer.lr_scheduler_configs, "lr_scheduler_configs", allowance)
@@ -63,9 +65,6 @@ def keep_run(trainer: Any, memory: Memory, allowance: Allowance) -> None:
         memory.kept.append(own)
         for name, value in own.saved.items():
             memory.take(value, f"{where}.{name}", allowance)
-    memory.take(trainer.datamodule, "datamodule", allowance)
-    for name in ("train_dataloader", "val_dataloaders"):
-        memory.take(getattr(trainer, name), name, allowance)
     for name, hooks in vars(module_hooks).items():
         if name.startswith("_global_") and isinstance(hooks, dict):
             memory.take(hooks, f"torch's {name}", allowance)
