@@ -6,6 +6,7 @@ CkmergeError
 ├── MonitorError       ``monitor`` is not among the metrics that validation logs
 ├── SnapshotError      a snapshot is missing, damaged, or does not fit the model
 ├── SearchError        a search could not be carried out
+│   └── SkipError      nothing is wrong, but there is no search now; all ranks raise it together
 ├── TraceError         a search has left a trace in the run, and is the last one
 ├── PeerError          another rank failed, and this one gives up with it
 └── ArtifactError      an artifact is missing, damaged, or could not be written
@@ -41,6 +42,19 @@ class SearchError(CkmergeError):
 
 class TraceError(CkmergeError):
     """A search has left a trace in the run."""
+
+
+class SkipError(SearchError):
+    """There is no search now, though nothing is wrong. All ranks raise it together.
+
+    Args:
+        reason: Why not, and what to do about it.
+        needed_s: Seconds that the least of searches would have needed, where time is the reason.
+    """
+
+    def __init__(self, reason: str, *, needed_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.needed_s = needed_s
 
 
 class PeerError(CkmergeError):

@@ -15,7 +15,7 @@ from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.config import AdapterMerge, Mode, Objective, SearchConfig
 from lightning_ckmerge.core.outcome import Coefficients, Cost, EvaluationRecord, Score, SearchOutcome, Trial
 from lightning_ckmerge.core.spaces import Space
-from lightning_ckmerge.errors import SearchError
+from lightning_ckmerge.errors import SkipError
 from lightning_ckmerge.search.anchors import candidate_at
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.engine import Search, T, most_confirmed
@@ -114,8 +114,8 @@ def run_search(job: SearchJob) -> SearchOutcome:
     """Search, confirm, and reach the verdict. The live weights are left as the last evaluation had them.
 
     Raises:
-        SearchError: There is nothing to merge, the budget does not allow the least of searches, or the latest weights
-            have no finite value.
+        SkipError: There is nothing to merge, or the budget does not allow the least of searches.
+        SearchError: The latest weights have no finite value.
         MonitorError: Validation does not log the metric.
     """
     start = time.monotonic()
@@ -147,7 +147,7 @@ def join_search(job: SearchJob) -> int:
 def _search(job: SearchJob, evaluate: Evaluate) -> Search:
     """Score anchors and trials."""
     if len(job.bench.merger.snapshots_K) < 2:
-        raise SearchError(
+        raise SkipError(
             "a search needs at least one snapshot beside the latest weights, got none. "
             "Shorten `buffer.every_n_train_steps` or search later."
         )
@@ -176,7 +176,10 @@ def _search(job: SearchJob, evaluate: Evaluate) -> Search:
     )
     search.run()
     if search.stopped_early is not None and not (search.anchors[1:] or search.trials):
-        raise SearchError(f"the search stopped {search.stopped_early}. Raise {job.allowed_by} or search less often.")
+        raise SkipError(
+            f"the search stopped {search.stopped_early}. Raise {job.allowed_by} or search less often.",
+            needed_s=budget.forecast_s,
+        )
     return search
 
 

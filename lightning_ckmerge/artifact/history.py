@@ -11,7 +11,7 @@ from lightning_ckmerge.artifact.files import MANIFEST_NAME, inside
 from lightning_ckmerge.artifact.load import best_target
 from lightning_ckmerge.artifact.manifest import Manifest, read_manifest
 from lightning_ckmerge.artifact.runs import find_run
-from lightning_ckmerge.artifact.timeline import TIMELINE_NAME, read_timeline
+from lightning_ckmerge.artifact.timeline import SKIPPED, TIMELINE_NAME, read_timeline
 from lightning_ckmerge.errors import ArtifactError
 
 NEEDED = {"step", "monitor", "mode", "gain", "interval", "winner", "values", "artifact", "cost", "validation"}
@@ -54,7 +54,7 @@ def read_history(dirpath: str | os.PathLike[str]) -> History:
                 f"{', '.join(missing)}. Read it with the version of lightning-ckmerge that wrote it."
             )
     timeline = [record for record in timeline if record.get("run_id") == timeline[-1].get("run_id")]
-    names = {record["artifact"] for record in timeline}
+    names = {record["artifact"] for record in timeline if record["status"] != SKIPPED}
     target = best_target(dirpath)
     if target is not None and target.name not in names:
         target = None  # another run's, which shares the directory

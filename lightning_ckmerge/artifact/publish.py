@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lightning_ckmerge.artifact.files import (
     BEST_NAME,
@@ -112,6 +113,11 @@ class ArtifactStore:
         own = [a for a in self._found() if _measured(a.manifest) == (run_id, monitor, self.mode)]
         if own:
             self._move_best(self._ranked(own[-1].manifest))
+
+    def append_skip(self, record: dict[str, Any]) -> None:
+        """Enter a search without an artifact, as ``skip_record`` returns it, into the timeline."""
+        self.dirpath.mkdir(parents=True, exist_ok=True)
+        append_timeline(self.dirpath, record)
 
     def write_member(
         self, path: Path, manifest: Manifest, weights: Weights, *, extras: Sequence[Extra], comm: Comm

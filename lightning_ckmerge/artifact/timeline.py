@@ -1,4 +1,8 @@
-"""``timeline.jsonl``: one record a search, appended; the run's history of merges at a glance."""
+"""``timeline.jsonl``: one record a search, appended; the run's history of merges at a glance.
+
+A search that did not take place, or was given up, leaves a record too: its ``status`` is ``SKIPPED``, ``reason`` says
+why, and it names no artifact.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckmerge.artifact.manifest import Manifest
+from lightning_ckmerge.config import Mode
 from lightning_ckmerge.errors import ArtifactError
 
 TIMELINE_NAME = "timeline.jsonl"
+
+SKIPPED = "skipped"
 
 Validated = tuple[int, float]
 
@@ -41,6 +48,33 @@ def timeline_record(manifest: Manifest, artifact: str, validation: Sequence[Vali
         "artifact": artifact,
         "cost": manifest["cost"],
         "validation": [list(v) for v in validation],
+    }
+
+
+def skip_record(step: int, monitor: str, mode: Mode, reason: str, seconds: float) -> dict[str, Any]:
+    """Return the record of a search that has no verdict.
+
+    Args:
+        step: When it was due.
+        monitor: The metric.
+        mode: Its mode.
+        reason: Why it was skipped.
+        seconds: What it took all the same.
+    """
+    return {
+        "step": step,
+        "monitor": monitor,
+        "mode": mode,
+        "status": SKIPPED,
+        "reason": reason,
+        "gain": None,
+        "interval": None,
+        "winner": None,
+        "best_anchor": None,
+        "values": {},
+        "artifact": None,
+        "cost": {"seconds": {"other": seconds}, "share_of_training": None},
+        "validation": [],
     }
 
 

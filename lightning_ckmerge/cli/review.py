@@ -24,7 +24,7 @@ def list_searches(directory: RunPath, as_json: Json = False) -> None:
     """
     from lightning_ckmerge.artifact.load import best_target
     from lightning_ckmerge.artifact.runs import find_run
-    from lightning_ckmerge.report.text import count, gain_text, number, seconds
+    from lightning_ckmerge.report.text import MISSING, count, gain_text, number, seconds
 
     directory = find_run(directory)
     searches = _searches(directory)
@@ -36,10 +36,10 @@ def list_searches(directory: RunPath, as_json: Json = False) -> None:
         (
             count(s["step"]),
             status_text(s["status"]),
-            gain_text(s["gain"], s["interval"]),
+            s["reason"] or gain_text(s["gain"], s["interval"]),
             number(s["value"]),
             seconds(s["seconds"]),
-            s["artifact"] + (" (best)" if best and best.name == s["artifact"] else ""),
+            (s["artifact"] or MISSING) + (" (best)" if best and best.name == s["artifact"] else ""),
             s["holds"],
         )
         for s in searches
@@ -132,7 +132,8 @@ def _searches(directory: Path) -> list[dict[str, Any]]:
                 **{key: record[key] for key in LISTED},
                 "value": record["values"].get(record["winner"]),
                 "seconds": sum(record["cost"]["seconds"].values()),
-                "holds": _holds(directory / record["artifact"]),
+                "reason": record.get("reason"),
+                "holds": _holds(directory / record["artifact"]) if record["artifact"] else "nothing",
             }
         )
     return searches

@@ -18,6 +18,7 @@ from lightning_ckmerge.errors import ConfigError, TraceError
 from lightning_ckmerge.pipeline import Bench
 from lightning_ckmerge.plugin.adapters import Load
 from lightning_ckmerge.plugin.derivatives import Derivatives
+from lightning_ckmerge.plugin.interruptions import InterruptibleComm
 from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.restore.standstill import Standstill
 from lightning_ckmerge.plugin.validation import Validation
@@ -36,12 +37,20 @@ class BenchMaker:
         callback: Holds the arguments, and is told of batches in place of the muted others.
         trainer: The Trainer.
         model: What candidates are merged into.
+        interruption: Why a search must end, asked at each batch; ``None`` while it may go on.
     """
 
-    def __init__(self, callback: CheckpointMergeCallback, trainer: Trainer, model: RankModel) -> None:
+    def __init__(
+        self,
+        callback: CheckpointMergeCallback,
+        trainer: Trainer,
+        model: RankModel,
+        interruption: Callable[[], str | None],
+    ) -> None:
         self._callback = callback
         self._trainer = trainer
         self._model = model
+        self._interruption = interruption
         self._own_loaders: Any = None
         self._is_proven = False
         self._has_said = False
@@ -112,7 +121,8 @@ class BenchMaker:
         callback, config = self._callback, self._callback.evaluation
         if config.dataloader is not None and self._own_loaders is None:
             self._own_loaders = self._find_loaders(config.dataloader)
-        told = (callback.monitors, self._model.comm, callback.check_modes)
+        comm = InterruptibleComm(self._model.comm, self._interruption)
+        told = (callback.monitors, comm, callback.check_modes)
         return Validation(self._trainer, callback, config, *told, standstill, self._own_loaders)
 
     def _find_loaders(self, name: str) -> Any:

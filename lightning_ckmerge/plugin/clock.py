@@ -8,6 +8,10 @@ import time
 from collections.abc import Iterator
 
 from lightning_ckmerge.config import SearchConfig
+from lightning_ckmerge.errors import SkipError
+
+# A shorter run counts as if it had taken so long, or its searches would come to nothing: 10 s at 5 %.
+MIN_TRAINING_S = 200.0
 
 
 class Clock:
@@ -40,11 +44,34 @@ class Clock:
             self.searched_s += seconds
             self._searched_here_s += seconds
 
-    def allowance(self, config: SearchConfig) -> tuple[float | None, str]:
-        """Return the seconds that the next search may take, ``None`` for any, and the argument that says so."""
+    def allowance(self, config: SearchConfig, *, is_last: bool) -> tuple[float | None, str]:
+        """Return the seconds that the next search may take, ``None`` for any, and the argument that says so.
+
+        Args:
+            config: The limits.
+            is_last: Whether no other search has to be saved for.
+        """
         allowed_s, allowed_by = config.timeout_s or math.inf, "search.timeout_s"
         if config.max_fraction_of_training is not None:
-            share_s = max(0.0, config.max_fraction_of_training * self.training_s - self.searched_s)
+            share_s = max(0.0, self._share(config.max_fraction_of_training, is_last=is_last))
             if share_s < allowed_s:
                 allowed_s, allowed_by = share_s, "search.max_fraction_of_training"
         return (None, "") if math.isinf(allowed_s) else (allowed_s, allowed_by)
+
+    def require(self, needed_s: float, config: SearchConfig, *, is_last: bool) -> None:
+        """Raise ``SkipError`` if the next search may take less than ``needed_s`` seconds, or none at all."""
+        allowed_s, allowed_by = self.allowance(config, is_last=is_last)
+        if allowed_s is not None and (allowed_s < needed_s or allowed_s == 0):
+            needs = f", and the least of searches needs {needed_s:.3g} s" if needed_s else ""
+            raise SkipError(
+                f"{allowed_by} leaves {allowed_s:.3g} s{needs}. Raise {allowed_by} or search less often.",
+                needed_s=needed_s,
+            )
+
+    def _share(self, fraction: float, *, is_last: bool) -> float:
+        """The last search may take all that is left; those before it half of that, so that it has something left."""
+        training_s = self.training_s
+        if is_last:
+            return fraction * max(training_s, MIN_TRAINING_S) - self.searched_s
+        grown = (fraction * training_s - self.searched_s) / 2
+        return max(grown, fraction * MIN_TRAINING_S / 2 - self.searched_s)

@@ -12,6 +12,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -32,6 +33,7 @@ PRIVATE_NAMES = {
     "Trainer._data_connector._prepare_dataloader": "gives own loaders the strategy's sampler",
     "Trainer.fit_loop._combined_loader": "the training loaders, for BatchNorm statistics",
     "Trainer._checkpoint_connector": "makes a checkpoint without `Trainer.save_checkpoint`'s barrier",
+    "Trainer.strategy._checkpoint_io": "a run's IO plugin, which may write elsewhere or later",
     "Trainer._logger_connector": "metrics that the run has logged so far",
     "Trainer._last_val_time": "when the run validated last",
     "LightningModule._current_fx_name": "the hook that is running",
@@ -149,14 +151,38 @@ def directions(trainer: Trainer) -> dict[str, bool]:
     return _directions(trainer.fit_loop.epoch_loop.val_loop)
 
 
+def current_hook(trainer: Trainer) -> str | None:
+    """Return the name of the hook that Lightning is running."""
+    name: str | None = trainer.lightning_module._current_fx_name
+    return name
+
+
 def dump_weights(trainer: Any) -> dict[str, Any]:
-    """Return a checkpoint of the live weights alone, for ``Strategy.save_checkpoint``. All ranks take part.
+    """Return a checkpoint of the live weights alone, for ``write_checkpoint``. All ranks take part.
 
     ``Trainer.save_checkpoint`` does both, without a chance to agree in between or before the barrier after them. With
     ``weights_only=False`` an EMA callback would write its own average instead.
     """
     checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
     return checkpoint
+
+
+def write_checkpoint(trainer: Any, checkpoint: dict[str, Any], path: Path, *, is_sharded: bool) -> None:
+    """Write a checkpoint that is complete when all ranks have returned, whatever IO plugin the run has.
+
+    A plugin may write later, elsewhere or in a form of its own; an artifact is hashed and moved as soon as it is there.
+    """
+    strategy = trainer.strategy
+    plain = importlib.import_module(f"{lightning_package(trainer)}.plugins.io").TorchCheckpointIO()
+    if not is_sharded:
+        if trainer.is_global_zero:
+            plain.save_checkpoint(checkpoint, path)
+        return
+    own, strategy._checkpoint_io = strategy._checkpoint_io, plain
+    try:
+        type(strategy).save_checkpoint(strategy, checkpoint, path)
+    finally:
+        strategy._checkpoint_io = own
 
 
 def _make_loop(trainer: Trainer, parts: Sequence[Iterable[Any]], like: Any = None) -> Any:
@@ -189,8 +215,9 @@ def _record(recorder: BatchRecorder, loop: Any, *hook_args: Any) -> None:
         is_mean = entry.is_tensor and entry.meta.is_mean_reduction and entry.meta.on_epoch
         if is_mean and entry.meta.fx.startswith("validation_step"):
             # Lightning sums `value * batch_size` in the value's own precision. Widened at the first batch, so that the
-            # difference between two sums is a batch's value, and not what rounding left of it.
-            entry.value = entry.value.double()
+            # difference between two sums is a batch's value, and not what rounding left of it. Apple's GPUs cannot.
+            if entry.value.device.type != "mps":
+                entry.value = entry.value.double()
             sums.update(
                 dict.fromkeys(_logged_names(entry.meta), (float(entry.value), float(entry.cumulated_batch_size)))
             )

@@ -20,6 +20,7 @@ from lightning_ckmerge.config import ArtifactConfig, parse_size
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.flat_shards import clean_name
 from lightning_ckmerge.errors import ConfigError
+from lightning_ckmerge.plugin.decoration import harmless
 from lightning_ckmerge.report.card import render_card
 
 DIRECTORY_NAME = "hf"
@@ -60,13 +61,13 @@ class Pretrained:
                 _write_config(self._found[1], out)
         comm.exchange(None)
         if self._found is None:
-            write_adapters(out, weights, manifest["adapters"]["peft"], render_card(manifest), comm)
+            write_adapters(out, weights, manifest["adapters"]["peft"], _card(manifest), comm)
             return
         path, model = self._found
         # The model's own order: of tied names it lists the one that it loads first.
         kept = [clean_name(name) for name, _ in [*model.named_parameters(), *model.named_buffers()]]
         hub = HubWeights(weights, f"{path}." if path else "", kept)
-        write_hub(out, hub, render_card(manifest), self._max_shard_size, comm)
+        write_hub(out, hub, _card(manifest), self._max_shard_size, comm)
 
     def _write_processors(self, out: Path) -> None:
         for owner in self._owners:
@@ -74,6 +75,13 @@ class Pretrained:
                 processor: Any = getattr(owner, name, None)
                 if hasattr(processor, "save_pretrained"):
                     processor.save_pretrained(out)
+
+
+def _card(manifest: Manifest) -> str:
+    card = ""
+    with harmless("The model card"):
+        card = render_card(manifest)
+    return card
 
 
 def _write_config(model: Any, out: Path) -> None:

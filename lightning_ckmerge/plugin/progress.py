@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_ckmerge.core.outcome import Trial
+from lightning_ckmerge.plugin.decoration import harmless
 
 
 class OnScored(Protocol):
@@ -66,21 +67,28 @@ def search_progress(trainer: Trainer, step: int, sign: int) -> Iterator[OnScored
     bar: Any = trainer.progress_bar_callback
     best: Trial | None = None
     shows = getattr(bar, "is_enabled", False)  # a bar of the user's own need not have it
-    with contextlib.ExitStack() as stack:
-        advance = None
-        if shows and hasattr(bar, "init_validation_tqdm"):
-            advance = stack.enter_context(_tqdm(bar))
-        elif shows and getattr(bar, "progress", None) is not None:
-            advance = stack.enter_context(_rich(bar))
+    stack, advance = contextlib.ExitStack(), None
+    try:
+        with harmless("The progress bar"):
+            if shows and hasattr(bar, "init_validation_tqdm"):
+                advance = stack.enter_context(_tqdm(bar))
+            elif shows and getattr(bar, "progress", None) is not None:
+                advance = stack.enter_context(_rich(bar))
 
         def on_scored(trial: Trial, total: int) -> None:
-            nonlocal best
+            nonlocal best, advance
             if best is None or (trial.search.complete and sign * (trial.search.value - best.search.value) < 0):
                 best = trial
-            if advance is not None:
-                advance(f"Merge search at step {step}, best {best.search.value:.4g}", total)
+            tell, advance = advance, None  # no second time, should it fail
+            with harmless("The progress bar"):
+                if tell is not None:
+                    tell(f"Merge search at step {step}, best {best.search.value:.4g}", total)
+                advance = tell
 
         yield on_scored
+    finally:
+        with harmless("The progress bar"):
+            stack.close()
 
 
 @contextlib.contextmanager

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import Manifest, build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore, Extra
 from lightning_ckmerge.artifact.runs import Place
-from lightning_ckmerge.artifact.timeline import Validated
+from lightning_ckmerge.artifact.timeline import Validated, skip_record
 from lightning_ckmerge.config import parse_size
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.distributed.gather import GatheredWeights
-from lightning_ckmerge.errors import CkmergeError, explain
+from lightning_ckmerge.errors import CkmergeError
 from lightning_ckmerge.pipeline import SearchJob
-from lightning_ckmerge.plugin.evaluation import dump_weights
+from lightning_ckmerge.plugin.decoration import harmless
+from lightning_ckmerge.plugin.evaluation import dump_weights, write_checkpoint
 from lightning_ckmerge.plugin.pretrained import Pretrained
 from lightning_ckmerge.plugin.progress import say
 from lightning_ckmerge.plugin.rank_model import RankModel
@@ -55,6 +55,7 @@ class Publisher:
         self._trainer = trainer
         self._module: LightningModule = trainer.lightning_module
         self._adapters = model.adapters
+        self._is_sharded = model.ownership.is_sharded
         self._comm = model.comm
         self._dirpath = place.dirpath
         self._run_id = place.run_id
@@ -62,6 +63,7 @@ class Publisher:
         self._pretrained = (
             Pretrained(trainer, config, has_adapters=model.adapters is not None) if "hf" in config.formats else None
         )
+        self._monitor = callback.monitor
         self._store = ArtifactStore(
             place.dirpath,
             mode=callback.mode,
@@ -93,24 +95,24 @@ class Publisher:
 
     def show_run(self) -> None:
         """Show the run's searches so far. What is published stays so, whatever an older file makes of this."""
-        if self._comm.rank != 0:
-            return
-        try:
-            write_run_report(self._dirpath)
-        except (CkmergeError, OSError) as error:
-            say(self._trainer, f"The run's report was not written: {explain(error)}", rank_zero_warn)
+        if self._comm.rank == 0:
+            with harmless("The run's report"):
+                write_run_report(self._dirpath)
+
+    def record_skip(self, step: int, reason: str, seconds: float) -> None:
+        """Enter a search that did not take place, or was given up, into the run's history."""
+        if self._comm.rank == 0:
+            with harmless("The record of a skipped search"):
+                record = skip_record(step, self._monitor, self._store.mode, reason, seconds)
+                self._store.append_skip({**record, "run_id": self._run_id})
+                write_run_report(self._dirpath)
 
     def sum_up(self) -> None:
         """Say what the run's searches found."""
-        if self._comm.rank != 0:
-            return
-        try:
-            text = summarize_run(self._dirpath)
-        except (CkmergeError, OSError) as error:
-            say(self._trainer, f"The run's searches could not be summed up: {explain(error)}", rank_zero_warn)
-            return
-        if text:
-            say(self._trainer, text)
+        if self._comm.rank == 0:
+            with harmless("The summary of the run's searches"):
+                if text := summarize_run(self._dirpath):
+                    say(self._trainer, text)
 
     def _manifest(self, outcome: SearchOutcome) -> Manifest:
         manifest = {**build_manifest(outcome), "run_id": self._run_id}
@@ -140,8 +142,9 @@ class Publisher:
     def _write_checkpoint(self, path: Path, _: Manifest) -> None:
         checkpoint = dump_weights(self._trainer)  # in which the user's hooks may fail
         self._comm.exchange(None)
-        self._trainer.strategy.save_checkpoint(checkpoint, path / "model.ckpt")
+        write_checkpoint(self._trainer, checkpoint, path / "model.ckpt", is_sharded=self._is_sharded)
 
     def _write_report(self, path: Path, manifest: dict[str, Any]) -> None:
         if self._comm.rank == 0:
-            write_search_report(path, manifest)
+            with harmless("The search's report"):
+                write_search_report(path, manifest)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,13 @@ from lightning_ckmerge.artifact.runs import Place, keep_snapshots
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.distributed.comm import on_rank_zero
-from lightning_ckmerge.errors import PeerError, TraceError, explain
+from lightning_ckmerge.errors import PeerError, SkipError, TraceError, explain
 from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
 from lightning_ckmerge.plugin.bench import BenchMaker
 from lightning_ckmerge.plugin.clock import Clock
 from lightning_ckmerge.plugin.curve import Curve
+from lightning_ckmerge.plugin.decoration import harmless
+from lightning_ckmerge.plugin.interruptions import Interruptions
 from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.plan import Known, Plan, make_plan, render_plan
 from lightning_ckmerge.plugin.progress import OnScored, say, search_progress
@@ -29,6 +32,7 @@ from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.rates import LearningRates, rates_of
 from lightning_ckmerge.plugin.run_length import RunLength, length_of_run
 from lightning_ckmerge.plugin.schedule import Schedule
+from lightning_ckmerge.plugin.strategies import check_moment
 from lightning_ckmerge.search.study import keep_warned
 
 if TYPE_CHECKING:
@@ -52,7 +56,8 @@ class MergeRun:
         self.dirpath = place.dirpath
         self._trainer = trainer
         self._model = RankModel(trainer.lightning_module, callback.search.space, callback.artifact)
-        self._bench_maker = BenchMaker(callback, trainer, self._model)
+        self._interruptions = Interruptions(trainer, self._model.comm)
+        self._bench_maker = BenchMaker(callback, trainer, self._model, self._interruptions.reason)
         self._publisher = Publisher(callback, trainer, place, self._model)
         self._announcer = Announcer(trainer)
         self._curve = Curve()
@@ -61,6 +66,8 @@ class MergeRun:
         self._last_artifact: Artifact | None = None
         self._searching = False
         self._has_ended = False
+        self._is_last = not callback.search_on_train_end
+        self._needed_s = 0.0  # by the least of searches, where one was too dear
         length = length_of_run(trainer)
         self._schedule = Schedule(**callback.triggers, total_steps=length.steps, step=trainer.global_step)
         state = state or {"training_s": 0.0, "searched_s": 0.0}
@@ -114,6 +121,7 @@ class MergeRun:
     def at_end(self) -> None:
         """Search once more, unless the last step has been searched or a search was interrupted, and sum the run up."""
         if self.callback.search_on_train_end and not self._searching and self._buffer_has_moved():
+            self._is_last = True
             self._search_as_scheduled()
         self._publisher.sum_up()
 
@@ -124,9 +132,13 @@ class MergeRun:
         self._searching = True
         self._last_artifact = None
         self._schedule.searched_step = self.step
-        with self._clock.searching():
+        with self._clock.searching(), self._interruptions.deferred():
+            start = time.monotonic()
             try:
-                self._last_artifact = self._search_and_publish()
+                self._search_and_publish()
+            except SkipError as skip:
+                self._needed_s = max(self._needed_s, skip.needed_s)
+                self._skip(str(skip), time.monotonic() - start)
             except Exception as error:
                 if not isinstance(error, PeerError):
                     self._model.comm.give_up(error)
@@ -217,8 +229,11 @@ class MergeRun:
             return
         self._schedule.searched_step = self.step
         self._last_artifact = None  # which is not of these weights
-        text = f"No merge search at step {self.step}: {objection}. `search.at_low_lr: search` searches all the same."
-        say(self._trainer, text)
+        self._skip(f"{objection}. `search.at_low_lr: search` searches all the same.")
+
+    def _skip(self, reason: str, seconds: float = 0.0) -> None:
+        say(self._trainer, f"No merge search at step {self.step}: {reason}")
+        self._publisher.record_skip(self.step, reason, seconds)
 
     def _objection(self) -> str | None:
         """Why a search has little to find at this step."""
@@ -226,16 +241,26 @@ class MergeRun:
         first_step = self._buffer.rolling.first_step() or self.step
         return self._model.comm.exchange(self._rates.objection(first_step))[0]
 
-    def _search_and_publish(self) -> Artifact:
+    def _search_and_publish(self) -> None:
         """Everything between two identical states of the run."""
+        check_moment(self._trainer)
+        config, is_last = self.callback.search, self._is_last
+        self._agree(lambda: self._clock.require(self._needed_s, config, is_last=is_last))
         self._model.ownership.check_frozen()
         with self._standing_still() as job:
             outcome = run_search(job)
+            self._interruptions.let_finish()
             artifact = self._publisher.publish(outcome, job, self._curve.unpublished)
+        self._model.comm.exchange(None)  # all are done, or all hear of it
+        self._last_artifact = artifact
         self._curve.add_search(outcome)
         self._announce(outcome, artifact)
-        self._model.comm.exchange(None)  # all are done, or all hear of it
-        return artifact
+
+    def _agree(self, check: Callable[[], None]) -> None:
+        """Raise on all ranks the ``SkipError`` that ``check`` raises on rank 0."""
+        skip = on_rank_zero(self._model.comm, partial(_caught, check))
+        if skip is not None:
+            raise SkipError(skip[0], needed_s=skip[1])
 
     @contextlib.contextmanager
     def _standing_still(self) -> Iterator[SearchJob]:
@@ -254,7 +279,7 @@ class MergeRun:
     def _make_job(self, bench: Bench, on_scored: OnScored) -> SearchJob:
         callback = self.callback
         objection = self._objection()
-        allowed_s, allowed_by = self._clock.allowance(callback.search)
+        allowed_s, allowed_by = self._clock.allowance(callback.search, is_last=self._is_last)
         return SearchJob(
             name=f"{self._run_id}-step={self.step:09d}",
             step=self.step,
@@ -283,8 +308,22 @@ class MergeRun:
 
     def _announce(self, outcome: SearchOutcome, artifact: Artifact) -> None:
         self._previous = outcome.best_coordinates or self._previous
+        with harmless("What is said of a search"):
+            self._say(outcome, artifact)
+        self._publisher.show_run()
+        with harmless("What loggers are told of a search"):
+            total_s = self._clock.searched_s + sum(outcome.cost.seconds.values())
+            self._announcer.announce(outcome, artifact, total_s)
+
+    def _say(self, outcome: SearchOutcome, artifact: Artifact) -> None:
         verdict = outcome.verdict
         found = f"Merge search at step {outcome.step}: {verdict.sentence} {artifact.path}"
         say(self._trainer, "\n".join([found, *(f"  Note: {warning}" for warning in verdict.warnings)]))
-        self._publisher.show_run()
-        self._announcer.announce(outcome, artifact, self._clock.searched_s + sum(outcome.cost.seconds.values()))
+
+
+def _caught(check: Callable[[], None]) -> tuple[str, float] | None:
+    try:
+        check()
+    except SkipError as skip:
+        return str(skip), skip.needed_s
+    return None

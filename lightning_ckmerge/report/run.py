@@ -18,11 +18,13 @@ from lightning_ckmerge.report.view import STATUS_TITLES
 
 # What may become a link: the timeline is a file that others may have written.
 ARTIFACT_NAME = re.compile(r"step=\d{9,}(-v\d+)?")
+SKIPPED = "skipped"
 # Best first.
 BADGES = {
     "accepted": "Merging helped",
     "unconfirmed": "Unconfirmed",
     "rejected": "Merging did not help",
+    SKIPPED: "No search took place",
 }
 LOAD_BEST = """\
 from lightning_ckmerge import load_merged
@@ -34,7 +36,10 @@ load_merged(".", model)
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRow:
-    """One search's line; ``link`` is ``None`` where its artifact is gone."""
+    """One search's line; ``link`` is ``None`` where its artifact is gone, or never was.
+
+    ``gain`` is the reason of a search that was skipped.
+    """
 
     step: str
     status: str
@@ -125,14 +130,17 @@ def build_run_view(timeline: Sequence[Record], manifests: Mapping[str, Manifest]
 
 def _leader(timeline: Sequence[Record], best: str | None) -> Record:
     """The search that speaks for the run: that of the best artifact, else the last of the best status."""
-    named = [r for r in timeline if r["artifact"] == best]
+    named = [r for r in timeline if best is not None and r["artifact"] == best]
     if named:
         return named[-1]
     return max(timeline, key=lambda r: (-tuple(BADGES).index(r["status"]), r["step"]))
 
 
 def _finding(leader: Record) -> str:
-    step, change = count(leader["step"]), _change(leader)
+    step = count(leader["step"])
+    if leader["status"] == SKIPPED:
+        return f"The last search was due at step {step}: {leader['reason']}"
+    change = _change(leader)
     if leader["status"] == "accepted":
         return f"The best merge, of step {step}, {change}."
     if leader["status"] == "unconfirmed":
@@ -155,13 +163,16 @@ def _tally(timeline: Sequence[Record]) -> str:
     counts = Counter(r["status"] for r in timeline)
     parts = ", ".join(f"{counts[status]} {status}" for status in BADGES if counts[status])
     searches = "search" if len(timeline) == 1 else "searches"
-    share = timeline[-1]["cost"]["share_of_training"]
+    shares = [r["cost"]["share_of_training"] for r in timeline]
+    share = next((s for s in reversed(shares) if s is not None), None)
     cost = f", in {100 * share:.1f} % of the training time" if share is not None else ""
     return f"{len(timeline)} {searches}: {parts}{cost}."
 
 
 def _facts(timeline: Sequence[Record], leader: Record) -> list[tuple[str, str]]:
     total = sum(sum(r["cost"]["seconds"].values()) for r in timeline)
+    if leader["status"] == SKIPPED:
+        return [("Searches", f"{len(timeline)}, all skipped"), ("Time of all searches", seconds(total))]
     return [
         (f"Merged {leader['monitor']} ({leader['mode']})", number(leader["values"].get(leader["winner"]))),
         ("Latest weights, same step and batches", number(leader["values"].get("latest"))),
@@ -173,14 +184,15 @@ def _facts(timeline: Sequence[Record], leader: Record) -> list[tuple[str, str]]:
 
 
 def _row(record: Record, manifests: Mapping[str, Manifest]) -> SearchRow:
-    name = record["artifact"]
+    name = record["artifact"] or MISSING
+    gain = gain_text(record["gain"], record["interval"]) if record["gain"] is not None else MISSING
     return SearchRow(
         step=count(record["step"]),
         status=record["status"],
-        verdict=STATUS_TITLES[record["status"]],
+        verdict=STATUS_TITLES.get(record["status"], record["status"].capitalize()),
         merged=number(record["values"].get(record["winner"])),
         latest=number(record["values"].get("latest")),
-        gain=gain_text(record["gain"], record["interval"]) if record["gain"] is not None else MISSING,
+        gain=record.get("reason", gain),
         seconds=f"{sum(record['cost']['seconds'].values()):.1f}",
         artifact=name,
         link=f"{name}/report.html" if name in manifests and ARTIFACT_NAME.fullmatch(name) else None,

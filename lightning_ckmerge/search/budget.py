@@ -14,6 +14,9 @@ class Budget:
         reason: Names the argument that set the limit, for messages.
         reserved_batches: Batch evaluations that the verdict will need in any case.
         clock: Seconds on a clock that never goes back.
+
+    Attributes:
+        forecast_s: Seconds from the search's begin to its end, by the last ``stop_reason``.
     """
 
     def __init__(
@@ -29,6 +32,7 @@ class Budget:
         self._reserved_batches = reserved_batches
         self._clock = clock
         self._start = clock()
+        self.forecast_s = 0.0
         self._evaluating_s = 0.0
         self._num_batches = 0
 
@@ -47,10 +51,10 @@ class Budget:
         if self._allowed_s is None:
             return None
         seconds_per_batch = self._evaluating_s / max(1, self._num_batches)
-        forecast = self.elapsed_s + seconds_per_batch * (num_batches + self._reserved_batches)
-        if forecast <= self._allowed_s:
+        self.forecast_s = self.elapsed_s + seconds_per_batch * (num_batches + self._reserved_batches)
+        if self.forecast_s <= self._allowed_s:
             return None
         return (
-            f"{forecast:.3g} s would exceed the {self._allowed_s:.3g} s that {self._reason} allows, "
+            f"{self.forecast_s:.3g} s would exceed the {self._allowed_s:.3g} s that {self._reason} allows, "
             f"{self.elapsed_s:.3g} s are spent"
         )

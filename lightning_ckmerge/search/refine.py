@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_ckmerge.core.outcome import Candidate, Coefficients, Trial
-from lightning_ckmerge.errors import explain
+from lightning_ckmerge.errors import SkipError, explain
 from lightning_ckmerge.search.engine import Search
 
 NUM_STEPS = 3
@@ -77,7 +77,7 @@ def refine(search: Search, differentiate: Differentiate, *, tolerant: bool = Fal
         try:
             products = _timed(search, differentiate, start)
         except Exception as error:  # on all ranks
-            if not tolerant:
+            if not tolerant or isinstance(error, SkipError):
                 raise
             return explain(error)
         plane = plane or _Plane(start, products)

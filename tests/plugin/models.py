@@ -143,7 +143,7 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = [p for p in self.parameters() if p.requires_grad]
-        make = {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD}[self.optimizer]
+        make = {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD, "lbfgs": torch.optim.LBFGS}[self.optimizer]
         optimizer = make(parameters, lr=0.05)
         if self.scheduler == "step":
             scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.9)

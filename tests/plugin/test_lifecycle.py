@@ -16,10 +16,12 @@ from pytorch_lightning.callbacks import ModelCheckpoint as OtherModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger as OtherCSVLogger
 
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
+from lightning_ckmerge.artifact.history import read_history
 from lightning_ckmerge.artifact.load import load_merged
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.config import Constraint
-from lightning_ckmerge.errors import ConfigError, MonitorError, SearchError, UnsupportedError
+from lightning_ckmerge.errors import ConfigError, MonitorError, UnsupportedError
+from lightning_ckmerge.report.run import render_run_markdown
 from tests.plugin.models import BATCH, NUM_TRAIN, Classifier, points_loader
 from tests.plugin.runs import (
     Case,
@@ -334,9 +336,30 @@ LIMITS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", LIMITS)
-def test_a_search_that_cannot_keep_within_its_limit_is_skipped(name: str, tmp_path: Path) -> None:
-    with pytest.raises(SearchError, match=f"Raise {name}"):
-        fit(Case(), tmp_path, [make_merge(search=SearchConfig(n_trials=2, **LIMITS[name]))])
+def test_a_search_that_cannot_keep_within_its_limit_is_skipped(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also with `on_error: raise`: nothing is wrong. The second search knows beforehand what the first one lacked."""
+    with caplog.at_level("INFO"):
+        run = fit(Case(), tmp_path, [make_merge(search=SearchConfig(n_trials=2, **LIMITS[name]))])
+    lines = [r.message for r in caplog.records if r.message.startswith("No merge search at step ")]
+    assert len(lines) == 2
+    assert all(f"Raise {name} or search less often." in line for line in lines)
+    assert "the least of searches needs" in lines[1]
+    first, second = read_timeline(merges_dir(run))
+    assert [r["status"] for r in (first, second)] == ["skipped", "skipped"]
+    assert (first["step"], second["step"]) == (5, 10)
+    assert lines[1].endswith(second["reason"])
+    assert sum(first["cost"]["seconds"].values()) > sum(second["cost"]["seconds"].values())
+    history = read_history(merges_dir(run))
+    assert "No search took place" in render_run_markdown(history.timeline, history.manifests, history.best)
+    assert "No search took place" in (merges_dir(run) / "report.html").read_text()
+
+
+def test_too_early_to_merge_is_no_fault(tmp_path: Path) -> None:
+    buffer = BufferConfig(every_n_train_steps=100, update_every_n_steps=100)
+    run = fit(Case(), tmp_path, [make_merge(buffer=buffer)])
+    assert {r["status"] for r in read_timeline(merges_dir(run))} == {"skipped"}
 
 
 def test_a_search_stops_early_within_its_limit(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from lightning_ckmerge.plugin.restore.bits import array_bytes, same_bits
 from lightning_ckmerge.plugin.restore.randomness import generator_state, is_same_state, set_generator_state
@@ -172,6 +173,13 @@ class Place(Kept):
         # Shares the memory, and stays where it is when the tensor is given other memory, or another shape.
         self.memory = target.detach()
         self._requires_grad = target.requires_grad
+        # Of its writes, which autograd counts.
+        self._count = None if target.is_inference() else _unsafe_preserve_version_counter(target)
+
+    def forget_writes(self) -> None:
+        """Let a graph that waits for its backward pass go on with the memory, which is as it was."""
+        if self._count is not None:
+            self._count.__exit__()
 
     def _differs(self) -> bool:
         return self._has_moved() or self._target.requires_grad != self._requires_grad

@@ -114,6 +114,17 @@ class Memory:
         faults = ((k.where, _fault(k)) for k in self.kept)
         return {where: fault for where, fault in faults if fault is not None}
 
+    def release(self) -> None:
+        """Let go of everything."""
+        for held in (self.kept, self.generators, self._seen):
+            held.clear()
+
+    def forget_writes(self) -> None:
+        """Let graphs that wait for their backward pass go on: all memory is as it was."""
+        for kept in self.kept:
+            if isinstance(kept, Place):
+                kept.forget_writes()
+
     def changed(self) -> list[str]:
         """Return the places of what differs from what it was."""
         return [k.where for k in self.kept if _has_changed(k)]

@@ -17,6 +17,8 @@ def random_state(generators: Sequence[Any] = ()) -> tuple[Any, ...]:
     """Return the state of torch, Python and NumPy, and of generators of the user's own."""
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     own = [generator_state(g) for g in generators]
+    if torch.backends.mps.is_available():
+        devices = [torch.mps.get_rng_state()]
     return torch.get_rng_state(), random.getstate(), np.random.get_state(), devices, own
 
 
@@ -26,8 +28,10 @@ def set_random_state(state: tuple[Any, ...], generators: Sequence[Any] = ()) -> 
     torch.set_rng_state(torch_state)
     random.setstate(python_state)
     np.random.set_state(numpy_state)
-    if devices:
+    if devices and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(devices)
+    elif devices:
+        torch.mps.set_rng_state(devices[0])
     for generator, saved in zip(generators, own, strict=True):
         set_generator_state(generator, saved)
 

@@ -73,8 +73,13 @@ class Standstill:
     ) -> None:
         try:
             self.prove()
+            if not self.traces:
+                self._memory.forget_writes()
         finally:
             self._gradients.put_back()
+            # Whoever still holds this must not keep the run's iterators from ending, nor a copy of the weights.
+            self._memory.release()
+            self.weights, self._places, self._metrics = {}, [], []
 
     @property
     def left_out(self) -> dict[str, str]:
