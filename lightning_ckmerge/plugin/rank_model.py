@@ -28,6 +28,7 @@ class RankModel:
         module: The LightningModule, on its device.
         space: Bound to the module's tensors, it knows their groups.
         artifact: How adapters are merged.
+        bucket_bytes: Most extra memory that a merge takes while ranks send each other their parts.
 
     Attributes:
         comm: The ranks.
@@ -42,10 +43,12 @@ class RankModel:
         UnsupportedError: Likewise.
     """
 
-    def __init__(self, module: LightningModule, space: SpaceName | Space, artifact: ArtifactConfig) -> None:
+    def __init__(
+        self, module: LightningModule, space: SpaceName | Space, artifact: ArtifactConfig, bucket_bytes: int
+    ) -> None:
         self._module = module
         self.comm = connect()
-        self.ownership = Ownership(module, self.comm)
+        self.ownership = Ownership(module, self.comm, bucket_bytes)
         self.layout = TensorLayout(self.ownership.owned())
         self.local_layout = TensorLayout(self.ownership.local())
         self.space = make_space(space).bind(list(self.ownership.shapes))

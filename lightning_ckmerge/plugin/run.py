@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.runs import Place, keep_snapshots
 from lightning_ckmerge.buffer.rolling import Snapshot
+from lightning_ckmerge.config import parse_size
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.errors import PeerError, SkipError, TraceError, explain
@@ -55,7 +56,8 @@ class MergeRun:
         self.callback = callback
         self.dirpath = place.dirpath
         self._trainer = trainer
-        self._model = RankModel(trainer.lightning_module, callback.search.space, callback.artifact)
+        bucket_bytes = parse_size(callback.buffer.bucket_size)
+        self._model = RankModel(trainer.lightning_module, callback.search.space, callback.artifact, bucket_bytes)
         self._interruptions = Interruptions(trainer, self._model.comm)
         self._bench_maker = BenchMaker(callback, trainer, self._model, self._interruptions.reason)
         self._publisher = Publisher(callback, trainer, place, self._model)
