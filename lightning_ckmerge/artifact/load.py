@@ -171,7 +171,7 @@ def load_merged(
     state (``_extra_state``) is not demanded.
 
     The artifact of a run with PEFT's adapters does not hold their frozen base, which stays as the model has it. Where
-    products were merged, LoRA layers get the merge's rank.
+    products were merged, LoRA layers get the merge's rank. Nor does an artifact hold sparse and quantised tensors.
 
     Args:
         source: An artifact, its directory, a run's ``best``, or the run's ``dirpath``, which stands for its best; also
@@ -193,6 +193,7 @@ def load_merged(
     names = {name for name in stored if not _is_extra_state(name)}
     adapters = artifact.manifest.get("adapters", {"merge": "factors", "left_out": []})
     shapes = {name: (stored.spec(name).shape, tuple(state[name].shape)) for name in sorted(names & state.keys())}
+    not_dense = artifact.manifest.get("left_out", [])
     at_any_rank = adapters["merge"] == "products"
     faults = {
         "of another shape": [
@@ -203,7 +204,7 @@ def load_merged(
         "on the meta device": sorted(name for name in names & state.keys() if state[name].is_meta),
     }
     apart = {
-        "missing from the artifact": sorted(state.keys() - names - {*adapters["left_out"]}),
+        "missing from the artifact": sorted(state.keys() - names - {*adapters["left_out"], *not_dense}),
         "unexpected by the model": sorted(names - state.keys()),
     }
     if strict or not names & state.keys():

@@ -174,7 +174,7 @@ def _require_whole(artifact: Artifact, names: list[str], kept_K: list[Mapping[st
 
     partial = [n for n in names if not all(is_whole(n, kept[n]) for kept in kept_K)]
     # A checkpoint holds the base of adapters too.
-    known = {*stored, *adapters["left_out"]}
+    known = {*stored, *adapters["left_out"], *artifact.manifest.get("left_out", [])}
     others = [n for kept in kept_K for n in kept if n not in known]
     if partial or others or not names:
         raise SnapshotError(

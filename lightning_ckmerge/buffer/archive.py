@@ -90,6 +90,12 @@ class Archive:
         self.entries.remove(entry)
         self.retire(entry.stored.name)
 
+    def start_anew(self, layout: TensorLayout) -> None:
+        """Give up all snapshots; those to come are of another layout."""
+        for entry in list(self.entries):
+            self.remove(entry)
+        self._layout = layout
+
     def name(self, segment: Segment, kind: str) -> str:
         """Return the name of a file."""
         return f"{self.run_id}-{segment.first_step:09d}-{segment.last_step:09d}-{kind}.safetensors"

@@ -23,6 +23,10 @@ from lightning_ckmerge.errors import SnapshotError
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+class OtherModelError(SnapshotError):
+    """Snapshots are of a model with other tensors."""
+
+
 @dataclass(frozen=True)
 class _Part:
     """A tensor in a rank's file."""
@@ -82,11 +86,11 @@ class SnapshotParts:
         return tuple(known) if found == (whole(known).numel,) else found
 
     def check_model(self) -> None:
-        """Raise ``SnapshotError`` unless the files hold the model's tensors, of its shapes."""
+        """Raise ``OtherModelError`` unless the files hold the model's tensors, of its shapes."""
         if wrong := self._parts.keys() ^ self._shapes.keys():
-            raise SnapshotError(f"a snapshot must hold the model's tensors, got a difference in {min(wrong)!r}.")
+            raise OtherModelError(f"a snapshot must hold the model's tensors, got a difference in {min(wrong)!r}.")
         if wrong := {name for name, shape in self._shapes.items() if self.shape(name) != shape}:
-            raise SnapshotError(f"a snapshot must have the model's shapes, got another one for {min(wrong)!r}.")
+            raise OtherModelError(f"a snapshot must have the model's shapes, got another one for {min(wrong)!r}.")
 
     def assemble(self, name: str, box: Box, dtype: torch.dtype) -> Tensor:
         """Return a part of one tensor, put together from the files' parts.

@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_ckmerge.buffer.archive import lost
-from lightning_ckmerge.buffer.parts import Shapes, SnapshotParts
-from lightning_ckmerge.buffer.state import BufferState
+from lightning_ckmerge.buffer.parts import OtherModelError, Shapes, SnapshotParts
+from lightning_ckmerge.buffer.state import BufferState, Progress
 from lightning_ckmerge.buffer.storage import DiskStorage, Stored
 from lightning_ckmerge.core.boxes import split_name
 from lightning_ckmerge.core.layout import TensorLayout
@@ -60,6 +60,11 @@ def reshard(states: Sequence[BufferState], dirpaths: Sequence[Path], new: NewRan
         name = entry.stored.name.replace(first.run_id, run_id)
         try:
             entries.append(replace(entry, stored=_build(name, new.stored, olds, dirpaths, new)))
+        except OtherModelError as error:  # and so are all others
+            step = first.progress.last_step
+            anew = Progress.after(step)
+            warnings = [f"{error} The model has changed since the checkpoint: the buffer starts anew at step {step}."]
+            return replace(first, run_id=run_id, entries=(), file=None, saved=True, progress=anew), warnings
         except (SnapshotError, OSError) as error:
             warnings.append(f"{error} A buffer for other ranks cannot be made of that: {lost(entry.segment)}.")
     file = None

@@ -77,24 +77,16 @@ class RollingBuffer:
         segment_steps: int,
         double_segments: bool,
     ) -> None:
-        dtype = getattr(torch, config.dtype) if config.dtype else None
-        is_mean = config.snapshot == "mean"
         self.config = config
         self.segment_steps = segment_steps
         self._double_segments = double_segments
         self._device = torch.device(device)
         self._storage = storage
-        self._layout = layout
-        self.stored_layout = with_dtype(layout, (dtype or torch.float32) if is_mean else dtype)
-        self.accumulator_layout = with_dtype(layout, torch.float32) if is_mean else self.stored_layout
+        self._set_layout(layout)
         self._warnings: deque[str] = deque()
         self._archive = Archive(config, self.stored_layout, storage, run_id, self._warnings)
         self._writer = Writer()
-        self._free_accumulators: SimpleQueue[Flats] = SimpleQueue()
-        self._num_accumulators = 0
         self._progress = Progress()
-        self._accumulator: Flats | None = None
-        self._means: list[Tensor] = []
         self._open_file: Stored | None = None
         self._state_taken = False
         self._state_loaded = False
@@ -118,12 +110,43 @@ class RollingBuffer:
         num_stored = 2 * self.config.capacity + 2
         return num_stored * self.stored_layout.num_bytes + num_open * self.accumulator_layout.num_bytes
 
+    @property
+    def segment_start(self) -> int | None:
+        """The first step of the segment in progress; ``None`` before the first update of a run."""
+        return self._progress.first_step
+
+    def restart_segment(self) -> None:
+        """Begin the segment in progress again, after the last step."""
+        if self._open_file:
+            self._archive.retire(self._open_file.name)
+            self._open_file = None
+        self._progress = Progress.after(self._progress.last_step)
+
+    def start_anew(self, layout: TensorLayout, step: int) -> None:
+        """Go on after ``step`` with a model of another layout: the snapshots, which do not fit it, are given up.
+
+        Files that the last checkpoint needs stay until there is a newer one.
+        """
+        self._writer.flush()
+        self.pass_by(step)
+        self.restart_segment()
+        self._set_layout(layout)
+        self._archive.start_anew(self.stored_layout)
+
+    def ends_segment(self, step: int) -> bool:
+        """Whether ``update`` at this step ends a segment."""
+        return self._is_end(step, step if self._progress.first_step is None else self._progress.first_step)
+
+    def pass_by(self, step: int) -> None:
+        """Note a step whose weights are not taken in."""
+        if self._progress.first_step is None:
+            self._progress = Progress.after(step - 1)
+        self._progress.last_step = step
+
     def reads_weights(self, step: int) -> bool:
         """Whether ``update`` at this step looks at the weights: at most steps it does not."""
-        progress = self._progress
-        if progress.first_step is None:
-            return self.segment_steps == 1 or self._is_update(step, step - 1)
-        return self._is_end(step, progress.first_step) or self._is_update(step, progress.last_update)
+        last_update = step - 1 if self._progress.first_step is None else self._progress.last_update
+        return self.ends_segment(step) or self._is_update(step, last_update)
 
     def update(self, weights: Sequence[Tensor], step: int) -> None:
         """Take in the weights after an optimizer step. They may change again once this returns.
@@ -137,13 +160,9 @@ class RollingBuffer:
             # look at a run, without going on from it, must leave the run's files alone.
             self._archive.release()
             self._state_taken = self._state_loaded = False
-        if self._progress.first_step is None:
-            self._progress = Progress.after(step - 1)
-        progress = self._progress
-        assert progress.first_step is not None
-        progress.last_step = step
-        ends = self._is_end(step, progress.first_step)
-        if ends or self._is_update(step, progress.last_update):
+        self.pass_by(step)
+        ends = self.ends_segment(step)
+        if ends or self._is_update(step, self._progress.last_update):
             self._take(weights)
         if ends:
             self._finish_segment(weights)
@@ -236,6 +255,17 @@ class RollingBuffer:
         if self._state_taken and not self._state_loaded:
             self._archive.release()
             self._state_taken = False
+
+    def _set_layout(self, layout: TensorLayout) -> None:
+        dtype = getattr(torch, self.config.dtype) if self.config.dtype else None
+        is_mean = self.config.snapshot == "mean"
+        self._layout = layout
+        self.stored_layout = with_dtype(layout, (dtype or torch.float32) if is_mean else dtype)
+        self.accumulator_layout = with_dtype(layout, torch.float32) if is_mean else self.stored_layout
+        self._free_accumulators: SimpleQueue[Flats] = SimpleQueue()
+        self._num_accumulators = 0
+        self._accumulator: Flats | None = None
+        self._means: list[Tensor] = []
 
     def _is_end(self, step: int, first_step: int) -> bool:
         return step - first_step + 1 >= self.segment_steps

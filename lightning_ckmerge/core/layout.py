@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_ckmerge.core.specs import TENSOR_TYPES, TensorSpec
 
@@ -94,6 +95,22 @@ class TensorLayout:
         """Return the live tensors in the order of ``slots``, complex ones seen as real."""
         by_name = {o.name: o.tensor for o in owned}
         return [as_real(by_name[s.name]) for s in self.slots]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor's values can be read one by one: not so if it is sparse, nested, quantised or lazy.
+
+    >>> is_dense(torch.ones(2)), is_dense(torch.eye(2).to_sparse())
+    (True, False)
+    """
+    return (
+        not is_lazy(tensor)
+        and tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_nested
+        # A subclass that wraps others keeps its values in a way of its own.
+        and not hasattr(tensor, "__tensor_flatten__")
+    )
 
 
 def storage_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_ckmerge.core.adapters import frozen_base, left_out
-from lightning_ckmerge.core.layout import tensor_spec
+from lightning_ckmerge.core.layout import is_dense, tensor_spec
 from lightning_ckmerge.core.specs import TensorSpec
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.flat_shards import clean_name, flat_shards
@@ -16,7 +16,7 @@ from lightning_ckmerge.distributed.ownership import local_part
 
 
 class GatheredWeights:
-    """The tensors of a module's ``state_dict`` but the frozen base of adapters; entries that are none are left out.
+    """The dense tensors of a module's ``state_dict`` but the frozen base of adapters; other entries are left out.
 
     Args:
         module: The LightningModule, its shards in place.
@@ -31,8 +31,8 @@ class GatheredWeights:
         buffers = {clean_name(n) for n, _ in module.named_buffers(remove_duplicate=False)}
         base = {clean_name(n) for n in frozen_base(module)}
         self.left_out = left_out(self._tensors, self._parameters | buffers, base)
-        for name in self.left_out:
-            del self._tensors[name]
+        for name in [*self.left_out, *(n for n, t in self._tensors.items() if not is_dense(local_part(t)))]:
+            self._tensors.pop(name, None)
         self.specs = {n: self._spec(n, t) for n, t in self._tensors.items()}
         self.aliases = self._find_aliases()
 

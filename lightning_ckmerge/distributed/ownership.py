@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,17 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lightning_ckmerge.core.adapters import frozen_base
 from lightning_ckmerge.core.boxes import Box, part_name, whole
-from lightning_ckmerge.core.layout import OwnedTensor, Role, as_real
+from lightning_ckmerge.core.layout import OwnedTensor, Role, as_real, is_dense
 from lightning_ckmerge.distributed.buckets import make_buckets
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.flat_shards import FlatShard, clean_name, flat_shards
 from lightning_ckmerge.errors import SnapshotError, UnsupportedError
 
 DEFAULT_BUCKET_BYTES = 64 << 20
+# Names in a message.
+NUM_LISTED = 3
+# BatchNorm's own counters: in every second model, and nobody's weights.
+COUNTER_NAME = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -56,24 +60,43 @@ class Piece:
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
 
+class Place(NamedTuple):
+    """Where a module keeps one tensor: ``holder[key]``, a submodule's parameters or buffers."""
+
+    name: str
+    role: Role
+    holder: dict[str, Any]
+    key: str
+
+
 class Ownership:
     """The floating parameters and persistent buffers of a module, tied ones once, and who owns them.
 
-    Integer and boolean entries are not among them: a merge leaves them as the latest weights have them. Places are kept
-    instead of tensors, since a module may put a new tensor in a buffer's place.
+    Integer and boolean entries are not among them, nor what cannot be averaged, such as sparse and quantised tensors: a
+    merge leaves them as the latest weights have them. Places are kept instead of tensors, since a module may put a new
+    tensor in a buffer's place.
 
     Args:
         module: The LightningModule; names are those of its ``state_dict``.
         comm: The ranks.
         bucket_bytes: Most extra memory that ``publish`` takes.
+
+    Attributes:
+        left_out: Names of the entries that are not averaged, but for BatchNorm's counters.
+        not_dense: Those of them, such as sparse ones, that a file of weights does not hold either.
     """
 
     def __init__(self, module: nn.Module, comm: Comm, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
+        self._module = module
         self._comm = comm
         self._bucket_bytes = bucket_bytes
         self._fsdp2 = [m for m in module.modules() if isinstance(m, FSDPModule)]
         self.settle()
-        self._places = list(_places(module))
+        self._places, self.left_out = _find_places(module)
+        self.not_dense = sorted(
+            place.name for place in _entries(module) if not is_dense(local_part(place.holder[place.key]))
+        )
+        self._kinds = [_kind(holder[key]) for _, _, holder, key in self._places]
         base = {id(parameter) for parameter in frozen_base(module).values()}
         self._frozen = {name for name, _, holder, key in self._places if id(holder[key]) in base}
         flat = {s.name: s for s in flat_shards(module)}
@@ -98,6 +121,24 @@ class Ownership:
         shapes.update(self._flat_shapes)
         return {n: shape for n, shape in shapes.items() if math.prod(shape) and n not in self._frozen}
 
+    def changes(self, *, everywhere: bool) -> list[str]:
+        """Return the names of tensors that are no longer what they were: gone, of another shape, precision or device.
+
+        Args:
+            everywhere: Look at the whole module, and find what is new, tied, or in another submodule, too.
+        """
+        changed = [
+            place.name
+            for place, kind in zip(self._places, self._kinds, strict=True)
+            if _kind(place.holder.get(place.key)) != kind
+        ]
+        if changed or not everywhere:
+            return changed
+        before = {place.name: place for place in self._places}
+        now = {place.name: place for place in _find_places(self._module)[0]}
+        moved = [n for n in before.keys() & now.keys() if not _same(before[n], now[n])]
+        return sorted({*moved, *(before.keys() ^ now.keys())})
+
     def check_frozen(self) -> None:
         """Raise ``SnapshotError`` if a base that snapshots do without is being trained."""
         thawed = [n for n, _, t in self._tensors() if n in self._frozen and t.requires_grad]
@@ -117,7 +158,16 @@ class Ownership:
         return [OwnedTensor(name=n, role=r, tensor=local_part(t)) for n, r, t in self._tensors()]
 
     def owned(self) -> list[OwnedTensor]:
-        """Return the parts that this rank keeps and merges, as views of the live tensors."""
+        """Return the parts that this rank keeps and merges, as views of the live tensors.
+
+        Raises:
+            SnapshotError: The model has changed.
+        """
+        if changed := self.changes(everywhere=False):
+            raise SnapshotError(
+                f"a model must keep its tensors while its snapshots are merged, got {listed(changed)} changed. Change "
+                "it between searches."
+            )
         return self.select({o.name: o.tensor for o in self.local()})
 
     def select(self, tensors: Mapping[str, Tensor]) -> list[OwnedTensor]:
@@ -149,12 +199,22 @@ class Ownership:
 
     def _tensors(self) -> Iterator[tuple[str, Role, Tensor]]:
         for name, role, holder, key in self._places:
-            tensor = holder[key]
+            tensor = holder.get(key)
             if tensor is not None:
                 yield name, role, tensor
 
     def _replicated(self) -> list[tuple[str, Tensor]]:
         return [(n, t) for n, role, t in self._tensors() if role == "parameter" and n not in self._frozen]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return a few of the names, and how many there are.
+
+    >>> listed(["a", "b"]), listed(["a", "b", "c", "d", "e"])
+    ("'a', 'b'", "'a', 'b', 'c' and 2 more")
+    """
+    rest = f" and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else ""
+    return ", ".join(map(repr, names[:NUM_LISTED])) + rest
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -226,8 +286,28 @@ def _own_part(name: str, role: Role, tensor: Tensor | None, flat: FlatShard | No
     return [Piece(name=name, role=role, rows=None, part=part)]
 
 
-def _places(module: nn.Module) -> Iterator[tuple[str, Role, dict[str, Tensor | None], str]]:
+def _find_places(module: nn.Module) -> tuple[list[Place], list[str]]:
+    """Return the places of the tensors that can be averaged, tied ones once, and the names of those that cannot."""
+    places, left_out = [], []
     seen: set[int] = set()
+    for place in _entries(module):
+        tensor = place.holder[place.key]
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if _is_averaged(tensor):
+            places.append(place)
+        elif place.key != COUNTER_NAME:
+            left_out.append(place.name)
+    # A model that lies on `meta` as a whole is being planned; a part of one is unused, and has no values.
+    on_meta = [p for p in places if p.holder[p.key].is_meta]
+    if 0 < len(on_meta) < len(places):
+        places = [p for p in places if not p.holder[p.key].is_meta]
+        left_out += [p.name for p in on_meta]
+    return places, left_out
+
+
+def _entries(module: nn.Module) -> Iterator[Place]:
     for path, submodule in module.named_modules():
         prefix = clean_name(f"{path}.") if path else ""
         persistent = [n for n in submodule._buffers if n not in submodule._non_persistent_buffers_set]
@@ -236,9 +316,19 @@ def _places(module: nn.Module) -> Iterator[tuple[str, Role, dict[str, Tensor | N
             ("buffer", submodule._buffers, persistent),
         ]
         for role, holder, keys in holders:
-            for key in keys:
-                tensor = holder[key]
-                if tensor is None or id(tensor) in seen or not (tensor.is_floating_point() or tensor.is_complex()):
-                    continue
-                seen.add(id(tensor))
-                yield f"{prefix}{key}", role, holder, key
+            yield from (Place(f"{prefix}{key}", role, holder, key) for key in keys if holder[key] is not None)
+
+
+def _is_averaged(tensor: Tensor) -> bool:
+    return is_dense(local_part(tensor)) and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """Return what a snapshot, and this rank's part of it, must agree with."""
+    if tensor is None or not _is_averaged(tensor):
+        return None
+    return tensor.dtype, tensor.device, tensor.shape, tensor.placements if isinstance(tensor, DTensor) else None
+
+
+def _same(before: Place, now: Place) -> bool:
+    return before.holder is now.holder and before.key == now.key

@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
+from lightning_ckmerge.config import parse_size
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
 from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 from lightning_ckmerge.plugin.loaders import length_of, limited
@@ -49,7 +50,9 @@ def forecast(configured: Configured, callback: CheckpointMergeCallback) -> Plan:
         num_ranks=num_ranks,
         holders=num_ranks,
     )
-    model = RankModel(configured.module, callback.search.space, callback.artifact)
+    model = RankModel(
+        configured.module, callback.search.space, callback.artifact, parse_size(callback.buffer.bucket_size)
+    )
     plan = make_plan(callback, trainer, model, known)
     plan.warnings[:0] = warnings
     plan.warnings += _warnings(trainer, known)

@@ -87,6 +87,7 @@ class Plan:
         cap: Share of the training time that all searches may take.
         groups: The groups of tensors with coefficients of their own.
         adapters: What is buffered and merged of a model with adapters.
+        left_out: What is not averaged, by name.
         faults: What would end the run, or let it end badly; the plan is not one to start.
         warnings: What the user should know.
     """
@@ -117,6 +118,7 @@ class Plan:
     cap: float | None = None
     groups: str | None = None
     adapters: str | None = None
+    left_out: str | None = None
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -163,6 +165,7 @@ def make_plan(callback: CheckpointMergeCallback, trainer: Trainer, model: RankMo
         cap=callback.search.max_fraction_of_training,
         groups=describe_groups(model.space.group_of) if model.space.group_of else None,
         adapters=_adapters(callback, model),
+        left_out=", ".join(model.ownership.left_out) or None,
     )
     _count_batches(plan, callback, known)
     plan.warnings += _warnings(plan, callback)
@@ -183,6 +186,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("run", f"{steps or f'{count(plan.total_steps or 0)} optimizer steps'}, {plan.strategy}, {_ranks(plan)}"),
         ("model", f"{count(plan.num_parameters)} parameters"),
         ("adapters", plan.adapters),
+        ("not averaged", plan.left_out and f"{plan.left_out}: as the latest weights have them"),
         ("snapshots", f"{plan.snapshots}, the finest of {_steps(plan.segment_steps)}"),
         (f"buffer{each}", f"{size(plan.buffer_memory)} in memory and at most {size(plan.buffer_disk)} on disk"),
         (f"during a search{each}", f"at most {size(plan.search_memory)} of host memory more"),

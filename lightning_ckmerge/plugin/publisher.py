@@ -54,7 +54,7 @@ class Publisher:
         config = callback.artifact
         self._trainer = trainer
         self._module: LightningModule = trainer.lightning_module
-        self._adapters = model.adapters
+        self._model = model
         self._is_sharded = model.ownership.is_sharded
         self._comm = model.comm
         self._dirpath = place.dirpath
@@ -116,8 +116,10 @@ class Publisher:
 
     def _manifest(self, outcome: SearchOutcome) -> Manifest:
         manifest = {**build_manifest(outcome), "run_id": self._run_id}
-        if self._adapters is not None:
-            manifest["adapters"] = self._adapters.describe(outcome.winner.candidate.coefficients)
+        if self._model.ownership.not_dense:
+            manifest["left_out"] = self._model.ownership.not_dense
+        if self._model.adapters is not None:
+            manifest["adapters"] = self._model.adapters.describe(outcome.winner.candidate.coefficients)
         return manifest
 
     def _merged(self, outcome: SearchOutcome, job: SearchJob) -> GatheredWeights:

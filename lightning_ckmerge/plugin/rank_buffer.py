@@ -14,6 +14,7 @@ from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.distributed.comm import together
+from lightning_ckmerge.distributed.ownership import listed
 from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.resume import Leftovers, buffer_dirpath, fingerprint, resume_buffer
 from lightning_ckmerge.plugin.run_length import finest_segment
@@ -21,6 +22,9 @@ from lightning_ckmerge.plugin.run_length import finest_segment
 
 class RankBuffer:
     """Keeps the snapshots of one rank's tensors. What goes wrong is a warning, after the call in which it was seen.
+
+    A model may change while it is trained. Ranks agree on that where a segment ends and where a search begins, which is
+    at the same step for all; until then, a rank that has seen a change or a fault takes nothing in.
 
     Args:
         config: What to keep.
@@ -45,6 +49,8 @@ class RankBuffer:
         self._model = model
         self._place = place
         self._leftovers = Leftovers([], "")
+        self._changes: list[str] = []
+        self._fault: Exception | None = None
         storage: Storage = (
             DiskStorage(buffer_dirpath(place.dirpath, model.comm.rank, model.comm.world_size))
             if config.storage == "disk"
@@ -60,11 +66,44 @@ class RankBuffer:
             double_segments=config.every_n_train_steps is None and total_steps is None,
         )
 
-    def update(self, step: int) -> None:
-        """Take in the live weights after an optimizer step."""
-        self._leftovers.remove()
-        self.rolling.update(self._model.live() if self.rolling.reads_weights(step) else (), step)
+    def update(self, step: int) -> bool:
+        """Take in the live weights after an optimizer step, and return whether the buffer started anew.
+
+        Raises:
+            Exception: It cannot go on, on this rank or another. Every rank raises, where a segment ends.
+        """
+        if not self.rolling.reads_weights(step):
+            self.rolling.update((), step)
+            return False
+        if self.rolling.ends_segment(step) and self.agree(step):
+            return True
+        self._note_changes(everywhere=False)
+        if self._changes or self._fault is not None:
+            self.rolling.pass_by(step)
+        else:
+            self._take(step)
         self.warn()
+        return False
+
+    def agree(self, step: int) -> bool:
+        """Start anew if the model has changed on any rank, and return whether it did. All ranks call it together.
+
+        Raises:
+            Exception: The buffer cannot go on, on this rank or another.
+        """
+        self._note_changes(everywhere=True)
+        comm = self._model.comm
+        if self._fault is not None:
+            comm.give_up(self._fault)  # once: the others leave when they hear it
+            raise self._fault
+        changes = next((found for found in comm.exchange(self._changes) if found), [])
+        if changes:
+            self._start_anew(step, changes)
+        return bool(changes)
+
+    def is_empty(self, step: int) -> bool:
+        """Whether there is nothing of steps up to this one, on any rank. All ranks call it together."""
+        return any(self._model.comm.exchange((self.rolling.first_step() or 0) > step))
 
     def snapshots(self) -> list[Snapshot]:
         """Return the snapshots that no rank has lost; others are dropped. All ranks call it together."""
@@ -77,6 +116,34 @@ class RankBuffer:
             return own
         files = {segment: tuple(f for rank in everywhere if (f := rank[segment]) is not None) for segment in common}
         return [replace(s, files_sha256=files[s.segment]) for s in own if s.segment in common]
+
+    def _note_changes(self, *, everywhere: bool) -> None:
+        try:
+            self._changes = self._changes or self._model.changes(everywhere=everywhere)
+        except Exception as error:
+            self._fault = self._fault or error
+
+    def _take(self, step: int) -> None:
+        try:
+            self._leftovers.remove()
+            self.rolling.update(self._model.live(), step)
+        except Exception as error:
+            self._fault = error
+
+    def _start_anew(self, step: int, changes: list[str]) -> None:
+        """Build everything again that knows the model's tensors."""
+        is_loss = (self.rolling.first_step() or step) <= step
+        with together(self._model.comm):
+            self._model.begin()
+        with together(self._model.comm):
+            self.rolling.start_anew(self._model.layout, step)
+        self._changes = []
+        if is_loss:
+            rank_zero_warn(
+                f"The model has changed by step {step}, got {listed(changes)} added, removed, replaced or of another "
+                "shape, precision or device: snapshots from before cannot be merged with it, and the buffer starts "
+                "anew."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data from which all ranks' buffers go on; no tensors. All ranks call it together."""
@@ -100,6 +167,8 @@ class RankBuffer:
             self._leftovers, warnings = resume_buffer(
                 self.rolling, state["buffers"], state["layouts"], model.ownership, model.comm, self._place
             )
+        if len(set(model.comm.exchange(self.rolling.segment_start))) > 1:
+            self.rolling.restart_segment()  # where one rank has lost it: segments end at the same step for all
         for warning in warnings:
             rank_zero_warn(warning)
         self.warn()

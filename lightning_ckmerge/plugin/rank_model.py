@@ -24,6 +24,8 @@ from lightning_ckmerge.plugin.adapters import Load, find_adapters
 class RankModel:
     """What this rank owns and holds of the module, for one ``fit``. All ranks make theirs together.
 
+    A module may change while it is trained (pruning, a new head): ``changes`` says so, and ``begin`` looks again.
+
     Args:
         module: The LightningModule, on its device.
         space: Bound to the module's tensors, it knows their groups.
@@ -47,18 +49,41 @@ class RankModel:
         self, module: LightningModule, space: SpaceName | Space, artifact: ArtifactConfig, bucket_bytes: int
     ) -> None:
         self._module = module
+        self._space = space
+        self._artifact = artifact
+        self._bucket_bytes = bucket_bytes
         self.comm = connect()
-        self.ownership = Ownership(module, self.comm, bucket_bytes)
+        self.begin()
+
+    def begin(self) -> None:
+        """Look at the module as it is now. A collective.
+
+        Raises:
+            ConfigError: As ``find_adapters``.
+            UnsupportedError: Likewise.
+        """
+        module = self._module
+        self.ownership = Ownership(module, self.comm, self._bucket_bytes)
         self.layout = TensorLayout(self.ownership.owned())
         self.local_layout = TensorLayout(self.ownership.local())
-        self.space = make_space(space).bind(list(self.ownership.shapes))
+        self.space = make_space(self._space).bind(list(self.ownership.shapes))
         self.adapters = find_adapters(
-            module, artifact, self.comm, self.space.group_of, is_sharded=self.ownership.is_sharded
+            module, self._artifact, self.comm, self.space.group_of, is_sharded=self.ownership.is_sharded
         )
 
     def live(self) -> list[Tensor]:
-        """Return the tensors that this rank owns, in the layout's order."""
+        """Return the tensors that this rank owns, in the layout's order.
+
+        Raises:
+            SnapshotError: The module has changed.
+        """
+        self.ownership.settle()
         return self.layout.order(self.ownership.owned())
+
+    def changes(self, *, everywhere: bool) -> list[str]:
+        """Return, as ``Ownership.changes`` does, the names of tensors that have changed since ``begin``."""
+        self.ownership.settle()
+        return self.ownership.changes(everywhere=everywhere)
 
     def select(self, held: Mapping[str, Tensor]) -> list[Tensor]:
         """Return, of what stands for all that this rank holds, by name, the parts that it owns, in that order."""

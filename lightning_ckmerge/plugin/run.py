@@ -68,6 +68,7 @@ class MergeRun:
         self._last_artifact: Artifact | None = None
         self._searching = False
         self._has_ended = False
+        self._buffer_failed = False
         self._is_last = not callback.search_on_train_end
         self._needed_s = 0.0  # by the least of searches, where one was too dear
         length = length_of_run(trainer)
@@ -84,6 +85,7 @@ class MergeRun:
         )
         if "buffers" in state:
             self._buffer.load_state_dict(state)
+        if "schedule" in state:
             self._schedule.load_state_dict(state["schedule"])
             self._previous = state["previous"]
             self._curve.load_state_dict(state["curve"])
@@ -103,7 +105,9 @@ class MergeRun:
         if step == self._schedule.step:  # gradients are being accumulated
             return
         due = self._due_at_step(step)
-        self._buffer.update(step)
+        if self._buffer_failed:
+            return
+        self._keep(step)
         if step - self._rates.step >= self._buffer.rolling.segment_steps:
             self._rates.record(step, rates_of(self._trainer.optimizers))
         if due:
@@ -134,6 +138,9 @@ class MergeRun:
         self._searching = True
         self._last_artifact = None
         self._schedule.searched_step = self.step
+        if not self._can_search():
+            self._searching = False
+            return None
         with self._clock.searching(), self._interruptions.deferred():
             start = time.monotonic()
             try:
@@ -194,7 +201,7 @@ class MergeRun:
         return state
 
     def _state(self) -> dict[str, Any]:
-        buffers = self._buffer.state_dict()
+        buffers = self._state_of_buffer()
         return {
             "run_id": self._run_id,
             "dirpath": str(self.dirpath),
@@ -206,6 +213,48 @@ class MergeRun:
             "schedule": self._schedule.state_dict(),
             **buffers,
         }
+
+    def _keep(self, step: int) -> None:
+        """Take an optimizer step into the buffer. Coordinates of another model mean nothing."""
+        try:
+            if self._buffer.update(step):
+                self._previous = None
+        except Exception as error:
+            self._end(error)
+
+    def _can_search(self) -> bool:
+        """Whether the buffer works, and holds snapshots of the model as it is now. All ranks call it together."""
+        if self._buffer_failed:
+            return False
+        try:
+            if self._buffer.agree(self.step):
+                self._previous = None
+            is_empty = self._buffer.is_empty(self.step)
+        except Exception as error:
+            self._end(error)
+            return False
+        if is_empty:
+            text = f"No merge search at step {self.step}: the buffer has started anew and holds no snapshot yet."
+            say(self._trainer, text)
+        return not is_empty
+
+    def _state_of_buffer(self) -> dict[str, Any]:
+        try:
+            return {} if self._buffer_failed else self._buffer.state_dict()
+        except Exception as error:
+            self._end(error)
+            return {}
+
+    def _end(self, error: Exception) -> None:
+        """Go on without buffer and searches, on all ranks: no fault of theirs is worth the run."""
+        if self.callback.on_error == "raise":
+            raise error
+        self._buffer_failed = True
+        text = (
+            f"The buffer must be able to read the model, got at step {self.step}: {explain(error)} Training goes on; "
+            "this run searches for merges no more."
+        )
+        say(self._trainer, text, rank_zero_warn)
 
     def _say_plan(self, length: RunLength) -> None:
         trainer = self._trainer
@@ -225,6 +274,8 @@ class MergeRun:
 
     def _search_as_scheduled(self) -> None:
         """Search, unless the learning rate says that there is little to find."""
+        if self._buffer_failed:
+            return
         objection = self._objection()
         if objection is None or self.callback.search.at_low_lr == "search":
             self.search()
