@@ -12,8 +12,6 @@ from lightning_ckmerge.config import Mode
 
 # From here on Python's own exponents read better.
 SMALLEST, LARGEST = 1e-4, 1e7
-# Of what `batches_needed` says: beyond it, a difference is as good as none.
-MOST_TIMES = 100
 
 
 def change_told(
@@ -72,27 +70,6 @@ def change_told(
     if low < 0:
         return told, f"{told_amount(low)}{unit} {other} to {told_amount(high)}{unit} {word}"
     return told, f"{told_amount(low)} to {told_amount(high)}{unit}"
-
-
-def batches_needed(num_batches: int, gain: float, interval: Sequence[float]) -> int | None:
-    """Return about how many batches would tell a gain from none at this spread, to two digits.
-
-    >>> batches_needed(64, 0.001, (-0.001, 0.003)), batches_needed(64, 1e-9, (-0.001, 0.003))
-    (260, None)
-
-    Args:
-        num_batches: Batches that the interval rests on.
-        gain: What was measured on them.
-        interval: Its ends, on either side of 0.
-
-    Returns:
-        ``None`` where more than a hundred times as many would be needed.
-    """
-    margin = gain - interval[0] if gain > 0 else interval[1] - gain
-    times = (margin / gain) ** 2 if gain else math.inf
-    if not times <= MOST_TIMES:
-        return None
-    return math.ceil(float(f"{num_batches * times:.2g}"))
 
 
 def value_told(value: float) -> str:

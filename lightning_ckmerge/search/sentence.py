@@ -9,8 +9,8 @@ import math
 from collections.abc import Sequence
 
 from lightning_ckmerge.core.outcome import Gain, Trial, Verdict
-from lightning_ckmerge.core.wording import batches_needed, change_told, value_told
-from lightning_ckmerge.search.interval import MIN_CONFIRM_BATCHES
+from lightning_ckmerge.core.wording import change_told, value_told
+from lightning_ckmerge.search.interval import MIN_CONFIRM_BATCHES, MOST_TIMES, batches_needed
 
 
 def verdict_told(verdict: Verdict, gains: Sequence[Gain], winner: Trial, latest: Trial, best_anchor: Trial) -> str:
@@ -93,7 +93,7 @@ def _what_would_decide(verdict: Verdict, gains: Sequence[Gain], winner: Trial, l
     needed = [batches_needed(verdict.num_differences, g.gain, g.interval) for g in gains if g.interval is not None]
     known = [n for n in needed if n is not None]
     if not known:
-        return "So small a difference would take more than 100 times as much validation data to tell."
+        return f"So small a difference would take more than {MOST_TIMES} times as much validation data to tell."
     if _in_blocks(latest, 0):
         return f"About {min(known) / verdict.num_differences:.2g} times as many batches would decide at this spread."
     return f"About {min(known)} such batches would decide at this spread."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def noisy(level: float, jitter: float = 0.01, num_batches: int = 12, seed: int =
 @pytest.mark.parametrize("num_batches", [MIN_CONFIRM_BATCHES, 20])
 @pytest.mark.parametrize("equal_sizes", [True, False])
 def test_the_interval_covers_the_true_gain_as_often_as_it_says(num_batches: int, equal_sizes: bool) -> None:
-    """Goes red with a normal instead of a t quantile: 88 % at five batches."""
+    """Goes red with a normal quantile: 88 % at five batches. Without skewness it covers more often than it says."""
     rng = random.Random(num_batches)
     covered = 0
     for _ in range(NUM_DRAWS):
@@ -59,11 +60,11 @@ def test_the_interval_covers_the_true_gain_as_often_as_it_says(num_batches: int,
         _, interval = paired_gain(trial("a", score(ours_B, sizes_B)), trial("b", score(theirs_B, sizes_B)), 1)
         assert interval is not None
         covered += interval[0] <= 0.2 <= interval[1]
-    assert 0.92 <= covered / NUM_DRAWS <= 0.98
+    assert covered / NUM_DRAWS >= 0.95
 
 
 def test_batches_of_one_document_widen_the_interval() -> None:
-    """Differences that drift slowly: 81 % of intervals cover the truth, 63 % if taken for independent draws."""
+    """Differences that drift slowly: 90 % of intervals cover the truth, 63 % if taken for independent draws."""
     rng = random.Random(0)
     covered = 0
     for _ in range(NUM_DRAWS):
@@ -75,7 +76,7 @@ def test_batches_of_one_document_widen_the_interval() -> None:
         assert interval is not None
         assert interval[0] < gain < interval[1]
         covered += interval[0] <= 0.2 <= interval[1]
-    assert covered / NUM_DRAWS > 0.8
+    assert covered / NUM_DRAWS > 0.87
 
 
 def test_differences_that_alternate_do_not_narrow_it() -> None:
@@ -91,6 +92,20 @@ def test_where_there_is_no_gain_few_merges_are_accepted() -> None:
         ours, theirs = (score([rng.gauss(0, 1) for _ in range(8)]) for _ in range(2))
         accepted += verdict(trial("trial-0", ours), trial("latest", theirs)).status == "accepted"
     assert accepted / NUM_DRAWS < 0.05
+
+
+@pytest.mark.parametrize("num_batches", [MIN_CONFIRM_BATCHES, 16, 64])
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_null_merges_that_lose_much_on_a_few_batches_are_not_accepted(num_batches: int, mode: str) -> None:
+    """Log-normal losses of mean 0: goes red with Student's interval, which accepts 17, 13 and 9 %."""
+    rng, sign, draws = random.Random(num_batches), 1 if mode == "min" else -1, 2 * NUM_DRAWS
+    accepted = 0
+    for _ in range(draws):
+        ours_B = [sign * (rng.lognormvariate(0, 1) - math.exp(0.5)) for _ in range(num_batches)]
+        _, interval = paired_gain(trial("a", score(ours_B)), trial("b", score([0.0] * num_batches)), sign)
+        assert interval is not None
+        accepted += interval[0] > 0
+    assert accepted / draws < 0.045
 
 
 def test_a_gain_weighs_batches_by_their_samples() -> None:
@@ -245,9 +260,9 @@ def around(level: float, changes: Sequence[float]) -> Score:
             "max",
             -1.2,
             (0.3, 0.5),
-            "Merging raises val_loss from -1.20 to -0.80, 0.40 more; 95 % interval 0.33 to 0.47, ",
+            "Merging raises val_loss from -1.20 to -0.80, 0.40 more; 95 % interval 0.32 to 0.48, ",
         ),
-        ("min", 0.01, (-0.3, -0.5), "Merging lowers val_loss from 0.01 to -0.39, 0.40 less; 95 % interval 0.33 to "),
+        ("min", 0.01, (-0.3, -0.5), "Merging lowers val_loss from 0.01 to -0.39, 0.40 less; 95 % interval 0.32 to "),
     ],
 )
 def test_a_sentence_says_from_where_to_where(mode: str, before: float, changes: Sequence[float], sentence: str) -> None:
@@ -262,12 +277,17 @@ def test_a_sentence_says_from_where_to_where(mode: str, before: float, changes: 
 def test_an_interval_with_zero_inside_says_what_would_decide() -> None:
     found = verdict(trial("a", around(0.38, (-0.02, 0.016))), trial("latest", around(0.38, (0.0,))))
     assert found.interval is not None
+    # An interval of 12 batches is wider, by its t quantile and by the skewness that it allows for.
     needed = 12 * ((found.gain - found.interval[0]) / found.gain) ** 2
     said = re.search(
         r"0\.53 % less; 95 % interval .* % more to .* % less, on 12 unseen .* About (\d+) such", found.sentence
     )
     assert said is not None
-    assert float(said[1]) == pytest.approx(needed, rel=0.05)
+    assert 0.4 * needed < float(said[1]) < needed
+    times = int(said[1]) // 12
+    more = [score([0.38 + c for c in changes] * 6 * times) for changes in ((-0.02, 0.016), (0.0, 0.0))]
+    low, _ = paired_gain(trial("a", more[0]), trial("b", more[1]), 1)[1] or (0.0, 0.0)
+    assert abs(low) < 0.1 * found.gain
     nothing = verdict(trial("a", around(0.38, (-0.02, 0.02))), trial("latest", around(0.38, (0.0,))))
     assert nothing.sentence.endswith("would take more than 100 times as much validation data to tell.")
 
