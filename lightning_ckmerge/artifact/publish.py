@@ -158,7 +158,7 @@ class ArtifactStore:
         """The manifest last, one rename, and only then the rest."""
         write_manifest(staging, complete)
         fsync_tree(staging)
-        path = self._free_path(step)
+        path = self.free_path(step)
         os.rename(staging, path)
         fsync(self.dirpath)
         append_timeline(self.dirpath, timeline_record(complete, path.name, validation))
@@ -167,7 +167,8 @@ class ArtifactStore:
         self._retain(ranked)
         return path
 
-    def _free_path(self, step: str) -> Path:
+    def free_path(self, step: str) -> Path:
+        """Return where an artifact of this name is published now."""
         path, version = self.dirpath / step, 0
         while os.path.lexists(path):
             version += 1

@@ -156,9 +156,10 @@ def _search_report(directory: Path) -> tuple[str, Path]:
     """A search's own report is part of its artifact, and listed with its hash: it is left as it is."""
     from lightning_ckmerge.artifact.load import Artifact
     from lightning_ckmerge.report.markdown import render_markdown
+    from lightning_ckmerge.report.text import ReportPlace
 
     artifact = Artifact.open(directory, verify=False)
-    return render_markdown(artifact.manifest), artifact.path / "report.html"
+    return render_markdown(artifact.manifest, ReportPlace(path=artifact.path)), artifact.path / "report.html"
 
 
 def _run_report(directory: Path) -> tuple[str, Path]:
@@ -168,7 +169,7 @@ def _run_report(directory: Path) -> tuple[str, Path]:
     from lightning_ckmerge.report.run import render_run_html, render_run_markdown
 
     history = read_history(directory)
-    found = (history.timeline, history.manifests, history.best)
+    found = (history.timeline, history.manifests, history.best, history.dirpath)
     markdown, page = render_run_markdown(*found), history.dirpath / "report.html"
     replace_text(page, render_run_html(*found))
     replace_text(history.dirpath / "report.md", markdown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from lightning_ckmerge.plugin.pretrained import Pretrained
 from lightning_ckmerge.plugin.progress import say
 from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.reports import summarize_run, write_run_report, write_search_report
+from lightning_ckmerge.report.text import ReportPlace
 
 if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
@@ -115,7 +117,11 @@ class Publisher:
                     say(self._trainer, text)
 
     def _manifest(self, outcome: SearchOutcome) -> Manifest:
-        manifest = {**build_manifest(outcome), "run_id": self._run_id}
+        manifest = {
+            **build_manifest(outcome),
+            "run_id": self._run_id,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
         if self._model.ownership.not_dense:
             manifest["left_out"] = self._model.ownership.not_dense
         if self._model.adapters is not None:
@@ -149,4 +155,11 @@ class Publisher:
     def _write_report(self, path: Path, manifest: dict[str, Any]) -> None:
         if self._comm.rank == 0:
             with harmless("The search's report"):
-                write_search_report(path, manifest)
+                write_search_report(path, manifest, self._lies(path, manifest))
+
+    def _lies(self, path: Path, manifest: Manifest) -> ReportPlace:
+        """Where what is being written at ``path`` lies once it is published."""
+        place = self._store.free_path(f"step={manifest['step']:09d}")
+        if path.parent.name == FRONT_NAME:
+            return ReportPlace(path=place / FRONT_NAME / path.name, up="../../report.html")
+        return ReportPlace(path=place)

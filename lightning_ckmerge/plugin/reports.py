@@ -11,12 +11,13 @@ from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
 from lightning_ckmerge.report.run import render_run_html, render_run_markdown, summarize
+from lightning_ckmerge.report.text import ReportPlace
 
 
-def write_search_report(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the report of a search into its artifact, which lies at ``path``."""
-    (path / "report.md").write_text(render_markdown(manifest), encoding="utf-8")
-    (path / "report.html").write_text(render_html(manifest), encoding="utf-8")
+def write_search_report(path: Path, manifest: dict[str, Any], place: ReportPlace) -> None:
+    """Write the report of a search into its artifact, which lies at ``path`` now and at ``place`` later."""
+    (path / "report.md").write_text(render_markdown(manifest, place), encoding="utf-8")
+    (path / "report.html").write_text(render_html(manifest, place), encoding="utf-8")
 
 
 def write_run_report(dirpath: Path) -> None:
@@ -26,7 +27,7 @@ def write_run_report(dirpath: Path) -> None:
         ArtifactError: An older file is damaged.
     """
     history = read_history(dirpath)
-    found = (history.timeline, history.manifests, history.best)
+    found = (history.timeline, history.manifests, history.best, history.dirpath)
     replace_text(dirpath / "report.md", render_run_markdown(*found))
     replace_text(dirpath / "report.html", render_run_html(*found))
 

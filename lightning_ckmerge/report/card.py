@@ -34,7 +34,7 @@ def render_card(manifest: Manifest) -> str:
     names = sorted({name for half in halves for name in winner[half]["metrics"]})
     snapshots = [(s.steps, s.kind, *s.coefficients, s.sha256) for s in view.snapshots]
     sections = [
-        f"{ADAPTER if 'adapters' in manifest else MODEL}\n# {view.title}",
+        f"{ADAPTER if 'adapters' in manifest else MODEL}\n# {escape(view.title)}",
         f"**{view.badge}.** {escape(view.sentence)}",
         *(() if view.status == "accepted" else (NOT_ACCEPTED,)),
         *(f"> Note: {escape(warning)}" for warning in view.warnings),

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from lightning_ckmerge.report import charts, frame
 from lightning_ckmerge.report.landscape import draw_landscape
-from lightning_ckmerge.report.text import Manifest
+from lightning_ckmerge.report.text import Manifest, ReportPlace
 from lightning_ckmerge.report.view import build_view
 
 DISC = "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0"
@@ -23,15 +23,20 @@ SHAPES: dict[charts.Shape, str] = {
 }
 
 
-def render_html(manifest: Manifest) -> str:
+def render_html(manifest: Manifest, place: ReportPlace | None = None) -> str:
     """Return the report of a search as a page: escaped, self-contained, for light, dark, paper and small screens.
 
     Args:
         manifest: Its manifest; ``files`` may still be missing.
+        place: Where its artifact will lie, for the code to load it and the link to the run's page.
     """
     return render_page(
         "search.html.j2",
-        view=build_view(manifest),
+        view=build_view(manifest, place),
+        up_text="All searches of the run"
+        if place is not None and place.up == ReportPlace.up
+        else "The search it belongs to",
+        no_code="This artifact is a record: it holds no weights.",
         monitor=manifest["monitor"],
         num_trials=len(manifest["trials"]),
         num_anchors=len(manifest["anchors"]),

@@ -5,30 +5,36 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from lightning_ckmerge.report.text import Manifest
+from lightning_ckmerge.report.text import Manifest, ReportPlace
 from lightning_ckmerge.report.view import View, build_view
 
 # Whatever could start markup, end a table's cell, or open an HTML tag. A name may hold any of them.
 SPECIAL = re.compile(r"([\\`*_\[\]|~<>&$])")
 
 
-def render_markdown(manifest: Manifest) -> str:
+def render_markdown(manifest: Manifest, place: ReportPlace | None = None) -> str:
     """Return the report of a search in GitHub's Markdown.
 
     Args:
         manifest: Its manifest; ``files`` may still be missing.
+        place: Where its artifact will lie.
     """
-    view = build_view(manifest)
+    view = build_view(manifest, place)
     sections = [
-        f"# {view.title}",
+        f"# {escape(view.title)}",
         f"**{view.badge}.** {escape(view.sentence)}",
+        *([escape(" · ".join(filter(None, (view.run, view.date))))] if view.run or view.date else []),
         *(f"> Note: {escape(warning)}" for warning in view.warnings),
         table(("", ""), view.facts),
+        "## What to do next",
+        view.advice,
+        f"```python\n{view.code}```" if view.code else "This artifact is a record: it holds no weights.",
         "## Candidates",
         table(
-            ("candidate", "", "search half", "gain over latest there", "confirmation half", "gain over latest there"),
-            ((c.name, c.role, c.search, c.search_gain, c.confirm, c.gain) for c in view.candidates),
+            ("candidate", "", "confirmation half", "gain over latest there", "search half", "gain over latest there"),
+            ((c.name, c.role, c.confirm, c.gain, c.search, c.search_gain) for c in view.candidates),
         ),
+        "\n".join(f"- {escape(names)}: {meaning}." for names, meaning in view.meanings),
         f"{len(manifest['trials'])} trials beside {len(manifest['anchors'])} anchors. Intervals hold "
         "95 %; the verdict rests on the confirmation half, which the search did not see.",
         *front_section(view),
@@ -45,8 +51,6 @@ def render_markdown(manifest: Manifest) -> str:
     if view.files:
         sections.append(table(("file", "size", "sha256"), view.files))
     sections.append(table(("software", "version"), view.software))
-    sections.append("## How to load it")
-    sections.append(f"```python\n{view.code}```" if view.code else "This artifact is a record: it holds no weights.")
     return "\n\n".join(sections) + "\n"
 
 

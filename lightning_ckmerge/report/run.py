@@ -13,8 +13,18 @@ from lightning_ckmerge.report import charts, run_charts
 from lightning_ckmerge.report.html import render_page
 from lightning_ckmerge.report.markdown import escape, table
 from lightning_ckmerge.report.run_charts import Record
-from lightning_ckmerge.report.text import MISSING, Manifest, count, gain_text, number, seconds, steps_worth
-from lightning_ckmerge.report.view import STATUS_TITLES
+from lightning_ckmerge.report.text import (
+    MISSING,
+    Manifest,
+    count,
+    date,
+    gain_text,
+    number,
+    run_name,
+    seconds,
+    steps_worth,
+)
+from lightning_ckmerge.report.view import LOAD_MERGED, NEXT, STATUS_TITLES
 
 # What may become a link: the timeline is a file that others may have written.
 ARTIFACT_NAME = re.compile(r"step=\d{9,}(-v\d+)?")
@@ -26,12 +36,6 @@ BADGES = {
     "rejected": "Merging did not help",
     SKIPPED: "No search took place",
 }
-LOAD_BEST = """\
-from lightning_ckmerge import load_merged
-
-# The directory that holds this report.
-load_merged(".", model)
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +67,27 @@ class RunView:
     facts: list[tuple[str, str]]
     searches: list[SearchRow]
     code: str | None
+    advice: str
+    run: str
+    date: str
+    up: None = None
 
 
-def render_run_html(timeline: Sequence[Record], manifests: Mapping[str, Manifest], best: str | None) -> str:
+def render_run_html(
+    timeline: Sequence[Record], manifests: Mapping[str, Manifest], best: str | None, dirpath: Path | None = None
+) -> str:
     """Return the report of a run as a page, to lie in the run's ``dirpath``: it links to the searches' own reports.
 
     Args:
         timeline: The records of ``timeline.jsonl``, oldest first; at least one.
         manifests: Name of each artifact that is still there, and its manifest.
         best: Name of the best accepted artifact, if any; one of ``manifests``.
+        dirpath: Where the page will lie, for its code and the run's name.
     """
     return render_page(
         "run.html.j2",
-        view=build_run_view(timeline, manifests, best),
+        view=build_run_view(timeline, manifests, best, dirpath),
+        no_code="",
         monitor=timeline[-1]["monitor"],
         gains=run_charts.gain_chart(timeline),
         validation=run_charts.validation_chart(timeline),
@@ -84,19 +96,23 @@ def render_run_html(timeline: Sequence[Record], manifests: Mapping[str, Manifest
     )
 
 
-def render_run_markdown(timeline: Sequence[Record], manifests: Mapping[str, Manifest], best: str | None) -> str:
+def render_run_markdown(
+    timeline: Sequence[Record], manifests: Mapping[str, Manifest], best: str | None, dirpath: Path | None = None
+) -> str:
     """Return the report of a run in GitHub's Markdown; the arguments are those of ``render_run_html``."""
-    view = build_run_view(timeline, manifests, best)
-    header = ("step", "verdict", "merged", "latest", "gain over latest, 95 % interval", "seconds", "artifact")
-    rows = [(s.step, s.verdict, s.merged, s.latest, s.gain, s.seconds, s.artifact) for s in view.searches]
+    view = build_run_view(timeline, manifests, best, dirpath)
+    header = ("step", "verdict", "gain over latest, 95 % interval", "merged", "latest", "seconds", "artifact")
+    rows = [(s.step, s.verdict, s.gain, s.merged, s.latest, s.seconds, s.artifact) for s in view.searches]
     sections = [
-        f"# {view.title}",
+        f"# {escape(view.title)}",
         f"**{view.badge}.** {escape(view.sentence)}",
+        *([escape(" · ".join(filter(None, (view.run, view.date))))] if view.run or view.date else []),
         table(("", ""), view.facts),
+        "## What to do next",
+        view.advice,
+        *([f"```python\n{view.code}```"] if view.code else []),
         "## Searches",
         table(header, rows),
-        "## How to load it",
-        f"```python\n{view.code}```" if view.code else "No merge was accepted: go on with the latest weights.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -114,18 +130,34 @@ def summarize(timeline: Sequence[Record], best: str | None, dirpath: Path) -> st
     )
 
 
-def build_run_view(timeline: Sequence[Record], manifests: Mapping[str, Manifest], best: str | None) -> RunView:
+def build_run_view(
+    timeline: Sequence[Record], manifests: Mapping[str, Manifest], best: str | None, dirpath: Path | None = None
+) -> RunView:
     """Return what the report of a run says; the arguments are those of ``render_run_html``."""
     leader = _leader(timeline, best)
     return RunView(
-        title=f"Merges of a run of {count(max(r['step'] for r in timeline))} steps",
+        title=_title(timeline, leader),
+        run=run_name(dirpath) if dirpath is not None else "",
+        date=date(max((m["created"] for m in manifests.values() if "created" in m), default=None)),
+        advice=NEXT[leader["status"]],
         status=leader["status"],
         badge=BADGES[leader["status"]],
         sentence=f"{_finding(leader)} {_tally(timeline)}",
         facts=_facts(timeline, leader),
         searches=[_row(record, manifests) for record in timeline],
-        code=LOAD_BEST if best is not None else None,
+        code=LOAD_MERGED.format(path=(dirpath / "best").as_posix() if dirpath else "best")
+        if best is not None
+        else None,
     )
+
+
+def _title(timeline: Sequence[Record], leader: Record) -> str:
+    """Name the value before and after."""
+    title = f"Merges of a run of {count(max(r['step'] for r in timeline))} steps"
+    before, after = leader["values"].get("latest"), leader["values"].get(leader["winner"])
+    if before is None or after is None or leader["winner"] == "latest":
+        return title
+    return f"{title}: {leader['monitor']} {number(before)} → {number(after)} at step {count(leader['step'])}"
 
 
 def _leader(timeline: Sequence[Record], best: str | None) -> Record:

@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 Manifest = dict[str, Any]
 
 MISSING = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportPlace:
+    """Where a search's artifact lies.
+
+    Args:
+        path: Its directory.
+        up: Link from its page to the one above: the run's, or that of the search whose Pareto front it is on.
+    """
+
+    path: Path
+    up: str = "../report.html"
+
+
+def run_name(dirpath: Path) -> str:
+    """Return a run's name: the end of the path that its artifacts' directory has.
+
+    >>> run_name(Path("/data/lightning_logs/version_3/merges")), run_name(Path("/data/gpt"))
+    ('lightning_logs/version_3', 'data/gpt')
+    """
+    parts = [part for part in dirpath.parts if part not in ("merges", dirpath.anchor)]
+    return "/".join(parts[-2:])
+
+
+def date(created: str | None) -> str:
+    """Return the day and minute of an ISO date; an empty text for none.
+
+    >>> date("2026-11-24T22:05:31+00:00")
+    '2026-11-24 22:05 UTC'
+    """
+    return "" if created is None else f"{datetime.fromisoformat(created):%Y-%m-%d %H:%M} UTC"
 
 
 def number(value: float | None, form: str = "#.5g") -> str:

@@ -6,7 +6,20 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_ckmerge.report.text import MISSING, Manifest, count, gain_text, number, seconds, size, steps, steps_worth
+from lightning_ckmerge.report.text import (
+    MISSING,
+    Manifest,
+    ReportPlace,
+    count,
+    date,
+    gain_text,
+    number,
+    run_name,
+    seconds,
+    size,
+    steps,
+    steps_worth,
+)
 
 SHORT_HASH = 12
 WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
@@ -14,7 +27,6 @@ WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 LOAD_MERGED = """\
 from lightning_ckmerge import load_merged
 
-# The directory that holds this report.
 load_merged("{path}", model)
 """
 LOAD_CHECKPOINT = """\
@@ -31,6 +43,32 @@ STATUS_TITLES = {
     "accepted": "Accepted",
     "rejected": "Rejected",
     "unconfirmed": "Unconfirmed",
+}
+
+
+NEXT = {
+    "accepted": "Use the merge: to evaluate, to release, to fine-tune. Training itself goes on from its own weights.",
+    "unconfirmed": (
+        "Nothing is lost: the merge is kept, and `best` stays where it was. The verdict says what would decide. If the "
+        "merge looks good to you, it is loaded so:"
+    ),
+    "rejected": (
+        "Nothing: go on with the latest weights. Merging gains most at a high learning rate; it gains little early in "
+        "a run and after a decay."
+    ),
+}
+# A candidate's name, and what it means to people.
+MEANINGS = {
+    r"latest": "the weights as they were trained, at this step",
+    r"previous": "the optimum of the search before, tried on today's snapshots; not a known merge",
+    r"initial-\d+": "where optima lay in earlier runs, to begin the search with; not a known merge",
+    r"ema-.+": "an exponential moving average; the number is its length in steps",
+    r"uniform-.+": "the plain mean over the steps of so many of the newest snapshots",
+    r"wsm-.+": "weights that stand for a learning-rate decay over the window",
+    r"greedy-soup": "snapshots added one by one while that helps",
+    r"metrics-weighted.*": "snapshots weighted by their own values",
+    r"trial-\d+": "a proposal of the sampler",
+    r"refined-\d+": "a merge found by following gradients",
 }
 
 
@@ -94,9 +132,19 @@ class View:
         cost: Label and text.
         files: Name, size and short hash.
         code: How to load it; ``None`` for a record without weights.
+        run: The run's name, empty where that is not known.
+        date: Of the search, likewise.
+        up: Link to the page above; ``None``: none is known.
+        advice: What to do next.
+        meanings: Candidates' names, and what they are.
     """
 
     title: str
+    run: str
+    date: str
+    up: str | None
+    advice: str
+    meanings: list[tuple[str, str]]
     status: str
     badge: str
     sentence: str
@@ -116,20 +164,26 @@ class View:
     code: str | None
 
 
-def build_view(manifest: Manifest) -> View:
-    """Return what a report says about a search."""
+def build_view(manifest: Manifest, place: ReportPlace | None = None) -> View:
+    """Return what a report says about a search, whose artifact lies at ``place``, if that is known."""
     verdict = manifest["verdict"]
+    candidates = _candidates(manifest)
     groups = {name: group["coefficients"] for name, group in manifest.get("groups", {}).items()}
     columns = groups or {"coefficient": manifest["coefficients"]}
     has_weights = any(WEIGHTS_NAME.fullmatch(name) for name in manifest.get("files", {}))
     return View(
-        title=f"Merge at step {count(manifest['step'])}",
+        title=_title(manifest),
+        run=run_name(place.path.parent) if place is not None else "",
+        date=date(manifest.get("created")),
+        up=place.up if place is not None else None,
+        advice=NEXT[verdict["status"]],
+        meanings=_meanings(candidates),
         status=verdict["status"],
         badge=STATUS_TITLES[verdict["status"]],
         sentence=verdict["sentence"],
         warnings=list(verdict["warnings"]),
         facts=_facts(manifest),
-        candidates=_candidates(manifest),
+        candidates=candidates,
         **_metrics(manifest),
         **_front(manifest),
         coefficient_names=list(columns),
@@ -148,8 +202,29 @@ def build_view(manifest: Manifest) -> View:
             for name, record in manifest.get("files", {}).items()
         ],
         software=[(name, version or MISSING) for name, version in manifest["software"].items()],
-        code=_code(manifest) if has_weights else None,
+        code=_code(manifest, place) if has_weights else None,
     )
+
+
+def _title(manifest: Manifest) -> str:
+    """Name the value before and after."""
+    title, monitor = f"Merge at step {count(manifest['step'])}", manifest["monitor"]
+    before = _confirmed(manifest["anchors"][0])
+    after = manifest["verdict"]["value"]
+    if before is None or after is None or manifest["verdict"]["winner"] == "latest":
+        return title
+    return f"{title}: {monitor} {number(before)} → {number(after)}"
+
+
+def _meanings(candidates: list[CandidateRow]) -> list[tuple[str, str]]:
+    """Explain the names that stand in the table, and the sign for estimates."""
+    found = [("≈", "an estimate: the candidate was dropped before its last batch")] * any(
+        c.search.startswith("≈") for c in candidates
+    )
+    for pattern, meaning in MEANINGS.items():
+        names = [c.name for c in candidates if re.fullmatch(pattern, c.name)]
+        found += [(", ".join(names), meaning)] * bool(names)
+    return found
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
@@ -159,13 +234,13 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     refined = verdict["winner"] in {t["name"] for t in manifest["trials"]}
     outside = ", left by gradients" if refined else ", won by an anchor"
     batches = f"{sum(evaluation['search_batches'])} + {sum(evaluation['confirm_batches'])}"
+    anchor = verdict["best_anchor"]
+    over_anchor = gain_text(verdict["gain_over_best_anchor"], verdict["interval_over_best_anchor"])
     return [
         ("Gain over latest", gain_text(verdict["gain"], verdict["interval"])),
         *((f"Gain over latest, {o['monitor']}", gain_text(o["gain"], o["interval"])) for o in others),
-        (
-            f"Gain over {verdict['best_anchor']}",
-            gain_text(verdict["gain_over_best_anchor"], verdict["interval_over_best_anchor"]),
-        ),
+        # Over the latest weights, it is the same gain; over itself, none.
+        *([(f"Gain over {anchor}", over_anchor)] if anchor not in ("latest", verdict["winner"]) else []),
         *steps_worth(verdict),
         (f"{manifest['monitor']} ({manifest['mode']})", number(verdict["value"])),
         *((f"{o['monitor']} ({o['mode']})", number(o["value"])) for o in others),
@@ -264,8 +339,8 @@ def _metrics(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _code(manifest: Manifest) -> str:
-    path = f"step={manifest['step']:09d}"
+def _code(manifest: Manifest, place: ReportPlace | None) -> str:
+    path = f"step={manifest['step']:09d}" if place is None else place.path.as_posix()
     more = LOAD_CHECKPOINT.format(path=path) if "model.ckpt" in manifest["files"] else ""
     return LOAD_MERGED.format(path=path) + more
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lightning_ckmerge.artifact.history import History
@@ -12,6 +13,8 @@ from lightning_ckmerge.artifact.timeline import timeline_record
 from lightning_ckmerge.core.outcome import Status
 from tests.artifact.outcomes import make_outcome
 
+CREATED = "2026-11-24T22:05:31+00:00"
+DIRPATH = Path("/data/lightning_logs/version_3/merges")
 FILES = {"model.safetensors": {"bytes": 498_000_123, "sha256": "ef" * 32}}
 
 
@@ -27,10 +30,15 @@ def make_history(
         outcome = make_outcome(step=step, status=status, gain=gain, value=2.0 + 3.0 * math.exp(-i), monitor=monitor)
         interval = None if status == "unconfirmed" else (gain - 0.02, gain + 0.02)
         verdict = replace(outcome.verdict, interval=interval)
-        manifest = {**build_manifest(replace(outcome, verdict=verdict)), "files": FILES}
+        manifest = {**build_manifest(replace(outcome, verdict=verdict)), "files": FILES, "created": CREATED}
         validation = [(s, 2.05 + 6.0 * math.exp(-s / 900)) for s in range(step - 750, step + 1, 250)]
         name = f"step={step:09d}"
         timeline.append(timeline_record(manifest, name, validation))
         manifests[name] = manifest
     accepted = [r["artifact"] for r in timeline if r["status"] == "accepted"]
-    return History(timeline=timeline, manifests=manifests, best=accepted[-1] if accepted else None)
+    return History(
+        dirpath=DIRPATH,
+        timeline=timeline,
+        manifests=manifests,
+        best=accepted[-1] if accepted else None,
+    )

@@ -9,10 +9,12 @@ import pytest
 
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.run import render_run_html
+from lightning_ckmerge.report.text import ReportPlace
 from tests.report.browser import find_browser, visit
-from tests.report.runs import make_history
+from tests.report.runs import DIRPATH, make_history
 
 BROWSER = find_browser()
+PLACE = ReportPlace(path=DIRPATH / "step=000004000")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: the pages were not opened")
 
 PHONE = 360
@@ -43,12 +45,12 @@ EMPTY_PICTURES = """[...document.querySelectorAll("svg")].filter(svg => svg.getB
 
 def search_page(monitor: str = "val_loss") -> str:
     manifest = make_history(monitor=monitor).manifests["step=000004000"]
-    return render_html({**manifest, "cost": {**manifest["cost"], "stopped_early": STOPPED}})
+    return render_html({**manifest, "cost": {**manifest["cost"], "stopped_early": STOPPED}}, PLACE)
 
 
 def run_page(monitor: str = "val_loss") -> str:
     history = make_history(monitor=monitor)
-    return render_run_html(history.timeline, history.manifests, history.best)
+    return render_run_html(history.timeline, history.manifests, history.best, history.dirpath)
 
 
 @pytest.mark.parametrize("width", [1100, PHONE])

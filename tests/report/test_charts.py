@@ -134,3 +134,18 @@ def test_an_axis_finds_back_what_it_placed(low: float, ratio: float, share: floa
     assert axis.share(axis.value(share)) == pytest.approx(share, abs=1e-6)
     assert axis.at(axis.value(share)) == pytest.approx(10 + 290 * share, abs=1e-3)
     assert axis.clipped(2 * axis.high) == pytest.approx(300)
+
+
+@pytest.mark.parametrize("kind", ["mean", "point"])
+def test_a_plain_mean_is_level(kind: str) -> None:
+    """Over steps for means of unequal length, over snapshots for points."""
+    data = manifest()
+    lengths = [s["last_step"] - s["first_step"] + 1 for s in data["snapshots"][:-1]]
+    weights = lengths if kind == "mean" else [1] * len(lengths)
+    data["coefficients"] = [*(w / sum(weights) for w in weights), 0.0]
+    for snapshot in data["snapshots"]:
+        snapshot["kind"] = kind
+        snapshot["first_step"] = snapshot["first_step"] if kind == "mean" else snapshot["last_step"]
+    heights = [bar.height for bar in coefficient_chart(data).bars[:-1]]
+    assert heights == pytest.approx([heights[0]] * len(heights))
+    assert heights[0] > 0.8 * (BOTTOM - TOP)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
+from lightning_ckmerge.report.text import ReportPlace
+from lightning_ckmerge.report.view import build_view
 from tests.artifact.outcomes import make_outcome
 
 HOSTILE = "</title><script>alert('x')</script>\"'{{ 7*7 }}&amp;|`[a](http://b.example)\n# heading"
@@ -114,7 +117,7 @@ def test_the_winner_leads_and_the_anchors_follow_from_best_to_worst() -> None:
 @pytest.mark.parametrize(("mode", "gain"), [("min", "+0.0380"), ("max", "+0.0380")])
 def test_a_gain_is_positive_when_better(mode: Any, gain: str) -> None:
     row = next(line for line in render_markdown(manifest(mode=mode)).splitlines() if line.startswith("| uniform-4"))
-    assert row.endswith(f"| {gain} |")
+    assert row.split(" | ")[3] == gain
 
 
 def test_what_was_chosen_by_one_metric_is_shown_on_all() -> None:
@@ -213,3 +216,36 @@ def test_missing_figures_are_dashes() -> None:
     assert "| Gain over latest | – |" in render_markdown(data)
     assert "Share of training" not in render_markdown(data)
     assert not re.search(r"\b(nan|inf|None)\b", Page(render_html(data)).text)
+
+
+PLACE = ReportPlace(path=Path("/data/gpt/merges/step=000001000"))
+
+
+@pytest.mark.parametrize("status", ["accepted", "rejected", "unconfirmed"])
+def test_a_report_says_of_which_run_it_is_and_what_to_do(status: Any) -> None:
+    """Goes red without the values in the headline, the date, the run, the way back, and code that can be pasted."""
+    data = {**manifest(status=status), "created": "2026-11-24T22:05:31+00:00"}
+    html, markdown = render_html(data, PLACE), render_markdown(data, PLACE)
+    for text in (Page(html).text, markdown.replace("\\_", "_")):
+        assert "Merge at step 1 000: val_loss 2.0500 → 2.0000" in text
+        assert "data/gpt · 2026-11-24 22:05 UTC" in text
+        assert 'load_merged("/data/gpt/merges/step=000001000", model)' in text
+        assert text.index("What to do next") < text.index("Candidates")
+    assert 'href="../report.html"' in html
+
+
+def test_names_are_explained_where_they_stand() -> None:
+    data = manifest()
+    data["anchors"][1]["name"] = data["verdict"]["best_anchor"] = "previous"
+    data["anchors"][2]["search"]["complete"] = False
+    assert {name for name, _ in build_view(data).meanings} == {"≈", "latest", "previous", "ema-40", "trial-6"}
+    for report in (render_html(data), render_markdown(data)):
+        assert "the optimum of the search before" in report
+
+
+@pytest.mark.parametrize("anchor", ["latest", "winner"])
+def test_a_gain_that_is_no_news_has_no_row(anchor: str) -> None:
+    data = manifest()
+    data["verdict"]["best_anchor"] = {"latest": "latest", "winner": data["verdict"]["winner"]}[anchor]
+    labels = [label for label, _ in build_view(data).facts]
+    assert [label for label in labels if label.startswith("Gain over")] == ["Gain over latest"]

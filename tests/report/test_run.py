@@ -12,13 +12,14 @@ from lightning_ckmerge.errors import ArtifactError
 from lightning_ckmerge.report.frame import BOTTOM, TOP
 from lightning_ckmerge.report.run import render_run_html, render_run_markdown
 from lightning_ckmerge.report.run_charts import gain_chart, validation_chart, validation_curve
+from lightning_ckmerge.report.view import NEXT
 from tests.report.runs import make_history
 from tests.report.test_report import HOSTILE, Page
 
 
 def reports(history: History) -> tuple[str, str]:
-    page = render_run_html(history.timeline, history.manifests, history.best)
-    return page, render_run_markdown(history.timeline, history.manifests, history.best)
+    found = (history.timeline, history.manifests, history.best, history.dirpath)
+    return render_run_html(*found), render_run_markdown(*found)
 
 
 def test_both_reports_say_whether_by_how_much_at_what_cost_and_how_to_load() -> None:
@@ -33,7 +34,9 @@ def test_both_reports_say_whether_by_how_much_at_what_cost_and_how_to_load() -> 
         "≈ 310 further steps",
         "−0.0300 [−0.0500, −0.0100]",
         "45.2 s",
-        'load_merged(".", model)',
+        "val_loss 2.1449 → 2.0549 at step 4 000",
+        "lightning_logs/version_3 · 2026-11-24 22:05 UTC",
+        'load_merged("/data/lightning_logs/version_3/merges/best", model)',
     ):
         assert text in Page(page).text
         assert text in plain
@@ -58,7 +61,7 @@ def test_without_an_accepted_merge_nothing_is_claimed(statuses: Any, badge: str,
     for report in reports(make_history(statuses)):
         assert badge in report
         assert said in report
-        assert "No merge was accepted" in report
+        assert NEXT[statuses[-2]] in report
         assert "load_merged" not in report
 
 
