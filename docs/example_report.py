@@ -13,12 +13,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from lightning_ckmerge import Artifact
 from lightning_ckmerge.artifact.history import read_history
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.run import render_run_html
+from lightning_ckmerge.report.text import ReportPlace
 
 TARGET = Path(__file__).parent / "report"
+# As it is on the machine of whoever runs the demo.
+SHOWN = Path("runs/gpt/merges")
 WIDTH = 1000
 # Beyond the end of the search's page, in pixels.
 HEIGHT = 4000
@@ -30,8 +32,13 @@ def main(dirpath: Path) -> None:
     history = read_history(dirpath)
     TARGET.mkdir(exist_ok=True)
     search = TARGET / "search.html"
-    search.write_text(render_html(Artifact.open(dirpath, verify=False).manifest), encoding="utf-8")
-    run = render_run_html(history.timeline, history.manifests, history.best)
+    assert history.best is not None, "no merge was accepted: there is nothing to show"
+    manifest = history.manifests[history.best]
+    lies = ReportPlace(path=SHOWN / history.best, up="run.html")
+    search.write_text(render_html(manifest, lies), encoding="utf-8")
+    # The other searches' pages are not part of the example.
+    run = render_run_html(history.timeline, {history.best: manifest}, history.best, SHOWN)
+    run = run.replace(f"{history.best}/report.html", search.name)
     (TARGET / "run.html").write_text(run, encoding="utf-8")
     with tempfile.TemporaryDirectory() as directory:
         picture = Path(directory) / "page.png"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_ckmerge.report.markdown import render_markdown
+from lightning_ckmerge.report.text import ReportPlace
 from tests.artifact.conftest import Publish
 from tests.cli.commands import ckmerge, ckmerge_json
 
@@ -74,7 +75,9 @@ def test_names_are_shown_as_they_are(publish: Publish) -> None:
 
 def test_the_report_of_a_search_is_printed_and_its_files_are_left_alone(publish: Publish) -> None:
     artifact = publish()
-    assert ckmerge("report", artifact.path).output == render_markdown(artifact.manifest)
+    assert ckmerge("report", artifact.path).output == render_markdown(
+        artifact.manifest, ReportPlace(path=artifact.path)
+    )
     assert ckmerge_json("verify", artifact.path)["ok"]
 
 

@@ -134,6 +134,13 @@ def test_pages_link_to_pages_of_the_site(name: str) -> None:
     assert (missing if name != README else [], outside) == ([], [])
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "report").glob("*.html")), ids=lambda p: p.name)
+def test_links_of_the_example_lead_somewhere(page: Path) -> None:
+    links = re.findall(r'href="([^"#]+)"', page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).is_file()] == []
+    assert links != []
+
+
 def test_every_page_is_in_the_navigation() -> None:
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^  - .+: ([\w-]+\.md)$", config, flags=re.MULTILINE)) == sorted(
