@@ -33,9 +33,7 @@ def render_html(manifest: Manifest, place: ReportPlace | None = None) -> str:
     return render_page(
         "search.html.j2",
         view=build_view(manifest, place),
-        up_text="All searches of the run"
-        if place is not None and place.up == ReportPlace.up
-        else "The search it belongs to",
+        up_text="The search it belongs to" if place and place.up.startswith("../..") else "All searches of the run",
         no_code="This artifact is a record: it holds no weights.",
         monitor=manifest["monitor"],
         num_trials=len(manifest["trials"]),
