@@ -45,6 +45,18 @@ def test_the_yaml_is_one_of_the_callback() -> None:
     assert parser.instantiate_classes(config).callback.search.n_trials == 16
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8"))
-    assert [link for link in links if not (README.parent / link).exists()] == []
+def test_it_reads_as_well_on_a_package_index() -> None:
+    """There the repository's own files are no links; their paths are named instead, and exist."""
+    text = README.read_text(encoding="utf-8")
+    assert re.findall(r"\]\((?!https://)[^)]*\)", text) == []
+    paths = re.findall(r"`((?:docs/)?[\w-]+\.md)`", text)
+    assert paths != []
+    assert [path for path in paths if not (README.parent / path).is_file()] == []
+
+
+def test_its_figures_are_those_of_the_benchmark() -> None:
+    rows = re.findall(r"^\| (?!merge|---)[^|]+ \| ([^|]+) \| ([^|]+) \|$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    measured = (README.parent / "docs/quality.md").read_text(encoding="utf-8")
+    assert len(rows) == 5
+    for confirmed, tested in rows:
+        assert f"| {confirmed.strip('*')} | {tested.strip('*')} |" in measured
