@@ -55,7 +55,9 @@ def test_it_reads_as_well_on_a_package_index() -> None:
 
 
 def test_its_figures_are_those_of_the_benchmark() -> None:
-    rows = re.findall(r"^\| (?!merge|---)[^|]+ \| ([^|]+) \| ([^|]+) \|$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| (?!merge|---)[^|]+ \| ([^|]+) \| ([^|]+) \|$", README.read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     measured = (README.parent / "docs/quality.md").read_text(encoding="utf-8")
     assert len(rows) == 5
     for confirmed, tested in rows:

@@ -56,6 +56,7 @@ NEXT = {
         "Nothing: go on with the latest weights. Merging gains most at a high learning rate; it gains little early in "
         "a run and after a decay."
     ),
+    "skipped": "Go on with the latest weights. The table says why no search took place, and what to change.",
 }
 # A candidate's name, and what it means to people.
 MEANINGS = {

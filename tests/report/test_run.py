@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 
 from lightning_ckmerge.artifact.history import History, read_history
-from lightning_ckmerge.artifact.timeline import append_timeline
+from lightning_ckmerge.artifact.timeline import append_timeline, skip_record
 from lightning_ckmerge.errors import ArtifactError
 from lightning_ckmerge.report.frame import BOTTOM, TOP
-from lightning_ckmerge.report.run import render_run_html, render_run_markdown
+from lightning_ckmerge.report.run import render_run_html, render_run_markdown, summarize
 from lightning_ckmerge.report.run_charts import gain_chart, validation_chart, validation_curve
 from lightning_ckmerge.report.view import NEXT
-from tests.report.runs import make_history
+from tests.report.runs import DIRPATH, make_history
 from tests.report.test_report import HOSTILE, Page
 
 
@@ -63,6 +63,16 @@ def test_without_an_accepted_merge_nothing_is_claimed(statuses: Any, badge: str,
         assert said in report
         assert NEXT[statuses[-2]] in report
         assert "load_merged" not in report
+
+
+def test_a_run_whose_searches_were_all_skipped_says_so() -> None:
+    skip = skip_record(700, "val_loss", "min", "0.1 s are left. Raise `search.max_fraction_of_training`.", 0.2)
+    found = ([skip], {}, None, DIRPATH)
+    for report in (render_run_html(*found), render_run_markdown(*found)):
+        assert "No search took place" in report
+        assert "0.1 s are left" in report
+        assert NEXT["skipped"] in report
+    assert "go on with the final weights" in summarize([skip], None, DIRPATH)
 
 
 def test_searches_link_to_their_reports_while_these_exist() -> None:
