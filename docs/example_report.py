@@ -25,7 +25,7 @@ WIDTH = 1000
 # Beyond the end of the search's page, in pixels.
 HEIGHT = 4000
 # Which rows of the search's page each picture shows, a row being the cards that stand side by side.
-PICTURES = {"candidates.png": slice(0, 2), "charts.png": slice(2, 5)}
+PICTURES = {"candidates.png": slice(0, 3), "charts.png": slice(3, 6)}
 
 
 def main(dirpath: Path) -> None:
@@ -43,7 +43,7 @@ def main(dirpath: Path) -> None:
     with tempfile.TemporaryDirectory() as directory:
         picture = Path(directory) / "page.png"
         browser = shutil.which("chromium") or "google-chrome"
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
         options += [f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={picture}"]
         subprocess.run([browser, *options, search.as_uri()], check=True, capture_output=True)
         page = Image.open(picture).convert("RGB")
