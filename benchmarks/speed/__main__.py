@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed import PAGE, RESULTS, gpu, merging, offline, searching, starting, training
+from benchmarks.speed import PAGE, RESULTS, gpu, merging, offline, searching, standing, starting, training
 from benchmarks.speed.rounds import Row
 
 GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
@@ -21,6 +21,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "means": training.measure_means,
     "writing": training.measure_writing,
     "search": searching.measure,
+    "standstill": standing.measure,
     "offline": offline.measure,
     "import": starting.measure,
 }

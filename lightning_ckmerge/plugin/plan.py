@@ -18,6 +18,7 @@ from lightning_ckmerge.core.groups import describe_groups
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.plugin.loaders import Split, limited
 from lightning_ckmerge.plugin.rank_model import RankModel
+from lightning_ckmerge.plugin.restore.standstill import MAX_COPIED_BYTES
 from lightning_ckmerge.plugin.run_length import RunLength, finest_segment
 from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
 from lightning_ckmerge.report.text import MISSING, count, size
@@ -189,7 +190,10 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("not averaged", plan.left_out and f"{plan.left_out}: as the latest weights have them"),
         ("snapshots", f"{plan.snapshots}, the finest of {_steps(plan.segment_steps)}"),
         (f"buffer{each}", f"{size(plan.buffer_memory)} in memory and at most {size(plan.buffer_disk)} on disk"),
-        (f"during a search{each}", f"at most {size(plan.search_memory)} of host memory more"),
+        (
+            f"during a search{each}",
+            f"at most {size(plan.search_memory)} of host memory more, and {size(MAX_COPIED_BYTES)} of other state",
+        ),
         ("disk, buffer and artifacts", f"{size(plan.disk)}, {_free(plan)}, in {plan.dirpath}"),
         ("searches", f"{searches}{plan.when}"),
         ("a search", f"space {plan.space}, {plan.candidates}"),
