@@ -154,8 +154,9 @@ class SearchConfig:
             the loss that ``monitor`` is the mean of, and a strategy that holds the model whole: a single device or
             ``ddp``. ``None``: none.
         timeout_s: Seconds that one search may take; it stops early rather than exceed.
-        max_fraction_of_training: Share of the training time so far that all searches together may take, in (0, 1];
-            ``None``: no such limit.
+        max_fraction_of_training: Share of the training time so far that all searches together may take, in (0, 1]; a
+            run counts as at least 200 s long, which makes 10 s of 5 %. Searches before the last one leave half of what
+            is there for it. ``None``: no such limit.
         at_low_lr: What becomes of a scheduled search, the last one too, while the learning rate is still rising, or has
             fallen below 10 % of its peak over the buffer's snapshots, so that little is to be expected: ``skip`` or
             ``search``.

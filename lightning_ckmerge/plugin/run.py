@@ -141,7 +141,7 @@ class MergeRun:
         if not self._can_search():
             self._searching = False
             return None
-        with self._clock.searching(), self._interruptions.deferred():
+        with self._interruptions.deferred(), self._clock.searching():
             start = time.monotonic()
             try:
                 self._search_and_publish()
@@ -267,10 +267,12 @@ class MergeRun:
         return self._trainer.global_step > self._schedule.searched_step
 
     def _due_at_step(self, step: int) -> bool:
+        by_clock = self._schedule.train_time_interval is not None and self._model.comm.world_size > 1
+        if by_clock and not self._buffer.rolling.reads_weights(step):  # ranks do not talk at each step
+            self._schedule.step = step
+            return False
         due = self._schedule.due_at_step(step, self._clock.training_s)
-        if self._schedule.train_time_interval is None:
-            return due
-        return self._model.comm.exchange(due)[0]  # clocks differ
+        return self._model.comm.exchange(due)[0] if by_clock else due  # clocks differ
 
     def _search_as_scheduled(self) -> None:
         """Search, unless the learning rate says that there is little to find."""
