@@ -74,6 +74,7 @@ def make_merge(root: Path, **overrides: Any) -> CheckpointMergeCallback:
     options: dict[str, Any] = {
         "dirpath": root / "merges",
         "mode": "max",
+        "check_mode": False,
         "buffer": BufferConfig(every_n_train_steps=1, capacity=4, snapshot="point", layout="uniform"),
         "search": SearchConfig(n_trials=2, max_fraction_of_training=None),
         "evaluation": EvaluationConfig(confirm_fraction=0.01),

@@ -93,7 +93,8 @@ def merge(root: Path, **options: Any) -> Any:
     buffer = options.pop("buffer", BufferConfig(every_n_train_steps=2, update_every_n_steps=1))
     search = SearchConfig(n_trials=1, anchors=["uniform"], max_fraction_of_training=None)
     # Of weights that improve, the older ones have the higher loss: merges win, and are published.
-    defaults = {"dirpath": root / "merges", "every_n_train_steps": 4, "buffer": buffer, "search": search, "mode": "max"}
+    defaults = {"dirpath": root / "merges", "every_n_train_steps": 4, "buffer": buffer, "search": search}
+    defaults |= {"mode": "max", "check_mode": False}
     return make_merge(**{**defaults, **options})
 
 

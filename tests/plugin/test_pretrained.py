@@ -21,6 +21,7 @@ FORMATS = ("safetensors", "ckpt", "hf")
 def train(module: pl.LightningModule, tmp_path: Path, loaders: Any, size: str = "5GB") -> CheckpointMergeCallback:
     callback = CheckpointMergeCallback(
         dirpath=tmp_path / "merges",
+        check_mode=False,
         mode="max",  # in so short a run older weights have the higher loss: something is accepted
         buffer=BufferConfig(every_n_train_steps=1, capacity=4),
         search=SearchConfig(n_trials=1, max_fraction_of_training=None),

@@ -25,7 +25,7 @@ from tests.plugin.runs import Case, fit, make_merge, manifests, merges_dir
 
 # The loss falls while these train, so that, searching for high ones, older weights win; too few batches for a verdict,
 # so weights are published in any case.
-HIGHEST: dict[str, Any] = {"mode": "max", "every_n_train_steps": 10}
+HIGHEST: dict[str, Any] = {"mode": "max", "check_mode": False, "every_n_train_steps": 10}
 FEW = 8
 GPT = Case(model=TinyGPT, train=partial(tokens_loader, train=True), val=partial(tokens_loader, train=False))
 
