@@ -268,7 +268,8 @@ class MergeRun:
 
     def _due_at_step(self, step: int) -> bool:
         by_clock = self._schedule.train_time_interval is not None and self._model.comm.world_size > 1
-        if by_clock and not self._buffer.rolling.reads_weights(step):  # ranks do not talk at each step
+        before, every = self._schedule.step, self.callback.buffer.update_every_n_steps
+        if by_clock and step // every == before // every:  # ranks do not talk at each step
             self._schedule.step = step
             return False
         due = self._schedule.due_at_step(step, self._clock.training_s)
