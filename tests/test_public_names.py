@@ -26,6 +26,7 @@ NAMES = [
     "Space",
     "Window",
     "load_merged",
+    "search_checkpoints",
 ]
 
 

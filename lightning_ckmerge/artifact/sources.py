@@ -188,6 +188,34 @@ def open_sources(paths: Sequence[Path], key: str | None = None) -> list[Source]:
     return found
 
 
+def run_sources(paths: Sequence[Path], key: str | None = None, last: int | None = None) -> list[Source]:
+    """Open the checkpoints of a run, oldest first, one a step.
+
+    Args:
+        paths: Checkpoints, and directories of them.
+        key: As ``open_source``.
+        last: Use the newest so many.
+
+    Raises:
+        ArtifactError: One of them does not tell its step, or there are fewer than two.
+    """
+    opened = open_sources(paths, key)
+    for source in opened:
+        if source.step is None:
+            raise ArtifactError(
+                f"a checkpoint must tell its step, got {source.path}, which holds none and has none in its name. "
+                "Rename it, such as `step=1000.safetensors`, or move it away."
+            )
+    sources = _distinct(opened[i] for i in oldest_first(opened))
+    sources = sources[-last:] if last is not None else sources
+    if len(sources) < 2:
+        raise ArtifactError(
+            f"a search needs two checkpoints or more, got {len(sources)} in {', '.join(map(str, paths)) or 'no path'}. "
+            "Name more, or a directory of them."
+        )
+    return sources
+
+
 def oldest_first(sources: Sequence[Source]) -> list[int]:
     """Return the places of the sources in the order of their steps; in their own, unless each tells its step."""
     places = range(len(sources))

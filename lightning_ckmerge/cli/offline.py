@@ -17,9 +17,8 @@ from lightning_ckmerge.cli.console import FOUND, console, print_json, progress, 
 from lightning_ckmerge.cli.options import Json, Key
 
 if TYPE_CHECKING:
-    from lightning_ckmerge.artifact.sources import Source
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
-    from lightning_ckmerge.plugin.offline import Configured
+    from lightning_ckmerge.plugin.cli_config import Configured
     from lightning_ckmerge.plugin.plan import Plan
 
 ModelClass = Annotated[
@@ -28,19 +27,6 @@ ModelClass = Annotated[
 DataClass = Annotated[
     str | None, typer.Option("--data-class", help="Import path of the datamodule, where the config leaves it out.")
 ]
-# One process, one device: more of them share the trials of one storage.
-ALONE: dict[str, Any] = {
-    "devices": 1,
-    "num_nodes": 1,
-    "strategy": "auto",
-    "logger": False,
-    "num_sanity_val_steps": 0,
-    "fast_dev_run": False,
-    "min_epochs": None,
-    "min_steps": None,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 def plan(
@@ -107,15 +93,18 @@ def search(
         --storage sqlite:///study.db --worker
     """
     with _quietly():
-        from lightning_ckmerge.plugin.offline import search_checkpoints
+        from lightning_ckmerge.artifact.sources import run_sources
+        from lightning_ckmerge.plugin.offline import ALONE, search_sources
 
         configured = _build(config, model_class, data_class, ALONE)
         callback = _monitoring(_callbacks(configured, config)[0], monitor, mode)
         callback = _adapted(callback, storage, n_trials, worker)
-        sources = _open(checkpoints, key, last)
+        sources = run_sources([checkpoints], key, last)
         with progress("Searching", None) as advance:
-            found = search_checkpoints(
-                configured,
+            found = search_sources(
+                configured.trainer,
+                configured.module,
+                {"datamodule": configured.datamodule},
                 callback,
                 sources,
                 out.absolute(),
@@ -158,7 +147,7 @@ def _build(
     import yaml
 
     from lightning_ckmerge.errors import ConfigError
-    from lightning_ckmerge.plugin.offline import build
+    from lightning_ckmerge.plugin.cli_config import build
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -213,27 +202,6 @@ def _adapted(
     )
     adapted.on_error = "raise"
     return adapted
-
-
-def _open(directory: Path, key: str | None, last: int | None) -> list[Source]:
-    """Return the checkpoints by step; of equal steps one, since Lightning keeps copies of the last."""
-    from lightning_ckmerge.artifact.sources import find_sources, open_source
-    from lightning_ckmerge.errors import ArtifactError
-
-    by_step: dict[int, Source] = {}
-    for path in find_sources(directory):
-        source = open_source(path, key)
-        if source.step is None:
-            raise ArtifactError(
-                f"a checkpoint must tell its step, got {path}, which holds none and has none in its name. Rename it, "
-                "such as `step=1000.safetensors`, or move it away."
-            )
-        by_step.setdefault(source.step, source)
-    sources = [by_step[step] for step in sorted(by_step)]
-    sources = sources[-last:] if last is not None else sources
-    if len(sources) < 2:
-        raise ArtifactError(f"a search needs two checkpoints or more, got {len(sources)} in {directory}.")
-    return sources
 
 
 def _print_plan(p: Plan) -> None:

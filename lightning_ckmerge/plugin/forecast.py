@@ -14,8 +14,8 @@ from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
 from lightning_ckmerge.config import parse_size
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
 from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+from lightning_ckmerge.plugin.cli_config import Configured
 from lightning_ckmerge.plugin.loaders import length_of, limited
-from lightning_ckmerge.plugin.offline import Configured
 from lightning_ckmerge.plugin.plan import Known, Plan, make_plan
 from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.run_length import run_length

@@ -1,4 +1,4 @@
-"""The search over checkpoints on disk, and the plan of a run, both from a LightningCLI config.
+"""The search over checkpoints on disk.
 
 The search runs where a training run would begin: in ``fit``, with everything set up and no step taken. So candidates
 are scored by the same code as during training.
@@ -6,112 +6,141 @@ are scored by the same code as during training.
 
 from __future__ import annotations
 
+import glob
 import hashlib
-import importlib
-import warnings
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader
 
 from lightning_ckmerge.artifact.files import file_record
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.offline import listed
 from lightning_ckmerge.artifact.runs import Place
-from lightning_ckmerge.artifact.sources import Source
+from lightning_ckmerge.artifact.sources import Source, run_sources
 from lightning_ckmerge.buffer.rolling import Snapshot
+from lightning_ckmerge.config import ArtifactConfig, BufferConfig, EvaluationConfig, Mode, SearchConfig
 from lightning_ckmerge.core.layout import as_real
 from lightning_ckmerge.core.segments import Segment
-from lightning_ckmerge.errors import ArtifactError, CkmergeError, ConfigError
+from lightning_ckmerge.errors import ArtifactError, ConfigError
 from lightning_ckmerge.pipeline import Bench, SearchJob, join_search
 from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 from lightning_ckmerge.plugin.progress import OnScored
 from lightning_ckmerge.plugin.run import MergeRun
 from lightning_ckmerge.plugin.run_length import RunLength
 
-
-@dataclass(frozen=True, kw_only=True)
-class Configured:
-    """What a config builds.
-
-    Args:
-        callbacks: The merge callbacks among the Trainer's.
-    """
-
-    trainer: Trainer
-    module: LightningModule
-    datamodule: LightningDataModule | None
-    callbacks: list[CheckpointMergeCallback]
-
-
-def build(
-    config: Mapping[str, Any],
-    *,
-    model_class: str | None = None,
-    data_class: str | None = None,
-    trainer: Mapping[str, Any] | None = None,
-) -> Configured:
-    """Build Trainer, module and datamodule as LightningCLI does.
-
-    Args:
-        config: A config for ``fit``, as YAML or ``SaveConfigCallback`` have it.
-        model_class: Import path, where the user's own LightningCLI fixes the class and the config leaves it out.
-        data_class: Likewise.
-        trainer: Arguments that take the place of the config's.
-
-    Raises:
-        ConfigError: The config does not fit the classes.
-    """
-    sections = dict(config["fit"] if isinstance(config.get("fit"), Mapping) else config)
-    # Arguments of `fit` itself: LightningCLI has no place for them where it only builds.
-    for name in ("ckpt_path", "weights_only", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"):
-        sections.pop(name, None)
-    sections["trainer"] = {**(sections.get("trainer") or {}), **(trainer or {})}
-    try:
-        with warnings.catch_warnings():
-            # It wants no arguments beside a command line, which is ours.
-            warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter")
-            cli = LightningCLI(
-                _imported(model_class),
-                _imported(data_class),
-                run=False,
-                args=sections,
-                save_config_callback=None,
-                parser_kwargs={"exit_on_error": False},
-            )
-    except (SystemExit, Exception) as error:  # the first is how some parsers refuse
-        fault = _fault(error)
-        raise ConfigError(
-            f"the config must be one that `fit` runs with, got {fault}. Run from the directory where training was "
-            "started, or name classes that the config leaves out with --model-class and --data-class."
-        ) from error
-    callbacks: list[Callback] = getattr(cli.trainer, "callbacks")  # noqa: B009 - set where mypy cannot see it
-    return Configured(
-        trainer=cli.trainer,
-        module=cli.model,
-        datamodule=cli.datamodule,
-        callbacks=[c for c in callbacks if isinstance(c, CheckpointMergeCallback)],
-    )
+# One process, one device: more of them share the trials of one storage.
+ALONE: dict[str, Any] = {
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "logger": False,
+    "num_sanity_val_steps": 0,
+    "fast_dev_run": False,
+    "min_epochs": None,
+    "min_steps": None,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def search_checkpoints(
-    configured: Configured,
+    module: LightningModule,
+    val_dataloaders: Any,
+    paths: str | Path | Sequence[str | Path],
+    *,
+    monitor: str | list[str] = "val_loss",
+    mode: Mode | list[Mode] = "min",
+    dirpath: str | Path = "merges",
+    search: SearchConfig = SearchConfig(),  # noqa: B008 - frozen
+    evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008
+    artifact: ArtifactConfig = ArtifactConfig(),  # noqa: B008
+    save_top_k: int = 1,
+    train_dataloaders: Any = None,
+    trainer: Mapping[str, Any] | None = None,
+    key: str | None = None,
+    last: int | None = None,
+) -> Artifact:
+    """Search for the best merge of checkpoints on disk, as the callback does during training, and publish it.
+
+    The newest checkpoint is the latest weights, which the module holds afterwards; `load_merged` loads the merge.
+    Called again after an interruption, it goes on.
+
+    Args:
+        module: The LightningModule that was trained, built as it was; its weights do not matter.
+        val_dataloaders: The loaders that candidates are scored on, as ``Trainer.fit`` takes them.
+        paths: Checkpoints in any format that ``ckmerge merge`` reads, directories of them, or patterns such as
+            ``"checkpoints/*.ckpt"``. Each must tell its step, in the file or in its name; that gives their order.
+        monitor: As the callback's.
+        mode: As the callback's.
+        dirpath: Where the artifact goes, as the callback's.
+        search: How the search spends its trials. All of them run: ``min_gain_left`` ends none early.
+        evaluation: On what candidates are scored.
+        artifact: What the artifact holds.
+        save_top_k: As the callback's.
+        train_dataloaders: Training loaders, which ``evaluation.recalibrate_batches`` needs.
+        trainer: Arguments for the Trainer, such as ``{"accelerator": "gpu", "precision": "bf16-mixed"}``; one device.
+        key: The entry that holds the weights in a torch file, where it is not Lightning's.
+        last: Use the newest so many checkpoints.
+
+    Returns:
+        The artifact; ``artifact.manifest["verdict"]`` says whether merging helps.
+
+    Raises:
+        ArtifactError: The checkpoints cannot be read, or do not fit the module.
+        ConfigError: An argument is outside its range.
+        MonitorError: Validation does not log ``monitor``.
+    """
+    callback = CheckpointMergeCallback(
+        monitor=monitor,
+        mode=mode,
+        save_top_k=save_top_k,
+        buffer=BufferConfig(snapshot="point"),  # as checkpoints are
+        search=search,
+        evaluation=evaluation,
+        artifact=artifact,
+        on_error="raise",
+    )
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    sources = run_sources([path for each in given for path in _matches(each)], key, last)
+    made = Trainer(**{**ALONE, "max_epochs": 1, "enable_checkpointing": False, **(trainer or {})})
+    if made.world_size != 1:
+        raise ConfigError(
+            f"a search over checkpoints takes one device, got {made.world_size} in `trainer`. Several processes share "
+            "one search over `search.storage`: see `ckmerge search --worker`."
+        )
+    data = {"train_dataloaders": _training_data(module, train_dataloaders, evaluation)}
+    found = search_sources(
+        made, module, {**data, "val_dataloaders": val_dataloaders}, callback, sources, Path(dirpath).absolute()
+    )
+    assert isinstance(found, Artifact)
+    return found
+
+
+def search_sources(
+    trainer: Trainer,
+    module: LightningModule,
+    data: Mapping[str, Any],
     callback: CheckpointMergeCallback,
     sources: Sequence[Source],
     dirpath: Path,
     *,
-    help_only: bool,
-    on_scored: OnScored,
+    help_only: bool = False,
+    on_scored: OnScored = lambda trial, total: None,
 ) -> Artifact | int:
     """Search over checkpoints, the newest being the latest weights, and publish.
 
     Args:
-        configured: One device, no logger.
+        trainer: One device, no logger. Its callbacks are replaced.
+        module: Gets the newest checkpoint's weights.
+        data: What ``fit`` takes beside the module.
         callback: Holds the arguments of the search.
         sources: Checkpoints, oldest first, each with its step.
         dirpath: Where artifacts go.
@@ -121,18 +150,42 @@ def search_checkpoints(
     Returns:
         The artifact, or how many candidates were scored here if ``help_only``.
     """
-    trainer = configured.trainer
 
     def make_run(host: CheckpointMergeCallback, trainer: Trainer) -> OfflineRun:
         return OfflineRun(host, trainer, dirpath, sources, help_only, on_scored)
 
-    host = _Host(callback, make_run)
+    host = _Host(make_run, callback)
     # Nothing of the run's own shall happen: no checkpoint, no early stop, no bar.
     getattr(trainer, "callbacks")[:] = [host]  # noqa: B009
-    configured.module.configure_callbacks = list  # type: ignore[method-assign]
-    trainer.fit(configured.module, datamodule=configured.datamodule)
+    own = vars(module).get("configure_callbacks")
+    module.configure_callbacks = list  # type: ignore[method-assign]
+    try:
+        trainer.fit(module, **data)
+    finally:
+        del module.configure_callbacks
+        if own is not None:
+            module.configure_callbacks = own  # type: ignore[method-assign]
     assert host.result is not None
     return host.result
+
+
+def _matches(path: str | Path) -> list[Path]:
+    """Return the files that a pattern names; anything else names itself."""
+    if isinstance(path, str) and glob.has_magic(path) and not os.path.lexists(path):
+        return [Path(found) for found in sorted(glob.glob(path))]
+    return [Path(path)]
+
+
+def _training_data(module: LightningModule, given: Any, evaluation: EvaluationConfig) -> Any:
+    """Return training loaders: ``fit`` wants some, though no step is taken."""
+    if given is not None or is_overridden("train_dataloader", module):
+        return given
+    if evaluation.recalibrate_batches:
+        raise ConfigError(
+            "`evaluation.recalibrate_batches` needs training data, got neither `train_dataloaders` nor a module with "
+            "`train_dataloader`. Pass the loader, or leave it at 0."
+        )
+    return DataLoader([0])  # type: ignore[arg-type]
 
 
 class _Host(CheckpointMergeCallback):
@@ -141,8 +194,17 @@ class _Host(CheckpointMergeCallback):
     One of our own callbacks, since a search listens to the batches through it.
     """
 
-    def __init__(self, merge: CheckpointMergeCallback, make_run: Callable[[_Host, Trainer], OfflineRun]) -> None:
-        vars(self).update(vars(merge))
+    def __init__(self, make_run: Callable[[_Host, Trainer], OfflineRun], merge: CheckpointMergeCallback) -> None:
+        super().__init__(
+            monitor=merge.monitors,
+            mode=[merge.mode, *(other.mode for other in merge.others)],
+            save_top_k=merge.save_top_k,
+            buffer=merge.buffer,
+            search=merge.search,
+            evaluation=merge.evaluation,
+            artifact=merge.artifact,
+            on_error=merge.on_error,
+        )
         self._make_run = make_run
         self.result: Artifact | int | None = None
 
@@ -248,21 +310,3 @@ def _load(source: Source, module: LightningModule) -> None:
             "wrote them."
         )
     module.load_state_dict({name: source.weights[name] for name in state}, strict=False)
-
-
-def _imported(path: str | None) -> Any:
-    if path is None:
-        return None
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"a class must be named by its import path, got {path!r}: {error}.") from error
-
-
-def _fault(error: BaseException) -> str:
-    """What was wrong: our own error, which parsers bury in all the types that an argument could have, or theirs."""
-    innermost: BaseException | None = error
-    while innermost is not None and not isinstance(innermost, CkmergeError):
-        innermost = innermost.__cause__ or innermost.__context__
-    return f"{type(innermost or error).__name__}: {innermost or error}"

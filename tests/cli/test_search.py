@@ -16,9 +16,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from lightning_ckmerge import load_merged
+from lightning_ckmerge import EvaluationConfig, SearchConfig, load_merged, search_checkpoints
 from lightning_ckmerge.artifact.files import file_record
 from lightning_ckmerge.artifact.sources import find_sources, open_source
+from lightning_ckmerge.errors import ArtifactError, ConfigError, MonitorError
 from tests.cli.commands import ckmerge, ckmerge_json
 from tests.cli.postgres import PG_CTL, postgres
 from tests.cli.runs import EVERY, NUM_STEPS, PointsData, Wandering, train, write_config
@@ -239,3 +240,51 @@ def test_a_checkpoint_without_a_step_is_refused(tmp_path: Path) -> None:
     checkpoints.mkdir()
     torch.save(Wandering().state_dict(), checkpoints / "final.pt")
     assert "must tell its step" in ckmerge(*search_args(checkpoints, tmp_path), code=2).stderr
+
+
+@pytest.mark.parametrize("as_given", ["directory", "pattern", "files"])
+def test_a_function_makes_the_artifact_that_the_command_makes(checkpoints: Path, tmp_path: Path, as_given: str) -> None:
+    """No config, no LightningCLI, no training data."""
+    files = sorted(checkpoints.glob("*.ckpt"), reverse=True)
+    paths: Any = {"directory": checkpoints, "pattern": f"{checkpoints}/*.ckpt", "files": files}[as_given]
+    module = Wandering()
+    found = search_checkpoints(
+        module,
+        PointsData().val_dataloader(),
+        paths,
+        dirpath=tmp_path / "merges",
+        search=SearchConfig(n_trials=3),
+        trainer={"accelerator": "cpu"},
+    )
+    (tmp_path / "cli").mkdir()
+    expected = ckmerge_json(*search_args(checkpoints, tmp_path / "cli", buffer={"snapshot": "point"}))
+    command = ckmerge_json("show", expected["artifact"])
+    for name in ("coefficients", "coordinates", "snapshots", "step", "monitor", "mode"):
+        assert found.manifest[name] == command[name], name
+    assert found.manifest["verdict"]["status"] == "accepted"
+    newest = open_source(checkpoints / "last.ckpt")
+    assert torch.equal(module.layer.weight.detach(), newest.weights["layer.weight"])
+    assert module.configure_callbacks() == []
+    assert "configure_callbacks" not in vars(module)
+    load_merged(found, module)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ({"monitor": "val_los"}, MonitorError, "got 'val_los'"),
+        ({"last": 1}, ArtifactError, "two checkpoints or more, got 1"),
+        ({"evaluation": EvaluationConfig(recalibrate_batches=2)}, ConfigError, "needs training data"),
+        ({"trainer": {"accelerator": "cpu", "devices": 2}}, ConfigError, "takes one device, got 2"),
+        ({"search": {"n_trails": 2}}, ConfigError, "`search` must have the fields"),
+    ],
+)
+def test_the_function_refuses_with_the_reason(
+    checkpoints: Path, tmp_path: Path, wrong: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    options = {"search": SearchConfig(n_trials=1), "trainer": {"accelerator": "cpu"}, **wrong}
+    with pytest.raises(error, match=message):
+        search_checkpoints(
+            Wandering(), PointsData().val_dataloader(), checkpoints, dirpath=tmp_path / "merges", **options
+        )
+    assert not list((tmp_path / "merges").glob("step=*"))

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
 from lightning_ckmerge.artifact.timeline import read_timeline
+from lightning_ckmerge.plugin.cli_config import Configured
 from lightning_ckmerge.plugin.forecast import forecast
-from lightning_ckmerge.plugin.offline import Configured
 from lightning_ckmerge.plugin.plan import Plan, render_plan
 from tests.plugin.models import points_loader
 

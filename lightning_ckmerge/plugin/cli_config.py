@@ -1,0 +1,97 @@
+"""What a LightningCLI config builds: Trainer, module, datamodule and merge callbacks."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_ckmerge.errors import CkmergeError, ConfigError
+from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configured:
+    """What a config builds.
+
+    Args:
+        callbacks: The merge callbacks among the Trainer's.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    datamodule: LightningDataModule | None
+    callbacks: list[CheckpointMergeCallback]
+
+
+def build(
+    config: Mapping[str, Any],
+    *,
+    model_class: str | None = None,
+    data_class: str | None = None,
+    trainer: Mapping[str, Any] | None = None,
+) -> Configured:
+    """Build Trainer, module and datamodule as LightningCLI does.
+
+    Args:
+        config: A config for ``fit``, as YAML or ``SaveConfigCallback`` have it.
+        model_class: Import path, where the user's own LightningCLI fixes the class and the config leaves it out.
+        data_class: Likewise.
+        trainer: Arguments that take the place of the config's.
+
+    Raises:
+        ConfigError: The config does not fit the classes.
+    """
+    sections = dict(config["fit"] if isinstance(config.get("fit"), Mapping) else config)
+    # Arguments of `fit` itself: LightningCLI has no place for them where it only builds.
+    for name in ("ckpt_path", "weights_only", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"):
+        sections.pop(name, None)
+    sections["trainer"] = {**(sections.get("trainer") or {}), **(trainer or {})}
+    try:
+        with warnings.catch_warnings():
+            # It wants no arguments beside a command line, which is ours.
+            warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter")
+            cli = LightningCLI(
+                _imported(model_class),
+                _imported(data_class),
+                run=False,
+                args=sections,
+                save_config_callback=None,
+                parser_kwargs={"exit_on_error": False},
+            )
+    except (SystemExit, Exception) as error:  # the first is how some parsers refuse
+        fault = _fault(error)
+        raise ConfigError(
+            f"the config must be one that `fit` runs with, got {fault}. Run from the directory where training was "
+            "started, or name classes that the config leaves out with --model-class and --data-class."
+        ) from error
+    callbacks: list[Callback] = getattr(cli.trainer, "callbacks")  # noqa: B009 - set where mypy cannot see it
+    return Configured(
+        trainer=cli.trainer,
+        module=cli.model,
+        datamodule=cli.datamodule,
+        callbacks=[c for c in callbacks if isinstance(c, CheckpointMergeCallback)],
+    )
+
+
+def _imported(path: str | None) -> Any:
+    if path is None:
+        return None
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"a class must be named by its import path, got {path!r}: {error}.") from error
+
+
+def _fault(error: BaseException) -> str:
+    """What was wrong: our own error, which parsers bury in all the types that an argument could have, or theirs."""
+    innermost: BaseException | None = error
+    while innermost is not None and not isinstance(innermost, CkmergeError):
+        innermost = innermost.__cause__ or innermost.__context__
+    return f"{type(innermost or error).__name__}: {innermost or error}"
