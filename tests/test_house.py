@@ -27,6 +27,7 @@ ROWS = {
     "plugin": 6,
     "cli": 7,
     "__init__": 7,
+    "__main__": 8,
 }
 LIGHT = {"errors", "checks", "config"}
 HOMES = {

@@ -30,6 +30,8 @@ RUN_NAME = "run.json"
 LOCK_NAME = "run.lock"
 LATER_RUN = re.compile(r"run=([2-9]|[1-9]\d+)")
 PUBLISHED = (TIMELINE_NAME, BEST_NAME, POINTER_NAME)
+# Runs that are listed where none was named.
+NUM_HELPED = 5
 HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
@@ -283,3 +285,20 @@ def _lock(descriptor: int) -> None:
     else:
         # Not `flock`, which a dead run's loader workers would go on holding.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def help_on(path: Path) -> str | None:
+    """Return what to name instead of a path that is no run and no artifact; ``None`` if nothing speaks for anything."""
+    if path.is_file() and path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".safetensors"):
+        return (
+            f"This is a checkpoint: `ckmerge merge {path} ...` merges it with others, and `ckmerge export` writes it "
+            "for Hugging Face."
+        )
+    if not path.is_dir() or (path / TIMELINE_NAME).exists():
+        return None
+    # A run's own directory, or its logger's, lies a few levels below where people look.
+    found = sorted({p.parent for depth in range(1, 5) for p in path.glob("/".join(["*"] * depth + [TIMELINE_NAME]))})
+    if not found:
+        return None
+    rest = f" and {len(found) - NUM_HELPED} more" if len(found) > NUM_HELPED else ""
+    return f"Below it there are the runs {', '.join(map(str, found[-NUM_HELPED:]))}{rest}: name one."

@@ -141,7 +141,10 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, previous)
 
 
-def fail(message: str) -> typer.Exit:
-    """Print an error in one line, and return what ends the command."""
-    typer.echo("error: " + " ".join(message.split()), err=True)
+def fail(message: str, kind: str, *, as_json: bool = False) -> typer.Exit:
+    """Print an error in one line, for programs as JSON on standard output too, and return what ends the command."""
+    line = " ".join(message.split())
+    typer.echo(f"error: {line}", err=True)
+    if as_json:
+        print_json({"ok": False, "error": {"type": kind, "message": line}})
     return typer.Exit(FAILED)

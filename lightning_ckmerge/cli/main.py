@@ -12,19 +12,32 @@ from lightning_ckmerge.cli import export, merge, offline, review, verify
 from lightning_ckmerge.cli.console import fail, interruptible
 from lightning_ckmerge.errors import CkmergeError
 
+AS_JSON = "lightning_ckmerge.as_json"
+
 
 class Commands(TyperGroup):
     """Says what went wrong in one line; only what is our own mistake shows a traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Remember whether programs are listening, also where the arguments turn out to be wrong."""
+        ctx.meta[AS_JSON] = "--json" in args
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
+        as_json = ctx.meta[AS_JSON]
         try:
             with interruptible():
                 return super().invoke(ctx)
         except BrokenPipeError:
             raise  # `ckmerge show ... | head`: typer ends quietly
         except (CkmergeError, OSError) as error:
-            raise fail(str(error)) from error
+            raise fail(str(error), type(error).__name__, as_json=as_json) from error
+        except Exception as error:
+            # Wrong usage, which typer itself explains on standard error.
+            if not as_json or not hasattr(error, "format_message"):
+                raise
+            raise fail(error.format_message(), type(error).__name__, as_json=True) from error
 
 
 app = typer.Typer(
@@ -40,8 +53,8 @@ app = typer.Typer(
 def main(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     """Look at the merges that a run left behind, check them, and use them.
 
-    Every command takes --json. Exit codes: 0 all is well, 1 the command found that something is not (a damaged
-    artifact, a rejected search), 2 it could not do its work.
+    Every command takes --json; errors are JSON then, too. Exit codes: 0 all is well, 1 the command found that something
+    is not (a damaged artifact, a rejected search), 2 it could not do its work.
     """
     if version:
         typer.echo(__version__)

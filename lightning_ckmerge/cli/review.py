@@ -55,9 +55,14 @@ def show(artifact: ArtifactPath, as_json: Json = False) -> None:
       ckmerge show runs/gpt/merges
       ckmerge show runs/gpt/merges/step=000002000
     """
+    from lightning_ckmerge.artifact.files import MANIFEST_NAME
     from lightning_ckmerge.artifact.load import Artifact
+    from lightning_ckmerge.artifact.runs import help_on
+    from lightning_ckmerge.errors import ArtifactError
     from lightning_ckmerge.report.view import build_view
 
+    if not (artifact / MANIFEST_NAME).is_file() and (hint := help_on(artifact)):
+        raise ArtifactError(f"an artifact must be a directory with a {MANIFEST_NAME}, got {artifact}. {hint}")
     opened = Artifact.open(artifact, verify=False)
     if as_json:
         print_json(opened.manifest)
@@ -116,14 +121,15 @@ def report(
 
 def _searches(directory: Path) -> list[dict[str, Any]]:
     """Return the timeline's records, each with what is left of its artifact, be it damaged."""
+    from lightning_ckmerge.artifact.runs import help_on
     from lightning_ckmerge.artifact.timeline import TIMELINE_NAME, read_timeline
     from lightning_ckmerge.errors import ArtifactError
 
-    timeline = read_timeline(directory)
+    timeline = read_timeline(directory) if directory.is_dir() else []
     if not timeline:
         raise ArtifactError(
-            f"a run's directory must hold a {TIMELINE_NAME} with a search, got {directory}. Name the callback's "
-            "`dirpath`; before the first search there is nothing to list."
+            f"a run's directory must hold a {TIMELINE_NAME} with a search, got {directory}. "
+            + (help_on(directory) or "Name the callback's `dirpath`; before the first search there is nothing to list.")
         )
     searches = []
     for record in timeline:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +15,14 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_ckmerge.errors import CkmergeError, ConfigError
 from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+
+# How jsonargparse tells which class, which argument, and what says nothing of either.
+PROBLEM = re.compile(r"Problem with given class_path '([^']+)'")
+PARSER_KEY = re.compile(r'^Parser key "([^"]+)":$')
+UNTELLING = re.compile(
+    r"(- )?(Parser key .*|Does not validate .*|Subtypes: .*|Errors:|Given value type: .*|.*'NoneType'>)$"
+)
+MAX_TOLD = 160
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +75,12 @@ def build(
                 parser_kwargs={"exit_on_error": False},
             )
     except (SystemExit, Exception) as error:  # the first is how some parsers refuse
-        fault = _fault(error)
+        if (own := _own_error(error)) is not None:
+            raise ConfigError(str(own)) from error
         raise ConfigError(
-            f"the config must be one that `fit` runs with, got {fault}. Run from the directory where training was "
-            "started, or name classes that the config leaves out with --model-class and --data-class."
+            f"the config must be one that `fit` runs with, got {type(error).__name__}: {essence(str(error))}. Run from "
+            "the directory where training was started, or name classes that the config leaves out with --model-class "
+            "and --data-class."
         ) from error
     callbacks: list[Callback] = getattr(cli.trainer, "callbacks")  # noqa: B009 - set where mypy cannot see it
     return Configured(
@@ -89,9 +101,23 @@ def _imported(path: str | None) -> Any:
         raise ConfigError(f"a class must be named by its import path, got {path!r}: {error}.") from error
 
 
-def _fault(error: BaseException) -> str:
-    """What was wrong: our own error, which parsers bury in all the types that an argument could have, or theirs."""
+def _own_error(error: BaseException) -> CkmergeError | None:
+    """Return our own error, if one is what a parser buries in all the types that an argument could have."""
     innermost: BaseException | None = error
     while innermost is not None and not isinstance(innermost, CkmergeError):
         innermost = innermost.__cause__ or innermost.__context__
-    return f"{type(innermost or error).__name__}: {innermost or error}"
+    return innermost
+
+
+def essence(text: str) -> str:
+    """Return the line that matters of jsonargparse's account of all the types that an argument could have."""
+    lines = [(len(line) - len(line.lstrip()), line.strip()) for line in text.splitlines() if line.strip()]
+    problems = [i for i, (_, line) in enumerate(lines) if PROBLEM.search(line)]
+    where = []
+    if problems:
+        start, indent = problems[-1], lines[problems[-1]][0]
+        where += PROBLEM.findall(lines[start][1])
+        lines = list(itertools.takewhile(lambda line: line[0] > indent, lines[start + 1 :]))
+    where += [key for _, line in lines for key in PARSER_KEY.findall(line)]
+    told = [line.removeprefix("- ") for _, line in lines if not UNTELLING.match(line)]
+    return ": ".join([*where, "; ".join(line[:MAX_TOLD] for line in told).rstrip(".") or text.partition("\n")[0]])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from lightning_ckmerge import __version__
 from lightning_ckmerge.cli.main import app
@@ -121,3 +122,53 @@ def test_options_in_the_documentation_exist() -> None:
     helps = "".join(ckmerge(command, "--help").output for command in COMMANDS) + ckmerge("--help").output
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)):
         assert option in helps, option
+
+
+@pytest.mark.parametrize(
+    ("args", "kind"),
+    [
+        (("list", "nowhere"), "ArtifactError"),
+        (("show", "nowhere"), "ArtifactError"),
+        (("verify", "nowhere"), "ArtifactError"),
+        (("report", "nowhere"), "ArtifactError"),
+        (("merge", "nowhere", "--schedule", "uniform", "--out", "out"), "ArtifactError"),
+        (("export", "nowhere", "--out", "out"), "ArtifactError"),
+        (("plan", "nowhere.yaml"), "FileNotFoundError"),
+        (("show", "nowhere", "--nope"), "NoSuchOption"),
+        (("merge",), "MissingParameter"),
+    ],
+)
+def test_errors_are_json_where_json_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [*args, "--json"])
+    assert result.exit_code == 2
+    found = json.loads(result.stdout)
+    assert (found["ok"], found["error"]["type"]) == (False, kind)
+    assert "\n" not in found["error"]["message"]
+    assert result.stderr == f"error: {found['error']['message']}\n"
+
+
+def test_the_package_can_be_run() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_ckmerge", "--version"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, __version__)
+
+
+def test_a_checkpoint_or_a_directory_above_runs_is_helped_on(publish: Publish, tmp_path: Path) -> None:
+    published = publish()
+    (tmp_path / "x.ckpt").write_bytes(b"")
+    for command in ("show", "list"):
+        assert "This is a checkpoint: `ckmerge merge" in ckmerge(command, tmp_path / "x.ckpt", code=2).stderr
+    above = tmp_path / "lightning_logs"
+    merges = above / "version_0" / "merges"
+    merges.mkdir(parents=True)
+    (merges / "timeline.jsonl").write_text("{}")
+    for command in ("show", "list"):
+        assert f"there are the runs {merges}: name one" in ckmerge(command, above, code=2).stderr
+    assert ckmerge("show", published.path).exit_code == 0

@@ -114,3 +114,25 @@ def test_a_config_is_imported_from_the_working_directory(tmp_path: Path, monkeyp
     path.write_text(path.read_text().replace("tests.cli.runs.Wandering", "users_own_module.Own"))
     monkeypatch.chdir(tmp_path)
     assert ckmerge_json("plan", path)["ok"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"moniter": "val_loss"},
+            "got ArgumentError: lightning_ckmerge.CheckpointMergeCallback: Option 'moniter' is not",
+        ),
+        ({"search": {"n_trials": "ten"}}, "search.n_trials: Expected a <class 'int'>. Got value: ten. Run from"),
+        ({"every_n_train_steps": 2.5}, "every_n_train_steps: Expected a <class 'int'>; Given value: 2.5. Run from"),
+        ({"search": {"n_trials": 0}}, "error: `search.n_trials >= 1` must hold, got 0. The default is 16."),
+        ({"trainer": {"max_stepz": 1}}, "Group 'trainer' does not accept option 'max_stepz'. Run from"),
+    ],
+)
+def test_of_a_parsers_long_account_the_line_that_matters_is_shown(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    error = ckmerge("plan", write_config(tmp_path, **config), code=2).stderr
+    assert message in error
+    assert "Subtypes" not in error
+    assert len(error) < 400
