@@ -21,7 +21,7 @@ METADATA_NAME = ".metadata"  # of a distributed checkpoint
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-TEMPORARY_NAME = re.compile(r"\.tmp-(step=\d{9,}(-v\d+)?|best|(best|run|final)\.json|report\.(html|md))-[0-9a-f]{8}")
+TEMPORARY_NAME = re.compile(r"\.tmp-(step=\d{9,}(-v\d+)?|best|(best|run|standing)\.json|report\.(html|md))-[0-9a-f]{8}")
 
 FileRecord = dict[str, Any]
 

@@ -11,6 +11,7 @@ from lightning_ckmerge.artifact.files import MANIFEST_NAME, inside
 from lightning_ckmerge.artifact.load import best_target
 from lightning_ckmerge.artifact.manifest import Manifest, read_manifest
 from lightning_ckmerge.artifact.runs import find_run
+from lightning_ckmerge.artifact.standing import Standing, read_standing
 from lightning_ckmerge.artifact.timeline import SKIPPED, TIMELINE_NAME, read_timeline
 from lightning_ckmerge.errors import ArtifactError
 
@@ -26,12 +27,14 @@ class History:
         timeline: A record a search, oldest first; at least one.
         manifests: Name of each artifact that is still there, and its checked manifest.
         best: Name of the best accepted artifact; ``None`` if there is none.
+        standing: How it stands against the newest weights; ``None`` where that is not known.
     """
 
-    dirpath: Path
+    dirpath: Path = Path()
     timeline: list[dict[str, Any]]
     manifests: dict[str, Manifest]
     best: str | None
+    standing: Standing | None = None
 
 
 def read_history(dirpath: str | os.PathLike[str]) -> History:
@@ -64,4 +67,5 @@ def read_history(dirpath: str | os.PathLike[str]) -> History:
         timeline=timeline,
         manifests={name: read_manifest(dirpath / name) for name in present},
         best=target.name if target is not None else None,
+        standing=read_standing(dirpath) if target is not None else None,
     )

@@ -22,6 +22,7 @@ from lightning_ckmerge.artifact.files import (
 from lightning_ckmerge.artifact.manifest import Manifest, read_manifest
 from lightning_ckmerge.artifact.notebook import describe, render_card
 from lightning_ckmerge.artifact.runs import find_run
+from lightning_ckmerge.artifact.standing import read_standing
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.errors import ArtifactError
 
@@ -74,6 +75,14 @@ class Artifact:
     def has_weights(self) -> bool:
         """Whether it holds weights, or is a record of a search only."""
         return any(WEIGHTS_NAME.fullmatch(name) for name in self.manifest["files"])
+
+    @property
+    def caveat(self) -> str | None:
+        """Which weights are better than this best artifact of its run, as far as that was measured."""
+        standing = read_standing(self.path.parent)
+        own = (self.manifest.get("run_id", ""), self.path.name)
+        is_stale = standing is not None and standing.is_stale and (standing.run_id, standing.best) == own
+        return standing.advice if standing is not None and is_stale else None
 
     def tensors(self) -> StoredWeights:
         """Return the weights by name, tied ones under each of their names; a tensor is read when it is asked for.
@@ -188,6 +197,8 @@ def load_merged(
     from lightning_ckmerge.core.adapters import fits, give_ranks
 
     artifact = source if isinstance(source, (Artifact, MergedFiles)) else _opened(Path(source), verify)
+    if isinstance(artifact, Artifact) and (caveat := artifact.caveat):
+        warnings.warn(f"{artifact.path} is not the best of its run. {caveat}", stacklevel=2)
     stored = artifact.tensors()
     state = {name: value for name, value in model.state_dict().items() if not _is_extra_state(name)}
     names = {name for name in stored if not _is_extra_state(name)}

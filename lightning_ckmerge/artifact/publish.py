@@ -26,6 +26,7 @@ from lightning_ckmerge.artifact.files import (
 from lightning_ckmerge.artifact.load import Artifact, best_target
 from lightning_ckmerge.artifact.manifest import Manifest, read_manifest, write_manifest
 from lightning_ckmerge.artifact.runs import LATER_RUN, find_run, is_alive
+from lightning_ckmerge.artifact.standing import STANDING_NAME, Standing, write_standing
 from lightning_ckmerge.artifact.timeline import Validated, append_timeline, timeline_record
 from lightning_ckmerge.artifact.weights import Weights, write_weights
 from lightning_ckmerge.config import Mode
@@ -33,6 +34,8 @@ from lightning_ckmerge.distributed.comm import Alone, Comm, on_rank_zero
 from lightning_ckmerge.errors import ArtifactError, PeerError
 
 ARTIFACT_NAME = re.compile(r"step=(\d{9,})(?:-v(\d+))?")
+
+REPORT_NAMES = ("report.html", "report.md")
 
 Extra = Callable[[Path, Manifest], None]
 
@@ -108,6 +111,27 @@ class ArtifactStore:
                 raise
         return Artifact(path.resolve(), complete)
 
+    def compare(self, newest: Manifest) -> None:
+        """Note how the best artifact stands against the weights of a search, on the same batches. For one rank."""
+        ranked = self._ranked(newest)
+        best = ranked[0] if ranked and ranked[0].manifest["verdict"]["status"] == "accepted" else None
+        value = (newest["anchors"][0]["confirm"] or {}).get("value")
+        if best is None or value is None or not _same_batches(best.manifest, newest):
+            write_standing(self.dirpath, None)
+            return
+        standing = Standing(
+            run_id=newest.get("run_id", ""),
+            monitor=newest["monitor"],
+            mode=self.mode,
+            step=newest["step"],
+            value=value,
+            is_final=False,
+            best=best.path.name,
+            best_step=best.manifest["step"],
+            best_value=best.manifest["verdict"]["value"],
+        )
+        write_standing(self.dirpath, standing)
+
     def show_best(self, run_id: str, monitor: str) -> None:
         """Let ``best`` be the run's own again, where a later run has shared its directory. For one rank."""
         own = [a for a in self._found() if _measured(a.manifest) == (run_id, monitor, self.mode)]
@@ -118,6 +142,14 @@ class ArtifactStore:
         """Enter a search without an artifact, as ``skip_record`` returns it, into the timeline."""
         self.dirpath.mkdir(parents=True, exist_ok=True)
         append_timeline(self.dirpath, record)
+
+    def keep_records(self) -> None:
+        """Take the weights out of all artifacts, and let ``best`` name none: they have been applied. For one rank."""
+        for artifact in list(self._found()):
+            if artifact.has_weights:
+                self._keep_record(artifact)
+        for name in (BEST_NAME, POINTER_NAME, STANDING_NAME):
+            (self.dirpath / name).unlink(missing_ok=True)
 
     def write_member(
         self, path: Path, manifest: Manifest, weights: Weights, *, extras: Sequence[Extra], comm: Comm
@@ -191,8 +223,7 @@ class ArtifactStore:
         """Return what sorts better artifacts first; those measured on other batches than ``like`` come later."""
         verdict = manifest["verdict"]
         value = float("inf") if verdict["value"] is None else verdict["value"] * (1 if self.mode == "min" else -1)
-        batches, others = manifest["evaluation"]["fingerprint"], like["evaluation"]["fingerprint"]
-        return verdict["status"] != "accepted", batches != others, value
+        return verdict["status"] != "accepted", not _same_batches(manifest, like), value
 
     def _move_best(self, ranked: Sequence[Artifact]) -> None:
         accepted = [a for a in ranked if a.manifest["verdict"]["status"] == "accepted"]
@@ -211,11 +242,26 @@ class ArtifactStore:
         best = best_target(self.dirpath)
         for artifact in ranked[self.save_top_k :]:
             if artifact.path.resolve() != best:
-                # Renamed first: half removed, it would still look like an artifact.
-                doomed = temporary(self.dirpath, artifact.path.name)
-                os.rename(artifact.path, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                self._remove(artifact)
                 self.removed.append(artifact.path.name)
+
+    def _keep_record(self, artifact: Artifact) -> None:
+        files = {name: record for name, record in artifact.manifest["files"].items() if name in REPORT_NAMES}
+        staging = temporary(self.dirpath, artifact.path.name)
+        staging.mkdir()
+        for name in files:
+            shutil.copyfile(artifact.path / name, staging / name)
+        write_manifest(staging, {**artifact.manifest, "files": files})
+        fsync_tree(staging)
+        self._remove(artifact)
+        os.rename(staging, artifact.path)
+        fsync(self.dirpath)
+
+    def _remove(self, artifact: Artifact) -> None:
+        # Renamed first: half removed, it would still look like an artifact.
+        doomed = temporary(self.dirpath, artifact.path.name)
+        os.rename(artifact.path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def _sweep(self) -> None:
         """Remove what a crash left."""
@@ -253,6 +299,10 @@ def _lend(dirpath: Path, artifact: Path) -> None:
         replace_json(dirpath / POINTER_NAME, {"artifact": own.name})
     os.replace(link, dirpath / BEST_NAME)
     fsync(dirpath)
+
+
+def _same_batches(one: Manifest, other: Manifest) -> bool:
+    return bool(one["evaluation"]["fingerprint"] == other["evaluation"]["fingerprint"])
 
 
 def _measured(manifest: Manifest) -> tuple[str | None, str, str]:

@@ -24,13 +24,16 @@ def list_searches(directory: RunPath, as_json: Json = False) -> None:
     """
     from lightning_ckmerge.artifact.load import best_target
     from lightning_ckmerge.artifact.runs import find_run
+    from lightning_ckmerge.artifact.standing import read_standing
     from lightning_ckmerge.report.text import MISSING, count, gain_text, number, seconds
 
     directory = find_run(directory)
     searches = _searches(directory)
-    best = best_target(directory)
+    best, standing = best_target(directory), read_standing(directory)
+    advice = standing.advice if best is not None and standing is not None else None
     if as_json:
-        print_json({"dirpath": str(directory), "best": best.name if best else None, "searches": searches})
+        found = {"dirpath": str(directory), "best": best.name if best else None, "advice": advice}
+        print_json({**found, "searches": searches})
         return
     rows = [
         (
@@ -45,6 +48,8 @@ def list_searches(directory: RunPath, as_json: Json = False) -> None:
         for s in searches
     ]
     console().print(table(SEARCH_HEADER, rows))
+    if advice is not None:
+        console().print(advice)
 
 
 def show(artifact: ArtifactPath, as_json: Json = False) -> None:
@@ -175,7 +180,7 @@ def _run_report(directory: Path) -> tuple[str, Path]:
     from lightning_ckmerge.report.run import render_run_html, render_run_markdown
 
     history = read_history(directory)
-    found = (history.timeline, history.manifests, history.best, history.dirpath)
+    found = (history.timeline, history.manifests, history.best, history.dirpath, history.standing)
     markdown, page = render_run_markdown(*found), history.dirpath / "report.html"
     replace_text(page, render_run_html(*found))
     replace_text(history.dirpath / "report.md", markdown)

@@ -59,8 +59,8 @@ class CheckpointMergeCallback(Callback):
         search: How a search spends its trials.
         evaluation: On what candidates are scored.
         artifact: What an artifact holds.
-        apply: ``emit``: never touch the module. ``on_train_end``: load the last search's merge into the module after
-            training, if it was accepted.
+        apply: ``emit``: never touch the module. ``on_train_end``: load the best accepted merge into the module after
+            training, if it is better than the final weights on the batches that no search has chosen by.
         on_error: ``warn``: a failing search is reported, and training goes on. ``raise``: it ends training.
         check_mode: Refuse a ``mode`` that speaks against the metric's name, or against ``higher_is_better`` of the
             torchmetrics object that is logged. ``False`` takes it as it is.
@@ -167,10 +167,16 @@ class CheckpointMergeCallback(Callback):
 
     @property
     def best_artifact(self) -> Artifact | None:
-        """The best accepted artifact so far, read from the disk; ``None`` if there is none."""
+        """The best accepted artifact so far, read from the disk; ``None`` if there is none.
+
+        A warning says so where newer weights were better, on the same batches.
+        """
         dirpath = self._whereabouts.find() or self._resolved_dirpath
         target = best_target(dirpath) if dirpath is not None else None
-        return Artifact.open(target, verify=False) if target is not None else None
+        artifact = Artifact.open(target, verify=False) if target is not None else None
+        if artifact is not None and (caveat := artifact.caveat):
+            rank_zero_warn(f"The best artifact is not the best of its run. {caveat}")
+        return artifact
 
     def search_now(self) -> Artifact | None:
         """Search at this moment of ``fit``, from any hook; ``None`` if there was nothing to search, or it failed."""

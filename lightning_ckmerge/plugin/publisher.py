@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.artifact.files import BEST_NAME
+from lightning_ckmerge.artifact.load import Artifact, best_target
 from lightning_ckmerge.artifact.manifest import Manifest, build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore, Extra
 from lightning_ckmerge.artifact.runs import Place
+from lightning_ckmerge.artifact.standing import Standing, read_standing, write_standing
 from lightning_ckmerge.artifact.timeline import Validated, skip_record
 from lightning_ckmerge.config import parse_size
 from lightning_ckmerge.core.outcome import SearchOutcome
@@ -66,10 +68,12 @@ class Publisher:
             Pretrained(trainer, config, has_adapters=model.adapters is not None) if "hf" in config.formats else None
         )
         self._monitor = callback.monitor
+        self._applies_last = callback.save_top_k == 0 and callback.apply == "on_train_end"
         self._store = ArtifactStore(
             place.dirpath,
             mode=callback.mode,
-            save_top_k=callback.save_top_k,
+            # What is to be applied has to be there until then.
+            save_top_k=max(callback.save_top_k, 1) if self._applies_last else callback.save_top_k,
             max_shard_size=parse_size(config.max_shard_size),
         )
         if self._comm.rank == 0 and place.source == place.dirpath:
@@ -84,7 +88,15 @@ class Publisher:
             job: It merges into the module, which is left so.
             validation: The run's own validations since the search before, for the timeline.
         """
-        manifest = self._manifest(outcome)
+        artifact = self._publish(self._manifest(outcome), outcome, job, validation)
+        if self._comm.rank == 0:
+            with contextlib.suppress(CkmergeError, OSError):  # the artifact stands
+                self._store.compare(artifact.manifest)
+        return artifact
+
+    def _publish(
+        self, manifest: Manifest, outcome: SearchOutcome, job: SearchJob, validation: Sequence[Validated]
+    ) -> Artifact:
         publish = partial(self._store.publish, manifest, validation=validation, comm=self._comm)
         if not on_rank_zero(self._comm, lambda: self._store.keeps_weights(manifest)):
             return publish(None, extras=[self._write_report])
@@ -94,6 +106,31 @@ class Publisher:
             extras.append(partial(self._pretrained.write, weights=weights, comm=self._comm))
         # Other merges take the winner's place in the module, and the report lists the files.
         return publish(weights, extras=[*extras, partial(self._write_front, outcome, job), self._write_report])
+
+    def best(self) -> Artifact | None:
+        """Return the run's best accepted artifact, on all ranks."""
+        target = on_rank_zero(self._comm, lambda: best_target(self._dirpath))
+        return Artifact.open(target, verify=False) if target is not None else None
+
+    def standing(self) -> Standing | None:
+        """Return how it stood at the last search, on all ranks."""
+        return on_rank_zero(self._comm, lambda: read_standing(self._dirpath))
+
+    def record(self, standing: Standing) -> None:
+        """Write down how it stands."""
+        on_rank_zero(self._comm, lambda: write_standing(self._dirpath, standing))
+
+    def forget(self) -> None:
+        """Keep records alone, where that was asked for: what was to be applied has been."""
+        if self._applies_last:
+            on_rank_zero(self._comm, self._store.keep_records)
+
+    def whereabouts(self, artifact: Artifact) -> str:
+        """Say where an artifact is, by the name that stays true longest, and what went to make room for it."""
+        is_best = best_target(self._dirpath) == artifact.path
+        removed = self._store.removed
+        gone = f" `save_top_k` has removed {', '.join(removed)}." if removed else ""
+        return f"{self._dirpath / BEST_NAME if is_best else artifact.path}{gone}"
 
     def show_run(self) -> None:
         """Show the run's searches so far. What is published stays so, whatever an older file makes of this."""

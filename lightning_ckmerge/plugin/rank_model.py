@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Mapping
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_ckmerge.artifact.load import Artifact, load_merged
@@ -103,7 +102,7 @@ class RankModel:
         return self.adapters.merging(load, len(merger.snapshots_K))
 
     def load(self, artifact: Artifact) -> None:
-        """Load an artifact's weights into the module, on all ranks."""
+        """Load an artifact's weights into the module, on all ranks. Which weights are better is the caller's to say."""
         with together(self.comm):
             artifact.check_files()
         if self.ownership.is_sharded:
@@ -111,4 +110,3 @@ class RankModel:
             scatter(self._module, artifact.tensors())
         else:
             load_merged(artifact, self._module, verify=False)
-        rank_zero_info(f"The module now holds the merged weights of {artifact.path}.")

@@ -27,7 +27,7 @@ def write_run_report(dirpath: Path) -> None:
         ArtifactError: An older file is damaged.
     """
     history = read_history(dirpath)
-    found = (history.timeline, history.manifests, history.best, history.dirpath)
+    found = (history.timeline, history.manifests, history.best, history.dirpath, history.standing)
     replace_text(dirpath / "report.md", render_run_markdown(*found))
     replace_text(dirpath / "report.html", render_run_html(*found))
 
@@ -41,4 +41,4 @@ def summarize_run(dirpath: Path) -> str:
     if not read_timeline(dirpath):
         return ""
     history = read_history(dirpath)
-    return summarize(history.timeline, history.best, dirpath)
+    return summarize(history.timeline, history.best, dirpath, history.standing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.runs import Place, keep_snapshots
+from lightning_ckmerge.artifact.standing import Standing
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.config import parse_size
-from lightning_ckmerge.core.outcome import SearchOutcome
+from lightning_ckmerge.core.outcome import Score, SearchOutcome
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.errors import PeerError, SkipError, TraceError, explain
 from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
@@ -33,6 +35,7 @@ from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.rates import LearningRates, rates_of
 from lightning_ckmerge.plugin.run_length import RunLength, length_of_run
 from lightning_ckmerge.plugin.schedule import Schedule
+from lightning_ckmerge.plugin.standing import compare
 from lightning_ckmerge.plugin.strategies import check_moment
 from lightning_ckmerge.search.study import keep_warned
 
@@ -66,6 +69,8 @@ class MergeRun:
         self._rates = LearningRates()
         self._previous: dict[str, float] | None = None
         self._last_artifact: Artifact | None = None
+        self._scored: tuple[int, Score | None] = (-1, None)  # the latest weights of the last search, and their step
+        self._standing: Standing | None = None
         self._searching = False
         self._has_ended = False
         self._buffer_failed = False
@@ -129,6 +134,8 @@ class MergeRun:
         if self.callback.search_on_train_end and not self._searching and self._buffer_has_moved():
             self._is_last = True
             self._search_as_scheduled()
+        if not self._searching and not self._has_ended:
+            self._look_back()
         self._publisher.sum_up()
 
     def search(self) -> Artifact | None:
@@ -171,10 +178,21 @@ class MergeRun:
             say(self._trainer, str(error), rank_zero_warn)
 
     def apply(self) -> None:
-        """Load the last search's merge into the module, if it was accepted."""
-        artifact = self._last_artifact
-        if artifact is not None and artifact.manifest["verdict"]["status"] == "accepted" and artifact.has_weights:
-            self._model.load(artifact)
+        """Load the best artifact into the module, if it is better than the final weights."""
+        best, standing = self._publisher.best(), self._standing
+        if best is None:
+            text = "The module keeps the final weights: no merge was accepted."
+        elif standing is None:
+            text = "The module keeps the final weights: the best merge could not be compared with them."
+        elif standing.is_stale:
+            text = "The module keeps the final weights, which are better than the best merge."
+        else:
+            self._model.load(best)
+            text = (
+                f"The module now holds `best`, the merge of step {standing.best_step}, in place of the final weights."
+            )
+        self._publisher.forget()
+        say(self._trainer, text)
 
     def finish(self) -> dict[str, Any]:
         """Finish writing, and return the state for checkpoints to come.
@@ -256,6 +274,40 @@ class MergeRun:
         )
         say(self._trainer, text, rank_zero_warn)
 
+    def _look_back(self) -> None:
+        """Say which weights to use: the run's best artifact or the final weights."""
+        with self._clock.searching(), self._interruptions.deferred():
+            try:
+                self._standing = self._measure_best()
+            except SkipError as skip:
+                say(self._trainer, f"The best merge was not compared with the final weights: {skip}")
+            except Exception as error:
+                if not isinstance(error, PeerError):
+                    self._model.comm.give_up(error)
+                if self.callback.on_error == "raise":
+                    raise
+                if not isinstance(error, TraceError):
+                    text = f"The best merge was not compared with the final weights: {explain(error)}"
+                    say(self._trainer, text, rank_zero_warn)
+        self._end_if_traced()
+
+    def _measure_best(self) -> Standing | None:
+        """Measure the best artifact and the final weights on the same batches, unless a search at this step has."""
+        best, standing = self._publisher.best(), self._publisher.standing()
+        adapters = self._model.adapters
+        if best is None or (adapters is not None and adapters.merge == "products"):
+            return None
+        if standing is not None and standing.step == standing.best_step == self.step:
+            standing = replace(standing, is_final=True)
+        else:
+            self._model.ownership.check_frozen()
+            step, score = self._scored
+            known = score if step == self.step else None
+            standing = compare(best, self._bench_maker, self._model, step=self.step, run_id=self._run_id, known=known)
+        self._publisher.record(standing)
+        self._publisher.show_run()
+        return standing
+
     def _say_plan(self, length: RunLength) -> None:
         trainer = self._trainer
         batches = trainer.num_val_batches
@@ -284,7 +336,6 @@ class MergeRun:
             self.search()
             return
         self._schedule.searched_step = self.step
-        self._last_artifact = None  # which is not of these weights
         self._skip(f"{objection}. `search.at_low_lr: search` searches all the same.")
 
     def _skip(self, reason: str, seconds: float = 0.0) -> None:
@@ -309,6 +360,7 @@ class MergeRun:
             artifact = self._publisher.publish(outcome, job, self._curve.unpublished)
         self._model.comm.exchange(None)  # all are done, or all hear of it
         self._last_artifact = artifact
+        self._scored = (self.step, outcome.anchors[0].confirm)
         self._curve.add_search(outcome)
         self._announce(outcome, artifact)
 
@@ -373,7 +425,7 @@ class MergeRun:
 
     def _say(self, outcome: SearchOutcome, artifact: Artifact) -> None:
         verdict = outcome.verdict
-        found = f"Merge search at step {outcome.step}: {verdict.sentence} {artifact.path}"
+        found = f"Merge search at step {outcome.step}: {verdict.sentence} {self._publisher.whereabouts(artifact)}"
         say(self._trainer, "\n".join([found, *(f"  Note: {warning}" for warning in verdict.warnings)]))
 
 

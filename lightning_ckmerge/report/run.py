@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lightning_ckmerge.core.wording import change_told
 from lightning_ckmerge.report import charts, run_charts
@@ -36,6 +37,19 @@ BADGES = {
     "rejected": "Merging did not help",
     SKIPPED: "No search took place",
 }
+STALE_BADGE = "Merging helped on the way, and newer weights are better"
+
+
+class Standing(Protocol):
+    """How the best artifact stands against the newest weights."""
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether they are better."""
+
+    @property
+    def advice(self) -> str:
+        """Which weights to use, in a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +88,11 @@ class RunView:
 
 
 def render_run_html(
-    timeline: Sequence[Record], manifests: Mapping[str, Manifest], best: str | None, dirpath: Path | None = None
+    timeline: Sequence[Record],
+    manifests: Mapping[str, Manifest],
+    best: str | None,
+    dirpath: Path | None = None,
+    standing: Standing | None = None,
 ) -> str:
     """Return the report of a run as a page, to lie in the run's ``dirpath``: it links to the searches' own reports.
 
@@ -83,10 +101,11 @@ def render_run_html(
         manifests: Name of each artifact that is still there, and its manifest.
         best: Name of the best accepted artifact, if any; one of ``manifests``.
         dirpath: Where the page will lie, for its code and the run's name.
+        standing: How the best artifact stands against the newest weights, where that is known.
     """
     return render_page(
         "run.html.j2",
-        view=build_run_view(timeline, manifests, best, dirpath),
+        view=build_run_view(timeline, manifests, best, dirpath, standing),
         no_code="",
         monitor=timeline[-1]["monitor"],
         gains=run_charts.gain_chart(timeline),
@@ -97,10 +116,14 @@ def render_run_html(
 
 
 def render_run_markdown(
-    timeline: Sequence[Record], manifests: Mapping[str, Manifest], best: str | None, dirpath: Path | None = None
+    timeline: Sequence[Record],
+    manifests: Mapping[str, Manifest],
+    best: str | None,
+    dirpath: Path | None = None,
+    standing: Standing | None = None,
 ) -> str:
     """Return the report of a run in GitHub's Markdown; the arguments are those of ``render_run_html``."""
-    view = build_run_view(timeline, manifests, best, dirpath)
+    view = build_run_view(timeline, manifests, best, dirpath, standing)
     header = ("step", "verdict", "gain over latest, 95 % interval", "merged", "latest", "seconds", "artifact")
     rows = [(s.step, s.verdict, s.gain, s.merged, s.latest, s.seconds, s.artifact) for s in view.searches]
     sections = [
@@ -117,32 +140,38 @@ def render_run_markdown(
     return "\n\n".join(sections) + "\n"
 
 
-def summarize(timeline: Sequence[Record], best: str | None, dirpath: Path) -> str:
-    """Return what a run found in three lines, for a terminal; the arguments are those of ``render_run_html``."""
+def summarize(timeline: Sequence[Record], best: str | None, dirpath: Path, standing: Standing | None = None) -> str:
+    """Return what a run found in a few lines, for a terminal; the arguments are those of ``render_run_html``."""
     leader = _leader(timeline, best)
     load = f'load_merged("{dirpath / "best"}", model)' if best is not None else "go on with the final weights"
     return "\n".join(
         [
             f"lightning-ckmerge: {_tally(timeline)}",
             f"  {_finding(leader)}",
+            *([f"  {standing.advice}"] if standing is not None else []),
             f"  To use it: {load}. Report: {dirpath / 'report.html'}",
         ]
     )
 
 
 def build_run_view(
-    timeline: Sequence[Record], manifests: Mapping[str, Manifest], best: str | None, dirpath: Path | None = None
+    timeline: Sequence[Record],
+    manifests: Mapping[str, Manifest],
+    best: str | None,
+    dirpath: Path | None = None,
+    standing: Standing | None = None,
 ) -> RunView:
     """Return what the report of a run says; the arguments are those of ``render_run_html``."""
     leader = _leader(timeline, best)
+    is_stale = standing is not None and standing.is_stale
     return RunView(
         title=_title(timeline, leader),
         run=run_name(dirpath) if dirpath is not None else "",
         date=date(max((m["created"] for m in manifests.values() if "created" in m), default=None)),
-        advice=NEXT[leader["status"]],
+        advice=standing.advice if standing is not None and is_stale else NEXT[leader["status"]],
         status=leader["status"],
-        badge=BADGES[leader["status"]],
-        sentence=f"{_finding(leader)} {_tally(timeline)}",
+        badge=STALE_BADGE if is_stale else BADGES[leader["status"]],
+        sentence=" ".join([*([standing.advice] if standing is not None else []), _finding(leader), _tally(timeline)]),
         facts=_facts(timeline, leader),
         searches=[_row(record, manifests) for record in timeline],
         code=LOAD_MERGED.format(path=(dirpath / "best").as_posix() if dirpath else "best")
@@ -210,9 +239,20 @@ def _facts(timeline: Sequence[Record], leader: Record) -> list[tuple[str, str]]:
         ("Latest weights, same step and batches", number(leader["values"].get("latest"))),
         ("Gain, 95 % interval", gain_text(leader["gain"], leader["interval"])),
         *steps_worth(leader),
+        *_best_validation(timeline),
         ("Searches", str(len(timeline))),
         ("Time of all searches", seconds(total)),
     ]
+
+
+def _best_validation(timeline: Sequence[Record]) -> list[tuple[str, str]]:
+    """The best of the run's own validations, which are on all batches."""
+    better = min if timeline[-1]["mode"] == "min" else max
+    points = [(value, step) for record in timeline for step, value in record["validation"]]
+    if not points:
+        return []
+    value, step = better(points)
+    return [("Best of the run's own validations, all batches", f"{number(value)} at step {count(step)}")]
 
 
 def _row(record: Record, manifests: Mapping[str, Manifest]) -> SearchRow:

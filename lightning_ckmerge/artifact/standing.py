@@ -1,0 +1,85 @@
+"""``standing.json``: a run's best artifact against the newest weights that were measured on the same batches."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lightning_ckmerge.artifact.files import replace_json
+from lightning_ckmerge.config import Mode
+
+STANDING_NAME = "standing.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Which weights of a run to use, by the confirmation half of the batches.
+
+    Args:
+        run_id: The run.
+        monitor: The metric; the first of several.
+        mode: Whether a lower or a higher value is better.
+        step: Of the newest weights.
+        value: Theirs.
+        is_final: Whether training has ended with them.
+        best: Name of the run's best artifact.
+        best_step: The step of its search.
+        best_value: Its value.
+        interval: 95 % interval of its gain over the newest weights, where that is known.
+    """
+
+    run_id: str
+    monitor: str
+    mode: Mode
+    step: int
+    value: float
+    is_final: bool
+    best: str
+    best_step: int
+    best_value: float
+    interval: tuple[float, float] | None = None
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the newest weights are better than the best artifact."""
+        return self.value < self.best_value if self.mode == "min" else self.value > self.best_value
+
+    @property
+    def advice(self) -> str:
+        """Which weights to use, in a sentence."""
+        weights = f"the {'final ' if self.is_final else ''}weights of step {self.step}"
+        merge, monitor = f"`best`, the merge of step {self.best_step}", self.monitor
+        if self.is_stale:
+            found = f"Use {weights}: their {monitor} is {self.value:.4g}, and {self.best_value:.4g} that of {merge}"
+        else:
+            found = f"Use {merge}: its {monitor} is {self.best_value:.4g}, and {self.value:.4g} that of {weights}"
+        return f"{found}, on the same batches{_interval(self.interval)}."
+
+
+def write_standing(dirpath: Path, standing: Standing | None) -> None:
+    """Write how a run stands into its directory; ``None``: nothing is known."""
+    if standing is None or not math.isfinite(standing.value) or not math.isfinite(standing.best_value):
+        (dirpath / STANDING_NAME).unlink(missing_ok=True)
+    else:
+        replace_json(dirpath / STANDING_NAME, asdict(standing))
+
+
+def read_standing(dirpath: Path) -> Standing | None:
+    """Return how a run stands; ``None`` where that is not known, or the file is damaged."""
+    try:
+        found = json.loads((dirpath / STANDING_NAME).read_text(encoding="utf-8"))
+        interval = found.pop("interval")
+        standing = Standing(**found, interval=None if interval is None else (float(interval[0]), float(interval[1])))
+        numbers = (standing.step, standing.value, standing.best_step, standing.best_value)
+        texts = (standing.run_id, standing.monitor, standing.mode, standing.best)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
+    is_sound = all(isinstance(n, (int, float)) for n in numbers) and all(isinstance(t, str) for t in texts)
+    return standing if is_sound else None
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    """The gain of the best artifact."""
+    return "" if interval is None else f" (gain of `best`, 95 % interval: {interval[0]:.3g} to {interval[1]:.3g})"

@@ -1,0 +1,76 @@
+"""What a run leaves: its best artifact measured against its final weights, on the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.artifact.standing import Standing
+from lightning_ckmerge.buffer.rolling import Snapshot
+from lightning_ckmerge.core.boxes import split_name
+from lightning_ckmerge.core.layout import as_real
+from lightning_ckmerge.core.outcome import Score
+from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.distributed.comm import together
+from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.plugin.bench import BenchMaker
+from lightning_ckmerge.plugin.rank_model import RankModel
+from lightning_ckmerge.search.interval import score_gain
+
+
+def compare(
+    best: Artifact, bench_maker: BenchMaker, model: RankModel, *, step: int, run_id: str, known: Score | None
+) -> Standing:
+    """Measure a run's best artifact and the live weights on the confirmation half. All ranks call it together.
+
+    Args:
+        best: The artifact.
+        bench_maker: Of the run.
+        model: The live weights, which are left as they are.
+        step: Theirs.
+        run_id: The run's.
+        known: The live weights' score on that half, where a search has measured it.
+
+    Raises:
+        ArtifactError: The artifact is damaged, or not of this model.
+    """
+    manifest = best.manifest
+    with together(model.comm):
+        best.check_files()
+        # A mean, of any steps: a point of this very step would stand for the live weights.
+        segment = Segment(kind="mean", first_step=1, last_step=manifest["step"])
+        snapshot = Snapshot(segment=segment, sha256=None, tensors=_own_parts(best, model))
+    with bench_maker.standing_still(lambda: [snapshot], step) as bench:
+        latest = known if known is not None else bench.evaluate([0.0, 1.0], "confirm")
+        merged = bench.evaluate([1.0, 0.0], "confirm")
+    _, interval = score_gain(merged, latest, 1 if manifest["mode"] == "min" else -1)
+    return Standing(
+        run_id=run_id,
+        monitor=manifest["monitor"],
+        mode=manifest["mode"],
+        step=step,
+        value=latest.value,
+        is_final=True,
+        best=best.path.name,
+        best_step=manifest["step"],
+        best_value=merged.value,
+        interval=interval,
+    )
+
+
+def _own_parts(artifact: Artifact, model: RankModel) -> Sequence[Tensor]:
+    """Return this rank's parts of the artifact's tensors, in the layout's order."""
+    weights, parts = artifact.tensors(), []
+    for slot in model.layout.slots:
+        name, box = split_name(slot.name, slot.shape)
+        if name not in weights:
+            raise ArtifactError(
+                f"an artifact must hold the tensors of its run's model, got none called {name!r} in {artifact.path}. "
+                "Resume with the model of the run."
+            )
+        tensor = as_real(weights[name])
+        flat = tensor if tensor.dim() == len(box.ranges_D) else tensor.reshape(-1)
+        parts.append(flat[tuple(slice(*r) for r in box.ranges_D)])
+    return parts
