@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from lightning_ckmerge.artifact.load import Artifact
@@ -60,9 +58,9 @@ def compare(
     )
 
 
-def _own_parts(artifact: Artifact, model: RankModel) -> Sequence[Tensor]:
+def _own_parts(artifact: Artifact, model: RankModel) -> list[Tensor]:
     """Return this rank's parts of the artifact's tensors, in the layout's order."""
-    weights, parts = artifact.tensors(), []
+    weights, parts = artifact.tensors(), list[Tensor]()
     for slot in model.layout.slots:
         name, box = split_name(slot.name, slot.shape)
         if name not in weights:
