@@ -63,12 +63,13 @@ def _own_parts(artifact: Artifact, model: RankModel) -> list[Tensor]:
     weights, parts = artifact.tensors(), list[Tensor]()
     for slot in model.layout.slots:
         name, box = split_name(slot.name, slot.shape)
-        if name not in weights:
+        tensor = as_real(weights[name]) if name in weights else None
+        if tensor is None or tuple(tensor.shape) != model.ownership.shapes[name]:
+            found = "none" if tensor is None else f"shape {tuple(tensor.shape)}"
             raise ArtifactError(
-                f"an artifact must hold the tensors of its run's model, got none called {name!r} in {artifact.path}. "
+                f"an artifact must hold the tensors of its run's model, got {found} for {name!r} in {artifact.path}. "
                 "Resume with the model of the run."
             )
-        tensor = as_real(weights[name])
         flat = tensor if tensor.dim() == len(box.ranges_D) else tensor.reshape(-1)
         parts.append(flat[tuple(slice(*r) for r in box.ranges_D)])
     return parts
