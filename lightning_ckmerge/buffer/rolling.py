@@ -20,16 +20,16 @@ from torch import Tensor
 from lightning_ckmerge.buffer.archive import Archive, lost
 from lightning_ckmerge.buffer.beside import beside_training, reached
 from lightning_ckmerge.buffer.blocks import cast_blocks, fill_nonfinite, with_dtype
+from lightning_ckmerge.buffer.segment_mean import SegmentMean
 from lightning_ckmerge.buffer.state import BufferState, Progress
 from lightning_ckmerge.buffer.storage import Storage, Stored
 from lightning_ckmerge.buffer.writer import Writer
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.layout import Flats, TensorLayout
-from lightning_ckmerge.core.merge import update_means
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.errors import SnapshotError
 
-# One fills while the other is written.
+# One fills while the other is written; of a long segment, the other is what has been averaged before.
 NUM_ACCUMULATORS = 2
 # Where the run's length is unknown, the finest segment stays between 1 % and 2 % of it.
 MAX_FINEST_SEGMENTS = 100
@@ -120,6 +120,7 @@ class RollingBuffer:
         if self._open_file:
             self._archive.retire(self._open_file.name)
             self._open_file = None
+        self._forget_mean()
         self._progress = Progress.after(self._progress.last_step)
 
     def start_anew(self, layout: TensorLayout, step: int) -> None:
@@ -182,7 +183,8 @@ class RollingBuffer:
             else:
                 snapshots.append(Snapshot(segment=entry.segment, sha256=entry.stored.sha256, tensors=tensors))
         if self._progress.num_updates:
-            snapshots.append(Snapshot(segment=self._progress.segment("mean"), sha256=None, tensors=self._means))
+            tensors = self._in_model_order(self._mean.read(), self.accumulator_layout)
+            snapshots.append(Snapshot(segment=self._progress.segment("mean"), sha256=None, tensors=tensors))
         return snapshots
 
     def first_step(self) -> int | None:
@@ -264,8 +266,12 @@ class RollingBuffer:
         self.accumulator_layout = with_dtype(layout, torch.float32) if is_mean else self.stored_layout
         self._free_accumulators: SimpleQueue[Flats] = SimpleQueue()
         self._num_accumulators = 0
-        self._accumulator: Flats | None = None
-        self._means: list[Tensor] = []
+        self._mean = self._new_mean()
+
+    def _forget_mean(self) -> None:
+        for flats in self._mean.memory():
+            self._free_accumulators.put(flats)
+        self._mean = self._new_mean()
 
     def _is_end(self, step: int, first_step: int) -> bool:
         return step - first_step + 1 >= self.segment_steps
@@ -274,32 +280,35 @@ class RollingBuffer:
         return self.config.snapshot == "mean" and step - last_update >= self.config.update_every_n_steps
 
     def _take(self, weights: Sequence[Tensor]) -> None:
-        if self._accumulator is None:
-            self._open_accumulator()
         self._progress.num_updates += 1
         self._progress.last_update = self._progress.last_step
-        update_means(self._means, weights, self._progress.num_updates)
+        self._mean.take(weights)
 
-    def _open_accumulator(self) -> Flats:
+    def _new_mean(self) -> SegmentMean:
+        return SegmentMean(
+            self._acquire_accumulator, lambda flats: self._in_model_order(flats, self.accumulator_layout)
+        )
+
+    def _acquire_accumulator(self) -> Flats:
         if self._num_accumulators < NUM_ACCUMULATORS and self._free_accumulators.empty():
             self._num_accumulators += 1
-            self._accumulator = self.accumulator_layout.allocate(self._device)
-        else:
-            self._accumulator = self._free_accumulators.get()
-        self._means = self._in_model_order(self._accumulator, self.accumulator_layout)
-        return self._accumulator
+            return self.accumulator_layout.allocate(self._device)
+        return self._free_accumulators.get()
 
     def _finish_segment(self, weights: Sequence[Tensor]) -> None:
-        assert self._accumulator is not None
-        for slot, mean, newest in zip(self._layout.slots, self._means, weights, strict=True):
+        accumulator = self._mean.read()
+        means = self._in_model_order(accumulator, self.accumulator_layout)
+        for slot, mean, newest in zip(self._layout.slots, means, weights, strict=True):
             if slot.role == "buffer":
                 fill_nonfinite(mean, newest)
         segment = self._progress.segment(self.config.snapshot)
-        store = partial(self._store, segment, self._accumulator, self.segment_steps, reached(self._device))
+        for spare in self._mean.memory()[1:]:
+            self._free_accumulators.put(spare)
+        store = partial(self._store, segment, accumulator, self.segment_steps, reached(self._device))
         self._writer.submit(store)
         if self._open_file:
             self._archive.retire(self._open_file.name)
-        self._accumulator, self._means, self._open_file = None, [], None
+        self._mean, self._open_file = self._new_mean(), None
         self._progress = Progress.after(segment.last_step)
         if self._double_segments and segment.last_step >= MAX_FINEST_SEGMENTS * self.segment_steps:
             self.segment_steps *= 2
@@ -318,11 +327,10 @@ class RollingBuffer:
         """Write the mean in progress to a file, where that would survive and has not been done at this step."""
         if not (self._storage.durable and self._progress.num_updates):
             return
-        assert self._accumulator is not None
         old, name = self._open_file, self._archive.name(self._progress.segment("mean"), "open")
         if old and old.name == name:
             return
-        blocks = cast_blocks(self.accumulator_layout.views(self._accumulator), self.accumulator_layout)
+        blocks = cast_blocks(self.accumulator_layout.views(self._mean.read()), self.accumulator_layout)
         try:
             self._open_file = self._storage.write(name, self.accumulator_layout, blocks)
         except OSError as error:
@@ -347,9 +355,7 @@ class RollingBuffer:
             self._warnings.append(f"{error} The segment starts again after step {progress.last_step}.")
             return
         self._open_file = file
-        accumulator = self._open_accumulator()
-        for dtype, flat in flats.items():
-            accumulator[dtype].copy_(flat)
+        self._mean.resume(flats, progress.num_updates)
 
     def _in_model_order(self, flats: Flats, layout: TensorLayout) -> list[Tensor]:
         by_name = {slot.name: view for slot, view in zip(layout.slots, layout.views(flats), strict=True)}
