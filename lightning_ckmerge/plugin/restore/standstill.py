@@ -94,10 +94,10 @@ class Standstill:
     @torch.no_grad()
     def begin(self) -> None:
         """Bring all but the weights to where the standstill began, so that a value depends on the weights alone."""
+        self._ownership.settle()
         self._restore()
         for metric in self._metrics:
             metric.reset()
-        self._ownership.settle()
 
     @torch.no_grad()
     def prove(self) -> None:
