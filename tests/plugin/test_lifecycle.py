@@ -14,6 +14,7 @@ import pytorch_lightning
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint as OtherModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger as OtherCSVLogger
+from torch.utils.data import DataLoader
 
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
 from lightning_ckmerge.artifact.history import read_history
@@ -22,7 +23,7 @@ from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.config import Constraint
 from lightning_ckmerge.errors import ConfigError, MonitorError, UnsupportedError
 from lightning_ckmerge.report.run import render_run_markdown
-from tests.plugin.models import BATCH, NUM_TRAIN, Classifier, points_loader
+from tests.plugin.models import BATCH, NUM_TRAIN, Classifier, Points, points_loader
 from tests.plugin.runs import (
     Case,
     SearchAtValidationEnd,
@@ -318,14 +319,18 @@ def test_the_merge_is_loaded_after_the_last_checkpoint(tmp_path: Path) -> None:
     ours, theirs = merged.module.state_dict(), expected.state_dict()
     assert all(torch.equal(ours[n], theirs[n]) for n in theirs)
     saved = torch.load(merged.root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    trained = plain.module.state_dict()
+    trained = torch.load(plain.root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(saved[n], trained[n]) for n in trained)
     assert any(not torch.equal(saved[n], ours[n]) for n in ours)
 
 
 def longer() -> Case:
-    """A run with a constant, high learning rate, at whose end a merge does help."""
-    return Case(model=partial(Classifier, scheduler=None, optimizer="sgd"), trainer={"max_epochs": 5})
+    """A run with a constant, high learning rate, at whose end a merge does help, on data enough to say so."""
+    return Case(
+        model=partial(Classifier, scheduler=None, optimizer="sgd"),
+        trainer={"max_epochs": 5},
+        val=lambda: DataLoader(Points(320, 2), batch_size=8),
+    )
 
 
 LIMITS: dict[str, dict[str, Any]] = {
