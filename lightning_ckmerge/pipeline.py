@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.config import AdapterMerge, Mode, Objective, SearchConfig
 from lightning_ckmerge.core.outcome import Coefficients, Cost, EvaluationRecord, Score, SearchOutcome, Trial
 from lightning_ckmerge.core.spaces import Space
-from lightning_ckmerge.errors import SkipError
+from lightning_ckmerge.errors import ArtifactError, SkipError
 from lightning_ckmerge.search.anchors import candidate_at
 from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.engine import Search, T, most_confirmed
@@ -48,6 +49,10 @@ class Bench:
     Args:
         begin: Called before each evaluation: brings everything but the weights to where the search began.
         load: Writes a merge into the live tensors, and recalibrates it where that is asked for.
+        reload: Loads a merge as if it had not been loaded: ``reload(c, read)`` calls ``read`` to write it.
+        scored: Told of each candidate's score on the search half, once it is in the live tensors.
+        notes: Returns what people should know of the evaluations so far.
+        tolerance: Relative difference of one batch's value that rounding explains.
         differentiate: Gives the gradient for ``SearchConfig.refine``.
     """
 
@@ -55,13 +60,43 @@ class Bench:
     validation: Validation
     begin: Callable[[], None]
     load: Callable[[Coefficients], None]
+    reload: Callable[[Coefficients, Callable[[], None]], None]
+    scored: Callable[[Score], None] = lambda score: None
+    notes: Callable[[], Sequence[str]] = tuple
+    tolerance: float = 1e-5
     differentiate: Differentiate | None = None
 
     def evaluate(self, c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
         """Return a candidate's score; arguments are those of ``search.problem.Evaluate``."""
         self.begin()
         self.load(c)
-        return self.validation.run(half, keep_going)
+        score = self.validation.run(half, keep_going)
+        if half == "search":
+            self.scored(score)
+        return score
+
+    def check(self, trial: Trial, read: Callable[[], None]) -> None:
+        """Score the merge that ``read`` puts into the live tensors on one batch, which must have its recorded value.
+
+        It is the first one of the confirmation half, or of the search half where nothing could be confirmed; a block
+        of them, where the metric is no mean over batches.
+
+        Raises:
+            ArtifactError: It has another one.
+        """
+        half: Half = "search" if trial.confirm is None else "confirm"
+        recorded = trial.search if trial.confirm is None else trial.confirm
+        self.begin()
+        self.reload(trial.candidate.coefficients, read)
+        again = self.validation.run(half, keep_going=lambda values_B, sizes_B: False)
+        pairs = [(_first(a), _first(b)) for a, b in zip(recorded.objectives, again.objectives, strict=True)]
+        if not all(math.isclose(a, b, rel_tol=self.tolerance, abs_tol=1e-9) for a, b in pairs):
+            raise ArtifactError(
+                "an artifact must score as its candidate did, but read back from the disk it has "
+                f"{', '.join(f'{b:.9g} instead of {a:.9g}' for a, b in pairs)} on the first batch of the {half} half. "
+                "It is not published: look for state that `validation_step` reads and `state_dict` does not hold, and "
+                "for validation that draws from state of its own."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +302,10 @@ def _outcome(job: SearchJob, search: Search, elapsed_s: float, warnings: Sequenc
     )
 
 
+def _first(score: Score) -> float:
+    return score.values_B[0] if score.values_B else score.value
+
+
 def _progress(job: SearchJob, latest: Trial) -> Progress:
     now = [(job.step, latest.confirm.value)] if latest.confirm is not None else []
     return Progress(job.step, (job.validated, [*job.searched, *now]))
@@ -274,7 +313,7 @@ def _progress(job: SearchJob, latest: Trial) -> Progress:
 
 def _warnings(job: SearchJob, search: Search, winner: Trial) -> list[str]:
     z_D = winner.candidate.coordinates
-    found = list(job.notes)
+    found = [*job.notes, *job.bench.notes()]
     if z_D is not None:
         found += job.space.warnings(z_D, job.bench.merger.segments_K)
     if search.stopped_early is not None and not search.found_enough:

@@ -129,6 +129,7 @@ def make_job(run: Run, path: Path, config: SearchConfig | None = None, **options
         "validation": Validation(run.module),
         "begin": lambda: None,
         "load": merger.merge,
+        "reload": lambda c, read: read(),
     }
     bench = Bench(**{name: options.pop(name, part) for name, part in parts.items()})
     config = config or SearchConfig(n_trials=6)

@@ -104,7 +104,9 @@ class BatchRecorder:
         """
         self._wait_for(math.inf)
         everywhere = self._comm.exchange((dict(logged), self._totals))
-        return {name: _overall(name, everywhere) for name in logged}
+        # A rank may lack the batches that a metric is logged on.
+        names = dict.fromkeys(name for logged, _ in everywhere for name in logged)
+        return {name: _overall(name, everywhere) for name in names}
 
     def _keep(self, monitor: str, total: float, size: float) -> None:
         """Take in a monitored metric's ``sum(value * size)`` and ``sum(size)`` of one batch."""

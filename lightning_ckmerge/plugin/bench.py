@@ -8,6 +8,7 @@ from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -17,6 +18,7 @@ from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.errors import ConfigError, TraceError
 from lightning_ckmerge.pipeline import Bench
 from lightning_ckmerge.plugin.adapters import Load
+from lightning_ckmerge.plugin.candidate import SWAPPED, Candidate, EqualValues
 from lightning_ckmerge.plugin.derivatives import Derivatives
 from lightning_ckmerge.plugin.interruptions import InterruptibleComm
 from lightning_ckmerge.plugin.rank_model import RankModel
@@ -65,19 +67,27 @@ class BenchMaker:
             step: The latest weights' own.
         """
         model = self._model
-        with self._watching(Standstill(self._trainer, model.ownership, model.local_layout)) as standstill:
-            validation = self._make_validation(standstill)
+        with (
+            self._watching(Standstill(self._trainer, model.ownership, model.local_layout)) as standstill,
+            contextlib.closing(Candidate(self._trainer.lightning_module, model.ownership, model.comm)) as candidate,
+        ):
+            validation = self._make_validation(standstill, candidate)
             standstill.watch("loaders", validation.loaders)
             latest = model.select(standstill.weights)
             merger = Merger(model.layout, model.live, find_snapshots(), latest, step, model.space.group_of)
             with model.merging(merger) as merge:
-                load = self._recalibrated(merge, validation)
+                loader = self._make_loader(candidate, merge, validation, len(merger.snapshots_K))
+                equal = EqualValues(self._callback.monitor)
                 yield Bench(
                     merger=merger,
                     validation=validation,
                     begin=partial(self._begin, standstill, count()),
-                    load=load,
-                    differentiate=Derivatives(model, merger, load, standstill, validation),
+                    load=loader.load,
+                    reload=loader.reload,
+                    scored=lambda score: equal.take(candidate.weights, score),
+                    notes=lambda: [*[SWAPPED] * candidate.was_swapped, *equal.notes()],
+                    tolerance=_tolerance(self._trainer),
+                    differentiate=Derivatives(model, merger, loader.load, standstill, validation),
                 )
 
     def check_traces(self) -> None:
@@ -117,13 +127,20 @@ class BenchMaker:
             named = "; ".join(f"{where}: {reason}" for where, reason in islice(left_out.items(), MAX_NAMED))
             rank_zero_info(f"A search does not look after {len(left_out)} things, such as {named}.")
 
-    def _make_validation(self, standstill: Standstill) -> Validation:
+    def _make_validation(self, standstill: Standstill, candidate: Candidate) -> Validation:
         callback, config = self._callback, self._callback.evaluation
         if config.dataloader is not None and self._own_loaders is None:
             self._own_loaders = self._find_loaders(config.dataloader)
         comm = InterruptibleComm(self._model.comm, self._interruption)
         told = (callback.monitors, comm, callback.check_modes)
-        return Validation(self._trainer, callback, config, *told, standstill, self._own_loaders)
+        return Validation(self._trainer, callback, config, *told, standstill, candidate, self._own_loaders)
+
+    def _make_loader(
+        self, candidate: Candidate, merge: Load, validation: Validation, num_snapshots: int
+    ) -> CandidateLoader:
+        latest_K = [0.0] * (num_snapshots - 1) + [1.0]
+        num_batches = self._callback.evaluation.recalibrate_batches
+        return CandidateLoader(candidate, merge, validation, latest_K, num_batches)
 
     def _find_loaders(self, name: str) -> Any:
         trainer = self._trainer
@@ -135,12 +152,47 @@ class BenchMaker:
             )
         return getattr(owners[0], name)()
 
-    def _recalibrated(self, merge: Load, validation: Validation) -> Load:
-        num_batches = self._callback.evaluation.recalibrate_batches
 
-        def load(c: Coefficients) -> None:
-            merge(c)
-            if num_batches:
-                validation.recalibrate(num_batches)
+class CandidateLoader:
+    """Loads merges into the module.
 
-        return load
+    Args:
+        candidate: Stands for the live weights.
+        merge: Writes a merge.
+        validation: Recalibrates it.
+        latest_K: The latest weights' coefficients.
+        recalibrate_batches: Training batches that re-estimate BatchNorm statistics; 0: none.
+    """
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        merge: Load,
+        validation: Validation,
+        latest_K: Sequence[float],
+        recalibrate_batches: int,
+    ) -> None:
+        self._candidate = candidate
+        self._merge = merge
+        self._validation = validation
+        self._latest_K = latest_K
+        self._recalibrate_batches = recalibrate_batches
+
+    def load(self, c: Coefficients) -> None:
+        """Load a merge."""
+        self._candidate.put(lambda: self._merge(c))
+        if self._recalibrate_batches:
+            self._validation.recalibrate(self._recalibrate_batches)
+
+    def reload(self, c: Coefficients, read: Callable[[], None]) -> None:
+        """Load a merge by ``read``; random numbers are drawn as they were when it was loaded by its coefficients."""
+        self.load(c)
+        self._merge(self._latest_K)
+        self._candidate.put(read)
+
+
+def _tolerance(trainer: Trainer) -> float:
+    """Return the relative difference of two values of the same weights that rounding explains on an accelerator."""
+    computed = {"bf": torch.bfloat16, "16": torch.float16, "tr": torch.bfloat16}.get(str(trainer.precision)[:2])
+    dtypes = {p.dtype for p in trainer.lightning_module.parameters() if p.is_floating_point()}
+    return max([1e-5, *(torch.finfo(dtype).eps for dtype in (*dtypes, computed or torch.float32))])

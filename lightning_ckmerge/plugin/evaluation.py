@@ -18,11 +18,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_ckmerge.plugin.batches import BatchRecorder
+from lightning_ckmerge.plugin.candidate import Candidate
 from lightning_ckmerge.plugin.loaders import length_of, stoppable
 
 # Private name -> what it is for. Tested on Lightning 2.6.6.
 PRIVATE_NAMES = {
     "loops._EvaluationLoop": "the loop that evaluates a trial",
+    "loops._EvaluationLoop.on_run_start": "the hooks that start a loop",
     "loops._EvaluationLoop._combined_loader": "the loaders of a loop",
     "CombinedLoader._mode": "how several loaders make one batch",
     "loops._EvaluationLoop._max_batches": "the limits of a loop",
@@ -68,7 +70,8 @@ def evaluate(
     parts: Sequence[Iterable[Any]],
     recorder: BatchRecorder,
     like: Any,
-    on_start: Callable[..., None] | None = None,
+    candidate: Candidate,
+    on_start: Callable[[], None] | None = None,
     step: Callable[..., Any] | None = None,
 ) -> dict[str, float]:
     """Run the user's validation of the live weights, and return what this rank's has logged.
@@ -79,7 +82,8 @@ def evaluate(
         parts: Batches to evaluate on, of each loader.
         recorder: Takes each batch's values, and may stop the evaluation.
         like: The ``CombinedLoader`` that ``parts`` are of.
-        on_start: Called when the modules are in evaluation mode.
+        candidate: The live weights, which are kept in place.
+        on_start: Called when the module's own hooks have started validation.
         step: Called in place of the module's ``validation_step``.
     """
     stopped = functools.partial(_has_stopped, recorder)
@@ -88,10 +92,10 @@ def evaluate(
     loop._store_dataloader_outputs = functools.partial(_end_loader, recorder, loop._store_dataloader_outputs)
     hooks: dict[str, Callable[..., None]] = {
         "on_validation_batch_start": recorder.begin_batch,
-        "on_validation_batch_end": functools.partial(_record, recorder, loop),
+        "on_validation_batch_end": functools.partial(_record, recorder, loop, candidate),
+        "on_validation_epoch_end": functools.partial(_end, candidate),
     }
-    if on_start is not None:
-        hooks["on_validation_start"] = on_start
+    loop.on_run_start = functools.partial(_start, loop.on_run_start, candidate, on_start)
     own_step = {} if step is None else {"validation_step": step}
     try:
         with _isolated(trainer, loop), _listening(callback, hooks), _listening(trainer.lightning_module, own_step):
@@ -208,7 +212,19 @@ def _states(trainer: Trainer) -> Any:
     return importlib.import_module(f"{lightning_package(trainer)}.trainer.states")
 
 
-def _record(recorder: BatchRecorder, loop: Any, *hook_args: Any) -> None:
+def _start(run_hooks: Callable[[], None], candidate: Candidate, on_start: Callable[[], None] | None) -> None:
+    """Start a loop: the candidate is in place when all hooks have run."""
+    run_hooks()
+    candidate.started()
+    if on_start is not None:
+        on_start()
+
+
+def _end(candidate: Candidate, *_: Any) -> None:
+    candidate.ending()
+
+
+def _record(recorder: BatchRecorder, loop: Any, candidate: Candidate, *hook_args: Any) -> None:
     """Hand a batch's sums to the recorder, for each metric that is a mean over batches."""
     sums = {}
     for entry in loop._results.values():
@@ -223,6 +239,8 @@ def _record(recorder: BatchRecorder, loop: Any, *hook_args: Any) -> None:
             )
     # The hook's arguments: trainer, module, outputs, batch, batch_idx and, with several loaders, dataloader_idx.
     batch_idx, dataloader_idx = (*hook_args[4:6], 0)[:2]
+    if batch_idx == 0:
+        candidate.ran_batch()
     recorder.take(sums, dataloader_idx=dataloader_idx, batch_idx=batch_idx)
 
 

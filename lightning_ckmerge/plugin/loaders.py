@@ -6,10 +6,12 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from lightning_ckmerge.errors import ConfigError
 
 Half = Literal["search", "confirm"]
 
@@ -27,17 +29,20 @@ class Split:
         loader: The run's own loader; it is never iterated itself where that could change it.
         limit: Batches to use; may be infinite for a loader without a length.
         fraction: Share of the confirmation half. 0: all batches are for the search.
+        found: How many batches there were, where the loader had to be read through to know.
     """
 
     loader: Iterable[Any]
     limit: float
     fraction: float
+    found: list[int] = field(default_factory=list, compare=False)
 
     def num_batches(self, half: Half) -> int | None:
-        """Return how many batches a half has; ``None`` for a loader without a length."""
-        if math.isinf(self.limit):
+        """Return how many batches a half has; ``None`` for a loader without a length that has not been read yet."""
+        limit = self.found[0] if self.found else self.limit
+        if math.isinf(limit):
             return None
-        return sum(confirms(b, self.fraction) == (half == "confirm") for b in range(int(self.limit)))
+        return sum(confirms(b, self.fraction) == (half == "confirm") for b in range(int(limit)))
 
     def part(self, half: Half) -> Part:
         """Return one half's batches.
@@ -46,7 +51,7 @@ class Split:
         """
         own: Any = private_copy(self.loader)
         if not can_select(own):
-            return Part(_Selected(own, half, self.limit, self.fraction))
+            return Part(_Selected(own, half, self.limit, self.fraction, self.found))
         attribute = "sampler" if own.batch_sampler is None else "batch_sampler"
         drawn = itertools.islice(getattr(own, attribute), None if math.isinf(self.limit) else int(self.limit))
         batches = without_padding(list(drawn), own.sampler)
@@ -151,11 +156,20 @@ def has_length(loader: Any) -> bool:
 
 
 def limited(num_batches: float, limit: float | None) -> float:
-    """Return how many of ``num_batches`` to use under a limit: a count (int), a share (float), or none."""
-    if limit is None:
+    """Return how many of ``num_batches`` to use under a limit: a count (int), a share (float), or none.
+
+    Raises:
+        ConfigError: A share of an unknown number, unless it is all of them.
+    """
+    if limit is None or (isinstance(limit, float) and limit == 1.0):
         return num_batches
-    if isinstance(limit, int) or math.isinf(num_batches):
+    if isinstance(limit, int):
         return min(num_batches, limit)
+    if math.isinf(num_batches):
+        raise ConfigError(
+            f"a share of the batches needs loaders with a length, got a limit of {limit} for one without. Give "
+            "`evaluation.limit_batches` as an int, which counts batches, or 1.0 for all of them."
+        )
     return max(1, int(num_batches * limit)) if num_batches else 0
 
 
@@ -167,26 +181,70 @@ def length_of(loader: Any) -> float:
 class _Selected:
     """One half of the batches of a loader that must be read through."""
 
-    def __init__(self, loader: Iterable[Any], half: Half, limit: float, fraction: float) -> None:
+    def __init__(self, loader: Iterable[Any], half: Half, limit: float, fraction: float, found: list[int]) -> None:
         self._loader = loader
         self._half = half
         self._limit = limit
         self._fraction = fraction
+        self._found = found
 
     def __iter__(self) -> Iterator[Any]:
         return self._select(iter(self._loader))
 
     def _select(self, batches: Iterator[Any]) -> Iterator[Any]:
+        num_read = 0
         for b, batch in enumerate(batches):
             if b >= self._limit:
-                return
+                break
+            num_read = b + 1
             if confirms(b, self._fraction) == (self._half == "confirm"):
                 yield batch
+        self._found[:] = [num_read]
 
 
-def blocks(batches: Iterable[Any], num_blocks: int) -> list[Sequence[Any]]:
-    """Return the batches in at most ``num_blocks`` consecutive runs of nearly equal length, none empty."""
-    fetched = list(batches)
-    num_blocks = min(num_blocks, len(fetched))
-    edges = [len(fetched) * i // num_blocks for i in range(num_blocks + 1)] if num_blocks else [0]
-    return [fetched[a:b] for a, b in itertools.pairwise(edges)]
+class Batches:
+    """Some of a loader's batches, read once. Not a list, which Lightning would take for several loaders."""
+
+    def __init__(self, batches: Iterable[Any], length: int) -> None:
+        self._batches = batches
+        self._length = length
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self._batches, self._length)
+
+    def __len__(self) -> int:
+        return self._length
+
+
+def block_edges(num_batches: int, num_blocks: int) -> list[int]:
+    """Return where at most ``num_blocks`` runs of nearly equal length begin, none empty, and where the last ends."""
+    num_blocks = min(num_blocks, num_batches)
+    return [num_batches * i // num_blocks for i in range(num_blocks + 1)] if num_blocks else [0]
+
+
+def block_sizes(num_batches: Sequence[int], fewest: Sequence[int], mode: str, num_blocks: int) -> list[list[int]]:
+    """Return how many batches each block takes of each loader.
+
+    Args:
+        num_batches: Each loader's.
+        fewest: The least that any rank has of each loader: all ranks have as many blocks.
+        mode: How a ``CombinedLoader`` makes batches of them.
+        num_blocks: Most blocks.
+    """
+    if mode == "sequential":
+        edges = [block_edges(n, min(num_blocks, least)) for n, least in zip(num_batches, fewest, strict=True)]
+    else:
+        combine = min if mode == "min_size" else max
+        steps = block_edges(combine(num_batches), min(num_blocks, combine(fewest)))
+        # The others end, or begin anew, where the longest one goes on.
+        edges = [[min(e, n) for e in steps] if mode == "max_size" else steps for n in num_batches]
+    most = max(map(len, edges))
+    padded = [[*e, *[e[-1]] * (most - len(e))] for e in edges]
+    return [[e[i + 1] - e[i] for e in padded] for i in range(most - 1)]
+
+
+def read_on(batches: Iterable[Any], *, cycle: bool) -> Iterator[Any]:
+    """Yield batches, which are begun when the first one is asked for, and anew at their end if they cycle."""
+    yield from batches
+    while cycle:
+        yield from batches

@@ -308,8 +308,10 @@ def _free_disk(path: Path) -> int | None:
 
 def _count_batches(plan: Plan, callback: CheckpointMergeCallback, known: Known) -> None:
     config, length = callback.evaluation, known.length
+    if config.dataloader is not None:
+        return
     counts = [limited(n, config.limit_batches) for n in known.val_batches or () if n]
-    if config.dataloader is not None or not counts:
+    if not counts:
         return
     if any(map(math.isinf, counts)):
         plan.warnings.append("A validation loader has no length: set `evaluation.limit_batches` to bound a search.")

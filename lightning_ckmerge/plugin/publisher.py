@@ -105,7 +105,8 @@ class Publisher:
         if self._pretrained is not None:
             extras.append(partial(self._pretrained.write, weights=weights, comm=self._comm))
         # Other merges take the winner's place in the module, and the report lists the files.
-        return publish(weights, extras=[*extras, partial(self._write_front, outcome, job), self._write_report])
+        extras += [partial(self._check, outcome, job), partial(self._write_front, outcome, job), self._write_report]
+        return publish(weights, extras=extras)
 
     def best(self) -> Artifact | None:
         """Return the run's best accepted artifact, on all ranks."""
@@ -170,6 +171,13 @@ class Publisher:
         job.bench.load(outcome.winner.candidate.coefficients)
         return GatheredWeights(self._module, self._comm)
 
+    def _check(self, outcome: SearchOutcome, job: SearchJob, path: Path, manifest: Manifest) -> None:
+        """Read the weights back from the disk, and let validation say that they are what was measured."""
+        artifact = Artifact(path, manifest)
+        # Without a shared file system rank 0 alone has the files.
+        if artifact.has_weights and all(self._comm.exchange(path.is_dir())):
+            job.bench.check(outcome.winner, partial(self._model.read, artifact))
+
     def _write_front(self, outcome: SearchOutcome, job: SearchJob, path: Path, _: Manifest) -> None:
         """Write the other merges of the front, each an artifact of its own, but for those that were rejected."""
         members = outcome.members()
@@ -180,7 +188,7 @@ class Publisher:
                     path / FRONT_NAME / member.winner.candidate.name,
                     self._manifest(member),
                     self._merged(member, job),
-                    extras=[self._write_report],
+                    extras=[partial(self._check, member, job), self._write_report],
                     comm=self._comm,
                 )
 

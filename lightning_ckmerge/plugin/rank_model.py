@@ -105,6 +105,10 @@ class RankModel:
         """Load an artifact's weights into the module, on all ranks. Which weights are better is the caller's to say."""
         with together(self.comm):
             artifact.check_files()
+        self.read(artifact)
+
+    def read(self, artifact: Artifact) -> None:
+        """Read an artifact's weights into the module, on all ranks. Its files are known to be whole."""
         if self.ownership.is_sharded:
             self.ownership.settle()
             scatter(self._module, artifact.tensors())

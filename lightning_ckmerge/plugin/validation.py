@@ -19,9 +19,11 @@ from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.errors import ConfigError, MonitorError
 from lightning_ckmerge.plugin.batches import BatchRecorder
 from lightning_ckmerge.plugin.cache import BatchCache, Randomness
+from lightning_ckmerge.plugin.candidate import Candidate
 from lightning_ckmerge.plugin.evaluation import evaluate, find_loaders, training_loader
 from lightning_ckmerge.plugin.gradients import GradientRecorder
-from lightning_ckmerge.plugin.loaders import Half, Split, blocks, length_of, limited
+from lightning_ckmerge.plugin.loaders import Batches, Half, Split, block_sizes, length_of, limited, read_on
+from lightning_ckmerge.search.problem import KeepGoing
 
 NUM_BLOCKS = 10
 
@@ -38,6 +40,7 @@ class Validation:
         check_modes: Told, after an evaluation of the search half, which logged metrics are better the higher they are;
             raises where that speaks against the search's own direction.
         randomness: Where every evaluation starts alike; for batches that are kept.
+        candidate: The live weights.
         own_loaders: What ``evaluation.dataloader`` returned; ``None``: the run's own validation loaders.
     """
 
@@ -50,6 +53,7 @@ class Validation:
         comm: Comm,
         check_modes: Callable[[Mapping[str, bool]], None],
         randomness: Randomness,
+        candidate: Candidate,
         own_loaders: Any = None,
     ) -> None:
         self._trainer = trainer
@@ -58,6 +62,7 @@ class Validation:
         self._monitors = monitors
         self._comm = comm
         self._check_modes = check_modes
+        self._candidate = candidate
         self._module: LightningModule = trainer.lightning_module
         self._combined, loaders, limits = find_loaders(trainer, own_loaders)
         limits = [limited(n, config.limit_batches) for n in limits]
@@ -102,15 +107,19 @@ class Validation:
         parts = [s.part(half) for s in self._splits]
         batches = self._cache.wrap(half, [p.batches for p in parts])
         if half == "confirm" and self._batch_means is False:
-            return self._run_in_blocks(batches)
+            return self._run_in_blocks(batches, keep_going)
         recorder = BatchRecorder(self._monitors, [p.padding for p in parts], keep_going, self._comm)
-        logged = self._evaluate(batches, recorder)
+        logged = self._evaluate(batches, recorder, self._combined)
         metrics = recorder.finish(logged)
         self._check_modes(recorder.higher_is_better)
+        values = self._monitored(metrics)
+        if self._batch_means is None:
+            # Now the loaders' lengths are known, if they were not.
+            self._can_confirm &= all(self._comm.exchange(any(s.num_batches("confirm") != 0 for s in self._splits)))
         self._batch_means = all(v.values_B for v in recorder.of.values())
         first, *others = [
-            Score(value=value, values_B=tuple(values.values_B) or None, sizes_B=tuple(values.sizes_B) or None)
-            for value, values in zip(self._monitored(metrics), recorder.of.values(), strict=True)
+            Score(value=value, values_B=tuple(of.values_B) or None, sizes_B=tuple(of.sizes_B) or None)
+            for value, of in zip(values, recorder.of.values(), strict=True)
         ]
         return replace(
             first,
@@ -129,7 +138,8 @@ class Validation:
         parts = [s.part("search") for s in self._splits]
         batches = self._cache.wrap("search", [p.batches for p in parts])
         recorder = GradientRecorder(self._monitors[0], [p.padding for p in parts], self._comm, parameters)
-        recorder.finish(self._evaluate(batches, recorder, recorder.watching(self._module.validation_step)))
+        step = recorder.watching(self._module.validation_step)
+        recorder.finish(self._evaluate(batches, recorder, self._combined, step=step))
         return recorder.gradients()
 
     def recalibrate(self, batches: int) -> None:
@@ -143,12 +153,11 @@ class Validation:
         if not norms:
             return
         momenta = [m.momentum for m in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain mean over the batches
 
-        def estimate(*_: Any) -> None:
+        def estimate() -> None:
             for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain mean over the batches
                 norm.train()
 
         limits = [limited(length_of(d), batches) for d in self._training_loaders]
@@ -158,7 +167,9 @@ class Validation:
         try:
             parts = self._cache.wrap("train", [s.part("search").batches for s in splits])
             training = training_loader(self._trainer)
-            recorder.finish(evaluate(self._trainer, self._callback, parts, recorder, training, on_start=estimate))
+            recorder.finish(self._evaluate(parts, recorder, training, on_start=estimate))
+            # Hooks that end validation may have put their own in place.
+            self._candidate.put_statistics()
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -168,34 +179,41 @@ class Validation:
         return list(training_loader(self._trainer).flattened)
 
     def _evaluate(
-        self, parts: Sequence[Iterable[Any]], recorder: BatchRecorder, step: Callable[..., Any] | None = None
+        self, parts: Sequence[Iterable[Any]], recorder: BatchRecorder, like: Any, **options: Callable[..., Any]
     ) -> dict[str, float]:
-        return evaluate(self._trainer, self._callback, parts, recorder, self._combined, step=step)
+        return evaluate(self._trainer, self._callback, parts, recorder, like, self._candidate, **options)
 
-    def _run_in_blocks(self, parts: Sequence[Iterable[Any]]) -> Score:
+    def _run_in_blocks(self, parts: Sequence[Iterable[Any]], keep_going: KeepGoing | None) -> Score:
         """A metric over all batches at once has no paired values: score it on blocks of batches instead."""
-        fetched = [list(p) for p in parts]
+        mode = self._combined._mode
+        counts = [s.num_batches("confirm") or 0 for s in self._splits]
         # Every rank has as many blocks, none of them empty: a metric may need all ranks to be computed.
-        fewest = [min(lengths) for lengths in zip(*self._comm.exchange([len(f) for f in fetched]), strict=True)]
-        blocks_of_parts = [blocks(f, min(NUM_BLOCKS, n)) for f, n in zip(fetched, fewest, strict=True)]
-        rows = []
-        for i in range(max(len(b) for b in blocks_of_parts)):
-            row = [b[i] if i < len(b) else () for b in blocks_of_parts]
-            recorder = BatchRecorder(self._monitors, [frozenset()] * len(row), None, self._comm)
-            logged = self._evaluate([_Batches(b) for b in row], recorder)
-            num_batches = sum(self._comm.exchange(sum(map(len, row))))
-            rows.append((num_batches, recorder.finish(logged)))
-        total = sum(n for n, _ in rows)
-        metrics = {k: math.fsum(n * m[k] for n, m in rows) / total for k in rows[0][1] if all(k in m for _, m in rows)}
-        sizes_B = tuple(float(n) for n, _ in rows)
-        values_of = zip(*(self._monitored(m) for _, m in rows), strict=True)
+        fewest = [min(lengths) for lengths in zip(*self._comm.exchange(counts), strict=True)]
+        streams = [read_on(p, cycle=mode == "max_size_cycle" and n > 0) for p, n in zip(parts, counts, strict=True)]
+        rows: list[tuple[int, dict[str, float]]] = []
+        for sizes in block_sizes(counts, fewest, mode, NUM_BLOCKS):
+            recorder = BatchRecorder(self._monitors, [frozenset()] * len(sizes), None, self._comm)
+            block = [Batches(stream, n) for stream, n in zip(streams, sizes, strict=True)]
+            logged = self._evaluate(block, recorder, self._combined)
+            rows.append((sum(self._comm.exchange(sum(sizes))), recorder.finish(logged)))
+            if keep_going is not None and not keep_going([self._monitored(rows[0][1])[0]], [float(rows[0][0])]):
+                break
+        # A loader with few batches is in few of the blocks.
+        names = {name for _, metrics in rows for name in metrics}
+        metrics = {name: _mean([(n, m[name]) for n, m in rows if name in m]) for name in sorted(names)}
         first, *others = [
-            Score(value=value, values_B=values_B, sizes_B=sizes_B)
-            for value, values_B in zip(self._monitored(metrics), values_of, strict=True)
+            Score(
+                value=value,
+                values_B=tuple(m[monitor] for _, m in rows if monitor in m),
+                sizes_B=tuple(float(n) for n, m in rows if monitor in m),
+            )
+            for monitor, value in zip(self._monitors, self._monitored(metrics), strict=True)
         ]
-        return replace(first, metrics=metrics, num_batches=total, others=tuple(others))
+        return replace(first, metrics=metrics, num_batches=sum(n for n, _ in rows), others=tuple(others))
 
     def _monitored(self, metrics: dict[str, float]) -> list[float]:
+        # What the search half logs is lacking for want of batches.
+        self._can_confirm &= self._batch_means is None or metrics.keys() >= {*self._monitors}
         require_logged(self._monitors, metrics)
         return [metrics[monitor] for monitor in self._monitors]
 
@@ -210,14 +228,5 @@ def require_logged(monitors: Iterable[str], logged: Collection[str]) -> None:
             )
 
 
-class _Batches:
-    """Fetched batches as a loader; not a list, which Lightning would take for several loaders."""
-
-    def __init__(self, batches: Sequence[Any]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches)
-
-    def __len__(self) -> int:
-        return len(self._batches)
+def _mean(rows: Sequence[tuple[int, float]]) -> float:
+    return math.fsum(n * value for n, value in rows) / sum(n for n, _ in rows)

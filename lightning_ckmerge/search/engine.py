@@ -110,7 +110,10 @@ class Search:
         """Score the winner, the latest weights, the best anchor and others of a front on the confirmation half."""
         for trial in {id(t): t for t in (self.latest, self.best_anchor, self.winner, *self.shown)}.values():
             start = time.monotonic()
-            score = self.evaluate(trial.candidate.coefficients, "confirm")
+            try:
+                score = self.evaluate(trial.candidate.coefficients, "confirm")
+            except MonitorError:
+                return  # all its batches are in the search half
             self.seconds["confirm"] += time.monotonic() - start
             self._replace(trial, replace(trial, confirm=score))
 

@@ -241,3 +241,46 @@ def test_the_budget_is_kept(max_bytes: int, num_begun: int) -> None:
     loader = Loader(ONE)
     assert all(torch.equal(batches[0], ONE) for batches, _ in passes(loader, max_bytes=max_bytes))
     assert loader.num_begun == num_begun
+
+
+DATA = torch.arange(24.0)
+SHARING: dict[str, Callable[[Tensor], list[Any]]] = {
+    "views of one memory": lambda d: [(d[:4].view(2, 2), d[2:6]), {"x": d[8:12], "y": d[8:12].numpy()[::-1]}],
+    "expanded, transposed": lambda d: [d[:3].expand(2, 3), (d[:6].view(2, 3).t(), d[5:7])],
+    "windows that overlap": lambda d: [d[i : i + 4] for i in range(4)],
+    "another type": lambda d: [(d[:4], d[:4].view(torch.int32)), (d.numpy()[2:6], d[2:6], d[:0])],
+    "containers": lambda d: [Record(d[:4]), Pair(d[2:6], [d[4:8], UserDict(z=d[6:9])])],
+}
+
+
+def change(batch: Any) -> list[Any]:
+    """Double what a batch holds, one tensor or array after the other, and return all of it."""
+    leaves = leaves_of(batch)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or 0 not in leaf.stride():
+            leaf *= 2
+    return [leaf.tolist() for leaf in leaves]
+
+
+def leaves_of(value: Any) -> list[Any]:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return [value]
+    if isinstance(value, (UserDict, Record)):
+        return leaves_of(vars(value))
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [leaf for item in items for leaf in leaves_of(item)]
+
+
+@pytest.mark.parametrize("max_bytes", [LARGE, 0], ids=["kept", "anew"])
+@pytest.mark.parametrize("kind", SHARING)
+def test_what_shares_memory_does_so_in_every_pass_and_leaves_the_data_alone(kind: str, max_bytes: int) -> None:
+    """Red if tensors are copied one by one (the second pass differs), or batches handed out themselves."""
+    data = DATA.clone()
+    cache, loader, start = BatchCache(max_bytes, Process()), Loader(*SHARING[kind](data)), random_state()
+    seen = []
+    for _ in range(3):
+        set_random_state(start)
+        seen.append([change(batch) for batch in cache.wrap("search", [loader])[0]])
+    fresh = [change(SHARING[kind](DATA.clone())[i]) for i in range(len(loader.batches))]
+    assert seen == [fresh] * 3
+    assert torch.equal(data, DATA)

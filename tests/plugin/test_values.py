@@ -10,23 +10,25 @@ import lightning.pytorch as pl
 import optuna
 import pytest
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from lightning_ckmerge import BufferConfig, Constraint, EvaluationConfig, SearchConfig
 from lightning_ckmerge.artifact.load import load_merged
 from lightning_ckmerge.core.outcome import Score
-from lightning_ckmerge.errors import MonitorError
+from lightning_ckmerge.errors import ConfigError, MonitorError
 from lightning_ckmerge.plugin.loaders import confirms
 from lightning_ckmerge.plugin.validation import Validation
 from lightning_ckmerge.report.view import build_view
-from tests.plugin.models import Classifier, TinyGPT, points_loader, tokens_loader
+from tests.plugin.models import NUM_VAL, Classifier, Points, Stream, TinyGPT, points_loader, tokens_loader
 from tests.plugin.runs import Case, fit, make_merge, manifests, merges_dir
 
 # The loss falls while these train, so that, searching for high ones, older weights win; too few batches for a verdict,
 # so weights are published in any case.
 HIGHEST: dict[str, Any] = {"mode": "max", "check_mode": False, "every_n_train_steps": 10}
 FEW = 8
+QUICK: dict[str, Any] = {"max_steps": 5, "max_epochs": -1, "num_sanity_val_steps": 0, "check_val_every_n_epoch": 9}
 GPT = Case(model=TinyGPT, train=partial(tokens_loader, train=True), val=partial(tokens_loader, train=False))
 
 
@@ -93,7 +95,7 @@ def test_values_are_those_of_a_plain_validation_of_the_artifact(
     winner = manifest["verdict"]["winner"]
     search, confirm = ([s for h, s in scores if h == half] for half in ("search", "confirm"))
     names = [t["name"] for t in [*manifest["anchors"], *manifest["trials"]]]
-    measured = {"search": search[names.index(winner)], "confirm": confirm[-1]}
+    measured = {"search": search[names.index(winner)], "confirm": [s for s in confirm if s.complete][-1]}
     module = TinyGPT()
     load_merged(merges_dir(run) / "step=000000010", module)
     losses = losses_of(module, tokens_loader(train=False))[:FEW]
@@ -145,8 +147,10 @@ def test_any_logged_metric_can_be_the_monitor(
         best = (max if mode == "max" else min)(complete)
         winner = next(t for t in trials if t["name"] == manifest["verdict"]["winner"])
         assert winner["search"]["value"] == best
-    confirmed = [s for half, s in scores if half == "confirm"]
-    assert all(s.values_B is not None and len(s.values_B) == 5 for s in confirmed)
+    # An artifact's own check takes one block.
+    confirmed = [s for half, s in scores if half == "confirm" and s.values_B is not None and len(s.values_B) > 1]
+    assert confirmed
+    assert all(len(s.values_B or ()) == 5 for s in confirmed)
     if mode == "max":
         assert all(s.metrics["val_acc"] == s.value for s in confirmed)
 
@@ -226,3 +230,63 @@ def test_a_misspelt_constraint_is_told(tmp_path: Path) -> None:
     search = SearchConfig(n_trials=1, max_fraction_of_training=None, constraints=[Constraint(monitor="val_ac")])
     with pytest.raises(MonitorError, match="got 'val_ac'"):
         fit(Case(), tmp_path, [make_merge(search=search)])
+
+
+class Pairs(Classifier):
+    """Validates on batches of several loaders, where one may be at its end."""
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        for part in batch if isinstance(batch[0], (list, tuple)) else [batch]:
+            if part is not None:
+                super().validation_step(part, batch_idx, dataloader_idx)
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size", "sequential"])
+def test_uneven_loaders_are_confirmed_in_blocks(mode: Any, tmp_path: Path, scores: list[tuple[str, Score]]) -> None:
+    """Of 10 and 5 batches 5 and 2 are in the confirmation half; a metric object has no value by batch."""
+
+    def loaders() -> CombinedLoader:
+        short = DataLoader(Points(NUM_VAL // 2, 3), batch_size=4)
+        return CombinedLoader([points_loader(train=False), short], mode)
+
+    case = Case(model=Pairs, val=loaders, trainer=QUICK)
+    (manifest,) = manifests(merges_dir(fit(case, tmp_path, [make_merge(monitor="val_hard")])))
+    assert manifest["anchors"][0]["confirm"] is not None
+    confirmed = [s for half, s in scores if half == "confirm"]
+    assert {len(s.values_B or ()) for s in confirmed[:2]} == {2 if mode == "min_size" else 5}
+
+
+@pytest.mark.parametrize(
+    ("val", "monitor"),
+    [
+        (lambda: [Subset(points_loader(train=False).dataset, range(4)), None], "val_loss/dataloader_idx_0"),
+        (lambda: [Stream(4, 3)], "val_loss"),
+        (lambda: [Stream(4, 3)], "val_hard"),
+    ],
+    ids=["one of several", "without a length", "without a length, no mean"],
+)
+def test_one_batch_of_the_monitored_loader_leaves_the_search_unconfirmed(
+    val: Any, monitor: str, tmp_path: Path
+) -> None:
+    """It was a `MonitorError` after the whole search."""
+
+    def loaders() -> Any:
+        return [points_loader(train=False) if d is None else DataLoader(d, batch_size=4) for d in val()]
+
+    run = fit(Case(val=loaders, trainer=QUICK), tmp_path, [make_merge(monitor=monitor, mode="max", check_mode=False)])
+    (manifest,) = manifests(merges_dir(run))
+    assert manifest["verdict"]["status"] == "unconfirmed"
+    assert any("nothing could be confirmed" in w for w in manifest["verdict"]["warnings"])
+
+
+def test_a_share_of_all_batches_needs_no_length(tmp_path: Path) -> None:
+    """It took one batch; any other share of an unknown number is refused."""
+    val = partial(points_loader, train=False, iterable=True)
+    case = Case(val=val, trainer=QUICK)
+    (manifest,) = manifests(
+        merges_dir(fit(case, tmp_path, [make_merge(evaluation=EvaluationConfig(limit_batches=1.0))]))
+    )
+    evaluation = manifest["evaluation"]
+    assert (evaluation["search_batches"], evaluation["confirm_batches"]) == ([5], [5])
+    with pytest.raises(ConfigError, match="needs loaders with a length"):
+        fit(case, tmp_path, [make_merge(evaluation=EvaluationConfig(limit_batches=0.5))])
