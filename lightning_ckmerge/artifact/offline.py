@@ -21,7 +21,7 @@ from lightning_ckmerge.artifact.files import SINGLE_NAME, FileRecord, file_recor
 from lightning_ckmerge.artifact.load import RECIPE_NAME
 from lightning_ckmerge.artifact.shards import write_blocks
 from lightning_ckmerge.artifact.software import software
-from lightning_ckmerge.artifact.sources import Source
+from lightning_ckmerge.artifact.sources import Source, read_torch
 from lightning_ckmerge.core.blockwise import mix_blocks, prepare_to_mix
 from lightning_ckmerge.core.specs import TENSOR_TYPES, TensorSpec
 from lightning_ckmerge.errors import ArtifactError, ConfigError
@@ -221,8 +221,7 @@ def write_checkpoint(out: Path, merged: MergedWeights, recipe: Recipe, like: Sou
     """
     import torch
 
-    # It has been opened before, by the same restricted reader.
-    content = torch.load(like.path, map_location="cpu", weights_only=True, mmap=True)
+    content = read_torch(like.path)
     kept = {key: value for key, value in content.items() if key not in STATE_OF_TRAINING}
     tensors = {name: merged.tensor(name) for name in merged.specs if name not in merged.aliases}
     tensors |= {name: tensors[first] for name, first in merged.aliases.items()}

@@ -237,14 +237,16 @@ def _looks_like_one(path: Path) -> bool:
     return any((path / name).is_file() for name in (METADATA_NAME, INDEX_NAME, SINGLE_NAME))
 
 
-def _open_torch(path: Path, key: str | None) -> Source:
+def read_torch(path: Path) -> Any:
+    """Return what a torch file holds, tensors mapped.
+
+    Raises:
+        ArtifactError: It is damaged, or needs code to be loaded.
+    """
     import torch
 
-    from lightning_ckmerge.artifact.weights import find_aliases
-    from lightning_ckmerge.core.layout import tensor_spec
-
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ArtifactError(
             f"a checkpoint must hold tensors and plain data alone, got {_refused(error)} in {path}. Save it again with "
@@ -256,6 +258,15 @@ def _open_torch(path: Path, key: str | None) -> Source:
             f"a checkpoint must be a file that `torch.save` wrote (torch 1.6 or newer), got {path}: "
             f"{str(error).splitlines()[0]}. Restore it from a copy."
         ) from error
+
+
+def _open_torch(path: Path, key: str | None) -> Source:
+    import torch
+
+    from lightning_ckmerge.artifact.weights import find_aliases
+    from lightning_ckmerge.core.layout import tensor_spec
+
+    content = read_torch(path)
     state = _entry(content, key, path)
     weights = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
     step = content.get("global_step") if isinstance(content, Mapping) else None
