@@ -246,6 +246,23 @@ def test_an_object_that_misbehaves_costs_nothing_else(name: str) -> None:
     assert count.collate(()) == first
 
 
+def test_a_module_of_odd_buffers_is_looked_into() -> None:
+    """Goes red if one buffer whose bytes cannot be counted costs the whole module."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Module())
+    module[1].seen = []
+    for name, odd in misbehaving().items():
+        if issubclass(type(odd), torch.Tensor):
+            module[1].register_buffer(f"odd_{name.replace(' ', '_')}", odd)
+    memory = remember(module)
+    assert "it" not in memory.left_out
+    assert "it.1" not in memory.left_out
+    module[1].seen.append(1)
+    module[0].register_forward_hook(print)
+    assert not memory.put_back()
+    assert module[1].seen == []
+    assert not module[0]._forward_hooks
+
+
 def test_what_fails_to_be_put_back_keeps_nothing_else_from_it() -> None:
     """Goes red if the first failure ends the restoration."""
     raw, numbers = bytearray(2), [1]

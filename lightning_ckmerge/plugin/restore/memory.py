@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from types import FunctionType, MappingProxyType, MethodType
 from typing import Any
@@ -104,10 +105,7 @@ class Memory:
             self.left_out["..."] = f"more than {MAX_OBJECTS} objects"
             return
         self._seen[id(value)] = value
-        try:
-            self._take(value, cls, where, allowance, depth)
-        except Exception as error:  # somebody's own class may raise anything
-            self.left_out[where] = explain(error)
+        self._attempt(where, partial(self._take, value, cls, where, allowance, depth))
 
     def put_back(self) -> dict[str, str]:
         """Put everything back as it was, each thing on its own; return the places of what failed, with the reasons."""
@@ -129,11 +127,17 @@ class Memory:
         """Return the places of what differs from what it was."""
         return [k.where for k in self.kept if _has_changed(k)]
 
+    def _attempt(self, where: str, take: Callable[[], None]) -> None:
+        try:
+            take()
+        except Exception as error:  # somebody's own class may raise anything
+            self.left_out[where] = explain(error)
+
     def _take(self, value: Any, cls: type, where: str, allowance: Allowance, depth: int) -> None:
         if issubclass(cls, nn.Module):
             for path, module in named_modules(value, where):
                 self._seen[id(module)] = module
-                self._take_module(module, path, allowance)
+                self._attempt(path, partial(self._take_module, module, path, allowance))
             return
         if issubclass(cls, Tensor):
             self._take_tensor(value, where, allowance)
@@ -163,8 +167,9 @@ class Memory:
                 self.kept.append(Items(where, value))
                 for key, tensor in value.items():
                     # A module's buffers are copied whatever they take.
-                    own_allowance = allowance if name == "_parameters" or tensor is None else Allowance(tensor.nbytes)
-                    self.take(tensor, f"{where}.{key}", own_allowance, 1)
+                    self.take(
+                        tensor, f"{where}.{key}", allowance if name == "_parameters" else Allowance(sys.maxsize), 1
+                    )
             elif name == "_modules":
                 self.kept.append(Items(f"{where}, its submodules", value))
             elif is_somebodys or name in MODULE_INTERNALS:
