@@ -248,8 +248,13 @@ def test_an_object_that_misbehaves_costs_nothing_else(name: str) -> None:
 
 def test_a_module_of_odd_buffers_is_looked_into() -> None:
     """Goes red if one buffer whose bytes cannot be counted costs the whole module."""
-    module = nn.Sequential(nn.Linear(2, 2), nn.Module())
-    module[1].seen = []
+
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+
+    module = nn.Sequential(nn.Linear(2, 2), Owner())
     for name, odd in misbehaving().items():
         if issubclass(type(odd), torch.Tensor):
             module[1].register_buffer(f"odd_{name.replace(' ', '_')}", odd)
