@@ -105,7 +105,7 @@ def test_what_is_said_stays_on_the_terminal(bar: str, tmp_path: Path, monkeypatc
     said = screen(terminal.getvalue())
     plan = ["lightning-ckmerge, the plan of this run:", "  model ", "  disk, buffer and artifacts "]
     verdicts = [f"Merge search at step {r['step']}: " for r in read_timeline(merges_dir(run))]
-    summary = [f"lightning-ckmerge: {len(verdicts)} searches: ", "  To use it: "]
+    summary = [f"lightning-ckmerge: {len(verdicts)} searches: ", "  What to use: "]
     assert len(verdicts) == 2
     assert [line for line in [*plan, *verdicts, *summary] if sum(s.startswith(line) for s in said) != 1] == []
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,25 @@ def test_a_run_whose_searches_were_all_skipped_says_so() -> None:
         assert "No search took place" in report
         assert "0.1 s are left" in report
         assert NEXT["skipped"] in report
-    assert "go on with the final weights" in summarize([skip], None, DIRPATH)
+    assert "What to use: the final weights" in summarize([skip], None, DIRPATH)
+
+
+@dataclass
+class Stale:
+    """The newest weights are better than the best merge."""
+
+    is_stale: bool = True
+    advice: str = "Use the final weights."
+
+
+def test_where_newer_weights_are_better_nobody_is_told_to_load_the_merge() -> None:
+    history = make_history()
+    found = (history.timeline, history.manifests, history.best, history.dirpath, Stale())
+    for report in (render_run_html(*found), render_run_markdown(*found)):
+        assert "Use the final weights." in report
+        assert "load_merged" not in report
+    assert "load_merged" not in summarize(history.timeline, history.best, DIRPATH, Stale())
+    assert "load_merged" in summarize(history.timeline, history.best, DIRPATH)
 
 
 def test_searches_link_to_their_reports_while_these_exist() -> None:
