@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 import random
+import threading
 import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
@@ -164,6 +166,66 @@ def test_the_run_itself_is_not_looked_into() -> None:
     trainer.note = callback.note = "new"
     memory.put_back()
     assert trainer.note == callback.note == "new"
+
+
+class Prefetcher:
+    """Has a thread that fills what the run reads from."""
+
+    def __init__(self) -> None:
+        self.items: list[int] = []
+        self.queue: queue.Queue[int] = queue.Queue()
+        self.end = threading.Event()
+
+    def wait(self) -> None:
+        self.end.wait()
+
+
+@pytest.mark.parametrize("how", ["method", "argument", "closure", "partial", "subclass"])
+def test_the_work_of_another_thread_is_not_taken_back(how: str) -> None:
+    """Goes red if batches that a thread has fetched in a search are lost, or count as a trace of it."""
+    held = Prefetcher()
+    other = Prefetcher()  # in no thread's hands, but its queue is for threads
+    module = nn.Module()
+    module.seen, module.generator = [], torch.Generator()
+
+    class Owner(threading.Thread):
+        owned = held
+
+        def run(self) -> None:
+            held.end.wait()
+
+    def close_over() -> None:
+        held.end.wait()
+        assert module is not None
+
+    owner = Owner()
+    vars(owner)["owned"] = held
+    thread = {
+        "method": threading.Thread(target=held.wait),
+        "argument": threading.Thread(target=lambda it: it.end.wait(), args=(held,)),
+        "closure": threading.Thread(target=close_over),
+        "partial": threading.Thread(target=partial(Prefetcher.wait, held)),
+        "subclass": owner,
+    }[how]
+    thread.start()
+    try:
+        memory = remember([held, other, module])
+        held.items.append(1)
+        held.queue.put(2)
+        other.queue.put(3)
+        other.items.append(4)
+        if how == "closure":
+            module.seen.append(5)
+        torch.rand(1, generator=module.generator)
+        assert memory.changed()  # what no thread works on
+        assert not memory.put_back()
+        assert not memory.changed()
+        assert (held.items, held.queue.qsize(), other.queue.qsize(), other.items) == ([1], 1, 1, [])
+        assert module.seen == ([5] if how == "closure" else [])
+        assert "it[0]" in memory.left_out
+    finally:
+        held.end.set()
+        thread.join()
 
 
 def test_a_datamodule_is_looked_into() -> None:

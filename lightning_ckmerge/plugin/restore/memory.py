@@ -8,6 +8,7 @@ from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
+from queue import Queue
 from types import FunctionType, MappingProxyType, MethodType
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from lightning_ckmerge.errors import explain
 from lightning_ckmerge.plugin.restore.bits import checksum
@@ -43,6 +45,7 @@ from lightning_ckmerge.plugin.restore.reach import (
     MAX_OBJECTS,
     OPAQUE_PACKAGES,
     attributes_of,
+    held_by_other_threads,
     is_atom,
     is_inert,
     is_looked_into,
@@ -51,7 +54,9 @@ from lightning_ckmerge.plugin.restore.reach import (
     slots_of,
 )
 
-BUILT_IN = (Tensor, np.ndarray, list, deque, dict, set)
+CONTAINERS = (list, deque, dict, set)
+BUILT_IN = (Tensor, np.ndarray, *CONTAINERS)
+OF_THE_RUN = (nn.Module, nn.Parameter, Optimizer)
 PLAIN_TYPES = {list, dict, set, deque, OrderedDict, defaultdict, Counter, np.ndarray}
 MODULE_INTERNALS = vars(nn.Module()).keys()
 SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
@@ -95,6 +100,7 @@ class Memory:
         self.left_out: dict[str, str] = {}
         self._weights = {id(w) for w in weights}
         self._seen: dict[int, Any] = {}
+        self._shared = {id(held): held for held in held_by_other_threads()}
 
     def take(self, value: Any, where: str, allowance: Allowance, depth: int = 0) -> None:
         """Remember ``value`` and what it holds, as far as it is state and not code, data or machinery."""
@@ -105,6 +111,9 @@ class Memory:
             self.left_out["..."] = f"more than {MAX_OBJECTS} objects"
             return
         self._seen[id(value)] = value
+        if self._is_at_work(value, cls):
+            self.left_out[where] = "another thread works on it"
+            return
         self._attempt(where, partial(self._take, value, cls, where, allowance, depth))
 
     def put_back(self) -> dict[str, str]:
@@ -114,7 +123,7 @@ class Memory:
 
     def release(self) -> None:
         """Let go of everything."""
-        for held in (self.kept, self.generators, self._seen):
+        for held in (self.kept, self.generators, self._seen, self._shared):
             held.clear()
 
     def forget_writes(self) -> None:
@@ -126,6 +135,11 @@ class Memory:
     def changed(self) -> list[str]:
         """Return the places of what differs from what it was."""
         return [k.where for k in self.kept if _has_changed(k)]
+
+    def _is_at_work(self, value: Any, cls: type) -> bool:
+        """Whether another thread may change it at any time. Of modules and optimizers none is likely to."""
+        is_for_threads = issubclass(cls, Queue) and bool(self._shared)
+        return is_for_threads or (id(value) in self._shared and not issubclass(cls, OF_THE_RUN))
 
     def _attempt(self, where: str, take: Callable[[], None]) -> None:
         try:
@@ -159,7 +173,7 @@ class Memory:
 
     def _take_module(self, module: nn.Module, where: str, allowance: Allowance) -> None:
         """Mode, hooks, parameters, buffers, submodules, and attributes of the user's own."""
-        own = Attributes(where, vars(module))
+        own = Attributes(where, vars(module), moving=self._moving(module, where))
         self.kept += [class_of(f"{where}.__class__", module), own]
         is_somebodys = not type(module).__module__.startswith("torch.")
         for name, value in own.saved.items():
@@ -174,6 +188,14 @@ class Memory:
                 self.kept.append(Items(f"{where}, its submodules", value))
             elif is_somebodys or name in MODULE_INTERNALS:
                 self.take(value, f"{where}.{name}", allowance, 1)
+
+    def _moving(self, module: nn.Module, where: str) -> list[str]:
+        """Names of a module's attributes that another thread may change."""
+        if id(module) not in self._shared:
+            return []
+        own = {name: type(value) for name, value in vars(module).items() if name not in MODULE_INTERNALS}
+        self.left_out[where] = "another thread may change its numbers, names and lists"
+        return [name for name, cls in own.items() if is_atom(cls) or issubclass(cls, CONTAINERS)]
 
     def _take_attributes(self, value: Any, cls: type, where: str, allowance: Allowance, depth: int) -> None:
         own = attributes_of(value)

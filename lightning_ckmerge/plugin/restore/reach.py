@@ -5,17 +5,19 @@ containers, functions by what they close over, modules, tensors, arrays and gene
 and Lightning what a run changes as it goes: optimizers, schedulers, loaders, datasets and samplers.
 
 Out of reach is what nobody can take back or nobody can find: files and sockets, globals and class attributes, the
-memory of C extensions, iterators and running generators, the Trainer's other callbacks and its loggers, and whatever
-lies more than ``MAX_DEPTH`` objects deep.
+memory of C extensions, iterators and running generators, the Trainer's other callbacks and its loggers, whatever
+lies more than ``MAX_DEPTH`` objects deep, and what another thread works on, which changes for good reason.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+import threading
 from collections.abc import Iterator
 from enum import Enum
-from types import MemberDescriptorType, ModuleType, SimpleNamespace
+from functools import partial
+from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -61,6 +63,27 @@ def is_looked_into(cls: type) -> bool:
     if package_of(cls) in LIGHTNING and dataclasses.is_dataclass(cls):
         return True
     return hasattr(cls, "val_dataloader") or not any(package_of(base) in OPAQUE_PACKAGES for base in cls.__mro__)
+
+
+def held_by_other_threads() -> list[Any]:
+    """Return what threads beside this one work on: themselves, what they call, its arguments and what it closes over.
+
+    The main thread is left out: where it is another one, it waits for this one.
+    """
+    held: list[Any] = []
+    for thread in {*threading.enumerate()} - {threading.main_thread(), threading.current_thread()}:
+        own = vars(thread)
+        target = own.get("_target")
+        held += [thread, *own.values(), *(own.get("_args") or ()), *(own.get("_kwargs") or {}).values()]
+        while type(target) is partial:
+            held += [*target.args, *target.keywords.values()]
+            target = target.func
+        if type(target) is MethodType:
+            held.append(target.__self__)
+            target = target.__func__
+        if type(target) is FunctionType:
+            held += [c.cell_contents for c in target.__closure__ or () if c != CellType()]
+    return held
 
 
 def package_of(thing: Any) -> str:
