@@ -50,7 +50,9 @@ def reads(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
         every_n_train_steps=5,
         buffer=buffer(every_n_train_steps=2),
         search=search(
-            n_trials=1, max_fraction_of_training=None, constraints=[constraint(monitor="val_acc", allowance=1)]
+            n_trials=1,
+            max_fraction_of_training=None,
+            constraints=[constraint(monitor="val_acc", mode="max", allowance=1)],
         ),
         evaluation=evaluation(),
         artifact=artifact(),
