@@ -9,15 +9,17 @@ import os
 import sys
 
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
 
 from lightning_ckmerge import EvaluationConfig
-from tests.distributed.trainers import fit, make_merge
+from tests.distributed.trainers import fit, make_merge, points
 
 
 def main(strategy: str, root: str) -> None:
     # No `dirpath`: it depends on the logger's version, which only the ranks find out.
     merge = make_merge(root, dirpath=None, evaluation=EvaluationConfig(), every_n_train_steps=6)
-    run = fit(strategy, root, merge, logger=CSVLogger(root, name="logs"), max_epochs=4)
+    val = DataLoader(points(643), batch_size=8)  # enough to accept a merge
+    run = fit(strategy, root, merge, logger=CSVLogger(root, name="logs"), max_epochs=4, val=val)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print("steps", run.trainer.global_step)
         print("best", merge.best_artifact and merge.best_artifact.path)

@@ -245,7 +245,7 @@ def applied(strategy: str, root: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_an_accepted_merge_is_applied_on_all_ranks(ranks: RankPool, tmp_path: Path, strategy: str) -> None:
     first, second = ranks.run(applied, strategy, str(tmp_path))
-    artifact = Artifact.open(tmp_path / "merges" / "step=000000048")
+    artifact = Artifact.open(tmp_path / "merges" / "best")
     assert artifact.manifest["verdict"]["status"] == "accepted"
     merged = artifact.tensors()
     for found in (first, second):
