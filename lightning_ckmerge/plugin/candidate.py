@@ -54,7 +54,9 @@ class Candidate:
         self._norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         # These put their rows on a ball while they are read.
         embeddings = [(n, m) for n, m in module.named_modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-        self._moving = {f"{n}.weight" for n, m in embeddings if m.max_norm is not None}
+        moving = {f"{n}.weight" for n, m in embeddings if m.max_norm is not None}
+        # Not the frozen base of adapters, into which a module may fold a candidate's adapters to validate.
+        self._probed = ownership.shapes.keys() - moving
         # The memory of shards is the strategy's business.
         self._memory = [] if ownership.is_sharded else list(_parameters(module))
         self._write: Callable[[], None] = _nothing
@@ -157,7 +159,7 @@ class Candidate:
         """Return some elements of each of this rank's parameters, exactly."""
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for owned in self._ownership.local():
-            if owned.role == "parameter" and owned.name not in self._moving and owned.tensor.numel():
+            if owned.role == "parameter" and owned.name in self._probed and owned.tensor.numel():
                 flat = _flat(owned.tensor.detach())
                 chosen = flat[:: -(-flat.numel() // NUM_PROBED)]
                 chosen = chosen.view(torch.uint8) if chosen.dtype.itemsize == 1 else chosen

@@ -143,8 +143,9 @@ def render_run_markdown(
 def summarize(timeline: Sequence[Record], best: str | None, dirpath: Path, standing: Standing | None = None) -> str:
     """Return what a run found in a few lines, for a terminal; the arguments are those of ``render_run_html``."""
     leader = _leader(timeline, best)
-    is_of_use = best is not None and not (standing is not None and standing.is_stale)
-    load = f'load_merged("{dirpath / "best"}", model)' if is_of_use else "the final weights"
+    is_of_use = not (standing is not None and standing.is_stale)
+    # By its own name: `best` moves on when another run begins in the same directory.
+    load = f'load_merged("{dirpath / best}", model)' if best is not None and is_of_use else "the final weights"
     return "\n".join(
         [
             f"lightning-ckmerge: {_tally(timeline)}",
@@ -175,7 +176,7 @@ def build_run_view(
         sentence=" ".join([*([standing.advice] if standing is not None else []), _finding(leader), _tally(timeline)]),
         facts=_facts(timeline, leader),
         searches=[_row(record, manifests) for record in timeline],
-        code=LOAD_MERGED.format(path=(dirpath / "best").as_posix() if dirpath else "best")
+        code=LOAD_MERGED.format(path=(dirpath / best).as_posix() if dirpath else best)
         if best is not None and not is_stale
         else None,
     )

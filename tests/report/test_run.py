@@ -37,7 +37,7 @@ def test_both_reports_say_whether_by_how_much_at_what_cost_and_how_to_load() -> 
         "45.2 s",
         "val_loss 2.1449 → 2.0549 at step 4 000",
         "lightning_logs/version_3 · 2026-11-24 22:05 UTC",
-        'load_merged("/data/lightning_logs/version_3/merges/best", model)',
+        'load_merged("/data/lightning_logs/version_3/merges/step=000004000", model)',
     ):
         assert text in Page(page).text
         assert text in plain
