@@ -189,6 +189,11 @@ def write_checkpoint(trainer: Any, checkpoint: dict[str, Any], path: Path, *, is
         strategy._checkpoint_io = own
 
 
+def mode_of(combined: Any) -> Any:
+    """Return how the loaders of a ``CombinedLoader`` make one batch."""
+    return combined._mode
+
+
 def _make_loop(trainer: Trainer, parts: Sequence[Iterable[Any]], like: Any = None) -> Any:
     """Return a loop over ``parts``, which stand in for the loaders of a ``CombinedLoader`` like this one."""
     loops, states = importlib.import_module(f"{lightning_package(trainer)}.loops"), _states(trainer)
@@ -201,7 +206,7 @@ def _make_loop(trainer: Trainer, parts: Sequence[Iterable[Any]], like: Any = Non
         inference_mode=False,
     )
     if like is not None:
-        loop._combined_loader = type(like)(like.iterables, like._mode)
+        loop._combined_loader = type(like)(like.iterables, mode_of(like))
         loop._combined_loader.flattened = list(parts)
     loop._max_batches = [length_of(p) for p in parts]
     loop._last_val_dl_reload_epoch = math.inf

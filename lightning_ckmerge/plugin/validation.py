@@ -20,7 +20,7 @@ from lightning_ckmerge.errors import ConfigError, MonitorError
 from lightning_ckmerge.plugin.batches import BatchRecorder
 from lightning_ckmerge.plugin.cache import BatchCache, Randomness
 from lightning_ckmerge.plugin.candidate import Candidate
-from lightning_ckmerge.plugin.evaluation import evaluate, find_loaders, training_loader
+from lightning_ckmerge.plugin.evaluation import evaluate, find_loaders, mode_of, training_loader
 from lightning_ckmerge.plugin.gradients import GradientRecorder
 from lightning_ckmerge.plugin.loaders import Batches, Half, Split, block_sizes, length_of, limited, read_on
 from lightning_ckmerge.search.problem import KeepGoing
@@ -185,7 +185,7 @@ class Validation:
 
     def _run_in_blocks(self, parts: Sequence[Iterable[Any]], keep_going: KeepGoing | None) -> Score:
         """A metric over all batches at once has no paired values: score it on blocks of batches instead."""
-        mode = self._combined._mode
+        mode = mode_of(self._combined)
         counts = [s.num_batches("confirm") or 0 for s in self._splits]
         # Every rank has as many blocks, none of them empty: a metric may need all ranks to be computed.
         fewest = [min(lengths) for lengths in zip(*self._comm.exchange(counts), strict=True)]
