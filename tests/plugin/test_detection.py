@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_ckmerge.errors import TraceError
+from lightning_ckmerge.errors import ArtifactError, TraceError
 from lightning_ckmerge.plugin import evaluation
 from lightning_ckmerge.plugin.restore import kept, memory, standstill
 from tests.plugin.models import points_loader
@@ -61,5 +61,6 @@ def test_a_missing_part_of_the_guard_is_noticed(part: str, tmp_path: Path, monke
         merge={"every_n_train_steps": 4},
         trainer={"max_epochs": 1},
     )
-    with pytest.raises((AssertionError, TraceError)):
+    # ArtifactError: what was left behind changes what the artifact scores when it is read back.
+    with pytest.raises((AssertionError, TraceError, ArtifactError)):
         assert_same_run(case, tmp_path)
