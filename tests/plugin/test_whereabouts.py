@@ -48,5 +48,6 @@ def test_an_unusable_directory_is_an_error_before_training_that_leaves_nothing(
 def test_the_home_directory_is_known_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     merge = CheckpointMergeCallback(dirpath="~/merges")
-    merge.setup(pl.Trainer(accelerator="cpu", logger=False), Classifier(), "fit")
+    trainer = pl.Trainer(accelerator="cpu", callbacks=[merge], logger=False, max_steps=1, default_root_dir=tmp_path)
+    trainer.fit(Classifier(), points_loader(train=True), points_loader(train=False))
     assert merge._resolved_dirpath == tmp_path / "merges"
