@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from lightning_ckmerge.core.layout import as_real
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.distributed.comm import Comm
+from lightning_ckmerge.distributed.flat_shards import flat_shards
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import SearchError
 
@@ -59,6 +60,10 @@ class Candidate:
         self._probed = ownership.shapes.keys() - moving
         # The memory of shards is the strategy's business.
         self._memory = [] if ownership.is_sharded else list(_parameters(module))
+        ownership.settle()
+        # Beside shards, a strategy may leave parameters to each rank, and they drift apart.
+        is_mixed = ownership.is_sharded and not any(True for _ in flat_shards(module))
+        self._loose = [p for p in module.parameters() if not isinstance(p, DTensor) and p.numel()] if is_mixed else []
         self._write: Callable[[], None] = _nothing
         self._weights = torch.empty(0)
         self._statistics: list[Tensor] = []
@@ -99,11 +104,12 @@ class Candidate:
 
     @torch.no_grad()
     def _agree_on_buffers(self) -> None:
-        """Give all ranks the buffers of rank 0, which an artifact holds: BatchNorm's statistics differ between them."""
+        """Give all ranks what an artifact holds of rank 0 alone: buffers, such as BatchNorm's, and loose parameters."""
         if self._comm.world_size == 1:
             return
         self._comm.exchange(None)  # nobody has failed
         buffers = [b for b in _persistent_buffers(self._module) if not isinstance(b, DTensor)]
+        buffers += [p.detach() for p in self._loose]
         for kind in sorted({(str(b.device), str(b.dtype)) for b in buffers}):
             alike = [b for b in buffers if (str(b.device), str(b.dtype)) == kind]
             flat = torch.cat([b.reshape(-1) for b in alike])
