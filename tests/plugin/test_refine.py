@@ -48,7 +48,7 @@ def run(root: Path, make: type[LightningModule], val: Any = None, **options: Any
         default_root_dir=root,
     )
     train = DataLoader(torch.randint(16, (2048,)), batch_size=8)
-    trainer.fit(module, train, val or loader(torch.arange(16).repeat(12)))
+    trainer.fit(module, train, val or loader(torch.arange(16).repeat(52)))
     torch.save(module.state_dict(), root / "latest.pt")
     return callback
 

@@ -56,7 +56,7 @@ def data(num_batches: int, seed: int, keep: Callable[[int], bool] = lambda _: Tr
 
 def unseen() -> DataLoader[Any]:
     """The batches that confirmed the merge."""
-    return data(20, seed=2, keep=lambda b: confirms(b, 0.5))
+    return data(64, seed=2, keep=lambda b: confirms(b, 0.5))
 
 
 def make_trainer(root: Path, *callbacks: pl.Callback) -> pl.Trainer:
@@ -110,7 +110,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     module = Regression(width=WIDTH, lr=0.05)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(module, data(60, seed=1), data(20, seed=2))
+        trainer.fit(module, data(60, seed=1), data(64, seed=2))
     return Trained(trainer, module, merge, root / "merges")
 
 
