@@ -196,6 +196,7 @@ class _Host(CheckpointMergeCallback):
 
     def __init__(self, make_run: Callable[[_Host, Trainer], OfflineRun], merge: CheckpointMergeCallback) -> None:
         super().__init__(
+            check_mode=merge.check_mode,
             monitor=merge.monitors,
             mode=[merge.mode, *(other.mode for other in merge.others)],
             save_top_k=merge.save_top_k,
