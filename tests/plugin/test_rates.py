@@ -153,14 +153,16 @@ def test_the_search_after_a_decay_is_skipped_and_what_is_applied_beats_the_final
     # The loss falls, so that, searching for a high one, merges of older weights are better.
     options: dict[str, Any] = {"mode": "max", "check_mode": False, "apply": "on_train_end"}
     options["every_n_train_steps"] = NUM_STEPS // 2
+    plain = fit(run_of(decay), tmp_path / "plain")
     merge = make_merge(**options, search_on_train_end=True)
     merged = fit(run_of(decay), tmp_path / "merged", [merge])
     assert [(m["step"], m["verdict"]["status"]) for m in manifests(merges_dir(merged))] == [
         (NUM_STEPS // 2, "accepted")
     ]
-    assert any(
-        m.startswith(f"The module now holds `best`, the merge of step {NUM_STEPS // 2},") for m in caplog.messages
-    )
+    assert merged.recorder.records == plain.recorder.records
+    assert merge.best_artifact is not None
+    best, held = merge.best_artifact.tensors(), merged.module.state_dict()
+    assert all(torch.equal(best[name], held[name]) for name in best)
     (line,) = [m for m in caplog.messages if m.startswith("No merge search")]
     assert line == (
         f"No merge search at step {NUM_STEPS}: the learning rate has been decayed, to 0 % of its peak over the "
