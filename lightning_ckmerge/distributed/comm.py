@@ -17,6 +17,8 @@ import torch.distributed as dist
 from lightning_ckmerge.errors import PeerError
 
 T = TypeVar("T")
+# In the dictionary of an error that the others know.
+TOLD = "_ckmerge_told"
 
 
 class Comm(Protocol):
@@ -29,7 +31,11 @@ class Comm(Protocol):
         """Return every rank's value, by rank. Raises ``PeerError`` if one of them has failed."""
 
     def give_up(self, error: BaseException) -> None:
-        """Tell the others, in place of the next ``exchange``, that this rank has failed."""
+        """Tell the others, in place of the next ``exchange``, that this rank has failed.
+
+        Nothing is sent of an error that they know, or that followed from one: they have left, and would take a second
+        message for one of a later conversation.
+        """
 
     def close(self) -> None:
         """End the conversation."""
@@ -50,8 +56,6 @@ def together(comm: Comm) -> Iterator[None]:
     """Do something on every rank, each on its own; a fault on one ends it on all."""
     try:
         yield
-    except PeerError:
-        raise
     except Exception as error:
         comm.give_up(error)
         raise
@@ -96,7 +100,10 @@ class Ranks:
         return [message.value for message in messages]
 
     def give_up(self, error: BaseException) -> None:
-        """Send the error in place of the next value."""
+        """Send the error in place of the next value, once."""
+        if _is_known(error):
+            return
+        vars(error)[TOLD] = True
         self._gather(_Message(error=f"{type(error).__name__}: {error}"))
 
     def close(self) -> None:
@@ -109,6 +116,17 @@ class Ranks:
         messages: list[Any] = [None] * self.world_size
         dist.all_gather_object(messages, message, group=self._group)
         return messages
+
+
+def _is_known(error: BaseException | None) -> bool:
+    """Whether the others have left already: they were told of this error, or of one on the way to it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, PeerError) or TOLD in vars(error):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,6 +139,19 @@ class Ownership:
         moved = [n for n in before.keys() & now.keys() if not _same(before[n], now[n])]
         return sorted({*moved, *(before.keys() ^ now.keys())})
 
+    def check_alike(self) -> None:
+        """Raise ``SnapshotError``, on all ranks, if their modules have other tensors. A collective."""
+        tensors = {p.name: p.holder[p.key] for p in _entries(self._module)}
+        shapes = {n: tuple(t.shape) if is_dense(local_part(t)) else () for n, t in tensors.items()} | self._flat_shapes
+        kinds = {n: (str(t.dtype), shapes[n]) for n, t in tensors.items()}
+        first, *others = self._comm.exchange(kinds)
+        names = {n for other in others for n in first.keys() | other.keys() if other.get(n) != first.get(n)}
+        if names:
+            raise SnapshotError(
+                f"a model must have the same tensors on all ranks, got {listed(sorted(names))} that differ. Change it "
+                "on all of them."
+            )
+
     def check_frozen(self) -> None:
         """Raise ``SnapshotError`` if a base that snapshots do without is being trained."""
         thawed = [n for n, _, t in self._tensors() if n in self._frozen and t.requires_grad]

@@ -131,10 +131,11 @@ class RankBuffer:
             self._fault = error
 
     def _start_anew(self, step: int, changes: list[str]) -> None:
-        """Build everything again that knows the model's tensors."""
+        """Build everything again that knows the model's tensors, which are the same on all ranks."""
         is_loss = (self.rolling.first_step() or step) <= step
         with together(self._model.comm):
             self._model.begin()
+        self._model.ownership.check_alike()
         with together(self._model.comm):
             self.rolling.start_anew(self._model.layout, step)
         self._changes = []

@@ -19,7 +19,7 @@ from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.config import parse_size
 from lightning_ckmerge.core.outcome import Score, SearchOutcome
 from lightning_ckmerge.distributed.comm import on_rank_zero
-from lightning_ckmerge.errors import PeerError, SkipError, TraceError, explain
+from lightning_ckmerge.errors import SkipError, TraceError, explain
 from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
 from lightning_ckmerge.plugin.bench import BenchMaker
 from lightning_ckmerge.plugin.clock import Clock
@@ -156,8 +156,7 @@ class MergeRun:
                 self._needed_s = max(self._needed_s, skip.needed_s)
                 self._skip(str(skip), time.monotonic() - start)
             except Exception as error:
-                if not isinstance(error, PeerError):
-                    self._model.comm.give_up(error)
+                self._model.comm.give_up(error)
                 if self.callback.on_error == "raise":
                     raise
                 if not isinstance(error, TraceError):
@@ -282,8 +281,7 @@ class MergeRun:
             except SkipError as skip:
                 say(self._trainer, f"The best merge was not compared with the final weights: {skip}")
             except Exception as error:
-                if not isinstance(error, PeerError):
-                    self._model.comm.give_up(error)
+                self._model.comm.give_up(error)
                 if self.callback.on_error == "raise":
                     raise
                 if not isinstance(error, TraceError):
