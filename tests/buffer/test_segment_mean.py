@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.buffer import MemoryStorage
+from lightning_ckmerge.buffer import DiskStorage, MemoryStorage
 from lightning_ckmerge.buffer.segment_mean import MAX_UPDATES, SegmentMean
 from lightning_ckmerge.core.layout import Flats
 from tests.buffer.runs import Run
@@ -64,3 +66,21 @@ def test_a_long_segment_is_written_and_resumed_in_the_memory_of_the_plan() -> No
         torch.testing.assert_close(snapshot.tensors, live, rtol=0, atol=0, check_dtype=False, equal_nan=True)
     assert buffer._num_accumulators == 2
     buffer.close()
+
+
+def test_a_long_segment_goes_on_after_a_restart_bit_for_bit(tmp_path: Path) -> None:
+    """As if there had been none after the checkpoint, which pools what was averaged before."""
+    run, segment_steps = Run(), 2 * MAX_UPDATES
+    before = run.buffer(DiskStorage(tmp_path), capacity=3, segment_steps=segment_steps)
+    run.train(before, range(1, MAX_UPDATES + 50))
+    state = before.state_dict()
+    after = run.buffer(DiskStorage(tmp_path), capacity=3, segment_steps=segment_steps)
+    after.load_state_dict(state)
+    for buffer in (before, after):
+        run.train(buffer, range(MAX_UPDATES + 50, segment_steps))
+    (whole,), (resumed,) = before.snapshots(), after.snapshots()
+    assert resumed.segment == whole.segment
+    assert whole.segment.num_updates == segment_steps - 1
+    torch.testing.assert_close(resumed.tensors, whole.tensors, rtol=0, atol=0, equal_nan=True)
+    assert not after.take_warnings()
+    before.close(), after.close()
