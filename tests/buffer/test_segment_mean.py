@@ -83,4 +83,5 @@ def test_a_long_segment_goes_on_after_a_restart_bit_for_bit(tmp_path: Path) -> N
     assert whole.segment.num_updates == segment_steps - 1
     torch.testing.assert_close(resumed.tensors, whole.tensors, rtol=0, atol=0, equal_nan=True)
     assert not after.take_warnings()
-    before.close(), after.close()
+    before.close()
+    after.close()

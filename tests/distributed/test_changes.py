@@ -41,7 +41,7 @@ def add_buffer(module: Any) -> None:
 
 
 def prune_body(module: Any) -> None:
-    prune.identity(module.net[0], "weight")
+    prune.l1_unstructured(module.net[0], "weight", 0.5)
 
 
 class Change(pl.Callback):
