@@ -129,8 +129,8 @@ def test_training_goes_on_and_the_next_search_succeeds(
         stages.remove("publishing")  # nothing is held twice
     for result in ranks.run(faults, rank, strategy, stages, "warn", str(tmp_path)):
         assert result == dict.fromkeys(stages, True)
-    # What fails after the rename has been published all the same.
-    late = [stages.index(s) for s in ("restoring", "run report") if s in stages]
+    # What fails after the rename has been published all the same, and what a report cannot show, too.
+    late = [stages.index(s) for s in ("restoring", "report", "run report") if s in stages]
     assert searches(tmp_path, len(stages)) == [[6, 12] if i in late else [12] for i in range(len(stages))]
 
 
