@@ -49,9 +49,10 @@ def check_supported(trainer: Trainer, refine: Refine | None = None) -> None:
         raise UnsupportedError(
             f"the strategy must be one whose tensors can be told apart, got {names[0]}. {WHAT_WORKS}"
         )
-    if strategy.root_device.type not in DEVICES:
+    device = _device_type(strategy)
+    if device is not None and device not in DEVICES:
         raise UnsupportedError(
-            f"the device must be one of {', '.join(DEVICES)}, got {strategy.root_device.type}, whose random state "
+            f"the device must be one of {', '.join(DEVICES)}, got {device}, whose random state "
             "cannot be put back after a search. Train on one of these, or search the checkpoints afterwards with "
             "`ckmerge search`."
         )
@@ -63,6 +64,14 @@ def check_supported(trainer: Trainer, refine: Refine | None = None) -> None:
             f"`search.refine` needs a strategy that holds the model whole and leaves gradients to PyTorch, a single "
             f"device or `ddp`, got {names[0]}. Leave it out."
         )
+
+
+def _device_type(strategy: Any) -> str | None:
+    """Return the kind of device; ``None`` where ranks do not know theirs yet, as in a plan."""
+    if not hasattr(strategy, "parallel_devices"):
+        return str(strategy.root_device.type)
+    devices = strategy.parallel_devices
+    return str(devices[0].type) if devices else None
 
 
 def check_moment(trainer: Trainer) -> None:
