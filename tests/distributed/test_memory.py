@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_module
 
 from benchmarks.multi_gpu_table import table
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback
@@ -36,8 +37,7 @@ def weigh(root: str, strategy: str, devices: int) -> tuple[int, int, str]:
     texts: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    # Lightning's rank-zero messages.
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger = rank_zero_module.log
     logger.addHandler(handler)
     scales = Weigh()
     merge = make_merge(root, every_n_train_steps=None, search_on_train_end=False, buffer=CONFIG)

@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_module
 
 from lightning_ckmerge import SearchConfig
 from lightning_ckmerge.artifact.timeline import read_timeline
@@ -95,7 +96,8 @@ def test_what_is_said_stays_on_the_terminal(bar: str, tmp_path: Path, monkeypatc
     """
     terminal = Terminal()
     monkeypatch.setattr("sys.stdout", terminal)
-    logger = logging.getLogger("lightning.pytorch")
+    # The package that was imported last, lightning.pytorch or pytorch_lightning, has the logger of both.
+    logger = logging.getLogger(rank_zero_module.log.name.partition(".utilities")[0])
     monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(terminal)])
     monkeypatch.setattr(logger, "propagate", False)
     case = Case(
