@@ -21,7 +21,7 @@ from lightning_ckmerge.artifact.files import (
 )
 from lightning_ckmerge.artifact.manifest import Manifest, read_manifest
 from lightning_ckmerge.artifact.notebook import describe, render_card
-from lightning_ckmerge.artifact.runs import find_run
+from lightning_ckmerge.artifact.runs import find_run, is_first, run_of, tell_choice
 from lightning_ckmerge.artifact.standing import read_standing
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.errors import ArtifactError
@@ -54,7 +54,7 @@ class Artifact:
 
         Args:
             path: The artifact's directory, a run's ``best``, or the run's ``dirpath``, which stands for its best; where
-                several runs share it, for that of the run that began last.
+                several runs share it, for that of the run that began last (``dirpath/run=1`` names the first).
             verify: Compare each file's SHA-256. Sizes, names and the manifest's schema are checked in any case.
 
         Raises:
@@ -183,7 +183,8 @@ def load_merged(
     products were merged, LoRA layers get the merge's rank. Nor does an artifact hold sparse and quantised tensors.
 
     Args:
-        source: An artifact, its directory, a run's ``best``, or the run's ``dirpath``, which stands for its best; also
+        source: An artifact, its directory, a run's ``best``, or the run's ``dirpath``, which stands for its best: of
+            several runs in it, for that of the one that began last, and a warning says how to name another. Also
             the directory or the ``.safetensors`` file that ``ckmerge merge`` wrote.
         model: The LightningModule that was trained, or one with the same ``state_dict`` names.
         strict: Refuse missing and unexpected names. Otherwise what fits is loaded, and a warning lists what is not; no
@@ -197,6 +198,8 @@ def load_merged(
     from lightning_ckmerge.core.adapters import fits, give_ranks
 
     artifact = source if isinstance(source, (Artifact, MergedFiles)) else _opened(Path(source), verify)
+    if artifact is not source and (choice := tell_choice(Path(source))):
+        warnings.warn(choice, stacklevel=2)
     if isinstance(artifact, Artifact) and (caveat := artifact.caveat):
         warnings.warn(f"{artifact.path} is not the best of its run. {caveat}", stacklevel=2)
     stored = artifact.tensors()
@@ -264,11 +267,13 @@ def locate(path: Path) -> Path:
     Raises:
         ArtifactError: There is none.
     """
+    # `best` itself does not exist where links are refused.
+    run = run_of(path)
+    if is_first(path.parent) and run == path:
+        path = path.parent.parent / path.name
     if (path / MANIFEST_NAME).is_file():
         return path
-    # `best` itself does not exist where links are refused.
-    is_best = path.name in (BEST_NAME, POINTER_NAME)
-    dirpath = find_run(path.parent if is_best else path)
+    dirpath = find_run(run)
     if target := best_target(dirpath):
         return target
     if records := read_timeline(dirpath):
@@ -276,7 +281,7 @@ def locate(path: Path) -> Path:
         raise ArtifactError(
             f"a run must have an accepted artifact with weights, got {len(records)} searches in {dirpath}: "
             f"{', '.join(f'{count} {status}' for status, count in counts.most_common())}. Name an artifact by its own "
-            "directory, or go on with the latest weights."
+            f"directory, or go on with the latest weights. {tell_choice(path) or ''}".rstrip()
         )
     raise ArtifactError(
         f"an artifact must be a directory with a {MANIFEST_NAME}, got {path}. Name an artifact (`step=...`), a run's "

@@ -1,6 +1,7 @@
 """Whose directory it is: one run's, as its ``run.json`` says, and held by a lock while that run is alive.
 
-The first run in a ``dirpath`` has the directory itself, and a later one a directory below it: ``run=2``, ``run=3``.
+The first run in a ``dirpath`` has the directory itself, and a later one a directory below it: ``run=2``, ``run=3``. The
+path of the first is ``run=1`` to tools, as though it lay below the directory, too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ else:
 
 RUN_NAME = "run.json"
 LOCK_NAME = "run.lock"
+FIRST_RUN = "run=1"
 LATER_RUN = re.compile(r"run=([2-9]|[1-9]\d+)")
 PUBLISHED = (TIMELINE_NAME, BEST_NAME, POINTER_NAME)
 # Runs that are listed where none was named.
@@ -206,9 +208,48 @@ def keep_snapshots(dirpath: Path) -> None:
 
 
 def find_run(dirpath: Path) -> Path:
-    """Return the directory of the run that began, or was resumed, last in a ``dirpath``."""
+    """Return the directory of a run: of several in a ``dirpath``, of the one that began, or was resumed, last."""
+    if is_first(dirpath):
+        return dirpath.parent
     records = [(record.started, path) for path in _runs(dirpath) if (record := read_run(path)) is not None]
     return max(records)[1] if records else dirpath
+
+
+def list_runs(dirpath: Path) -> dict[Path, Path]:
+    """Return what a ``dirpath`` holds, in the order of their numbers: each run's name, a path, and its directory."""
+    if is_first(dirpath):
+        return {dirpath: dirpath.parent}
+    found = [p for p in _runs(dirpath) if (p / RUN_NAME).exists() or (p / TIMELINE_NAME).exists()]
+    return {(dirpath / FIRST_RUN if p == dirpath and len(found) > 1 else p): p for p in found}
+
+
+def tell_choice(path: Path) -> str | None:
+    """Return which of several runs a path stands for, and how to name another; ``None`` where it names one."""
+    dirpath = run_of(path)
+    runs = {run: name for name, run in list_runs(dirpath).items()}
+    if len(runs) < 2:
+        return None
+    newest = find_run(dirpath)
+    other = next(name for run, name in reversed(runs.items()) if run != newest)
+    # The link is an earlier run's until the newest has an accepted merge.
+    linked = path.resolve().parent if dirpath != path and path.is_dir() else newest.resolve()
+    if linked == newest.resolve():
+        return (
+            f"{dirpath} holds {len(runs)} runs, and this is the newest, {runs[newest].name}. Name another by its path, "
+            f"such as {other}."
+        )
+    taken = next((name.name for run, name in runs.items() if run.resolve() == linked), "an earlier run")
+    return f"{path} is of {taken}: the newest run, {runs[newest].name}, has no accepted merge."
+
+
+def run_of(path: Path) -> Path:
+    """Return the directory whose ``best`` a path names, else the path itself."""
+    return path.parent if path.name in (BEST_NAME, POINTER_NAME) else path
+
+
+def is_first(path: Path) -> bool:
+    """Whether a path names the first run of the directory that it seems to lie in."""
+    return path.name == FIRST_RUN and not path.exists()
 
 
 def likely(old: Path, roots: Iterable[Path]) -> Iterator[Path]:
@@ -258,8 +299,8 @@ def _reasons(base: Path, dirpath: Path, home: Path | None, run_id: str | None, *
         yield f"This run goes on in {dirpath}; what it published before, and its snapshots, stay in {home}."
     elif dirpath != base:
         yield (
-            f"{base} holds another run: this one goes to {dirpath}. `load_merged({str(base)!r}, model)` loads the best "
-            "of the run that began last."
+            f"{base} holds another run: this one goes to {dirpath}, and tools take it where they are given {base}. The "
+            f"first run is named {base / FIRST_RUN}; the first accepted merge of this one moves {base / BEST_NAME}."
         )
 
 

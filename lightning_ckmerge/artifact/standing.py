@@ -50,11 +50,11 @@ class Standing:
     def advice(self) -> str:
         """Which weights to use, in a sentence."""
         weights = f"the {'final ' if self.is_final else ''}weights of step {self.step}"
-        merge, monitor = f"`best`, the merge of step {self.best_step}", self.monitor
+        merge, monitor = f"the best merge, of step {self.best_step}", self.monitor
         if self.is_stale:
-            found = f"Use {weights}: their {monitor} is {self.value:.4g}, and {self.best_value:.4g} that of {merge}"
+            found = f"Use {weights}: {monitor} {self.value:.4g}, against {self.best_value:.4g} of {merge}"
         else:
-            found = f"Use {merge}: its {monitor} is {self.best_value:.4g}, and {self.value:.4g} that of {weights}"
+            found = f"Use {merge}: {monitor} {self.best_value:.4g}, against {self.value:.4g} of {weights}"
         return f"{found}, on the same batches{_interval(self.interval)}."
 
 
@@ -82,4 +82,4 @@ def read_standing(dirpath: Path) -> Standing | None:
 
 def _interval(interval: tuple[float, float] | None) -> str:
     """The gain of the best artifact."""
-    return "" if interval is None else f" (gain of `best`, 95 % interval: {interval[0]:.3g} to {interval[1]:.3g})"
+    return "" if interval is None else f" (gain of the merge, 95 % interval: {interval[0]:.3g} to {interval[1]:.3g})"

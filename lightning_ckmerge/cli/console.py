@@ -141,6 +141,18 @@ def interruptible() -> Iterator[None]:
             signal.signal(signal.SIGINT, previous)
 
 
+def tell_choice(path: Path, *, as_json: bool) -> dict[str, str]:
+    """Say which of several runs a path stands for: to people in a line, to programs as the entry that is returned."""
+    from lightning_ckmerge.artifact import runs
+
+    note = runs.tell_choice(path)
+    if note is None:
+        return {}
+    if not as_json:
+        typer.echo(f"note: {note}", err=True)
+    return {"note": note}
+
+
 def fail(message: str, kind: str, *, as_json: bool = False) -> typer.Exit:
     """Print an error in one line, for programs as JSON on standard output too, and return what ends the command."""
     line = " ".join(message.split())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lightning_ckmerge.cli.console import console, print_json, progress
+from lightning_ckmerge.cli.console import console, print_json, progress, tell_choice
 from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out, require_absent
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ def export(
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     require_absent(out)
     opened = open_source(_resolved(source), key)
+    choice = tell_choice(source, as_json=as_json)
     if adapters := _adapters_of(opened):
-        _export_adapters(opened, adapters, out, as_json)
+        _export_adapters(opened, adapters, out, choice, as_json)
         return
     config_dir = _config_directory(opened, config_from)
     found, kept = _find_model(opened, config_dir, _checked_prefix(opened, prefix))
@@ -68,6 +69,7 @@ def export(
                 shutil.copyfile(path, staging / path.name)
     num, left_out = len(weights.specs), len(opened.specs) - len(weights.specs)
     summary = {"out": str(out), "prefix": found, "config_from": str(config_dir), "tensors": num, "left_out": left_out}
+    summary.update(choice)
     if as_json:
         print_json({**summary, "verdict": _verdict(opened), "files": list_files(out)})
         return
@@ -112,7 +114,9 @@ def _adapters_of(source: Source) -> dict[str, Any] | None:
     return read_manifest(source.path).get("adapters") if (source.path / MANIFEST_NAME).is_file() else None
 
 
-def _export_adapters(source: Source, adapters: dict[str, Any], out: Path, as_json: bool) -> None:
+def _export_adapters(
+    source: Source, adapters: dict[str, Any], out: Path, choice: dict[str, str], as_json: bool
+) -> None:
     """Config and names are in the manifest."""
     from lightning_ckmerge.artifact.files import list_files
     from lightning_ckmerge.artifact.hub import write_adapters
@@ -130,20 +134,18 @@ def _export_adapters(source: Source, adapters: dict[str, Any], out: Path, as_jso
         write_adapters(staging, SourceWeights(source), exported, _card(source))
     num_tensors = sum(len(parts["tensors"]) for parts in exported.values())
     if as_json:
-        print_json({"out": str(out), "adapters": list(exported), "tensors": num_tensors, "files": list_files(out)})
+        summary = {"out": str(out), "adapters": list(exported), "tensors": num_tensors, **choice}
+        print_json({**summary, "files": list_files(out)})
     else:
         console().print(f"{out}: {num_tensors} tensors of {', '.join(exported)}, for `PeftModel.from_pretrained`")
 
 
 def _resolved(path: Path) -> Path:
     """A run, or its `best` where links are refused, stands for its best artifact."""
-    from lightning_ckmerge.artifact.files import BEST_NAME, POINTER_NAME
-    from lightning_ckmerge.artifact.load import best_target
-    from lightning_ckmerge.artifact.runs import find_run
+    from lightning_ckmerge.artifact.load import locate
+    from lightning_ckmerge.artifact.runs import is_first, list_runs, run_of
 
-    directory = find_run(path.parent if path.name in (BEST_NAME, POINTER_NAME) else path)
-    target = best_target(directory) if directory.is_dir() else None
-    return target if target is not None else path
+    return locate(path) if list_runs(run_of(path)) or is_first(path.parent) else path
 
 
 def _config_directory(source: Source, given: Path | None) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lightning_ckmerge.cli.console import console, print_json, status_text, table
+from lightning_ckmerge.cli.console import console, print_json, status_text, table, tell_choice
 from lightning_ckmerge.cli.options import ArtifactPath, Json, RunPath
 
 LISTED = ("step", "monitor", "mode", "status", "gain", "interval", "winner", "artifact")
@@ -18,38 +18,27 @@ CANDIDATE_HEADER = ("candidate", "", "search half", "confirmation half", "gain o
 def list_searches(directory: RunPath, as_json: Json = False) -> None:
     """List a run's searches: when, how they ended, what was gained, and what is still there.
 
-    \b
-    Example:
-      ckmerge list runs/gpt/merges
-    """
-    from lightning_ckmerge.artifact.load import best_target
-    from lightning_ckmerge.artifact.runs import find_run
-    from lightning_ckmerge.artifact.standing import read_standing
-    from lightning_ckmerge.report.text import MISSING, count, gain_text, number, seconds
+    Of several runs that share a directory, all are listed. Each is named by its path, the first as `run=1`.
 
-    directory = find_run(directory)
-    searches = _searches(directory)
-    best, standing = best_target(directory), read_standing(directory)
-    advice = standing.advice if best is not None and standing is not None else None
+    \b
+    Examples:
+      ckmerge list runs/gpt/merges
+      ckmerge list runs/gpt/merges/run=1
+    """
+    from lightning_ckmerge.artifact.runs import find_run, list_runs
+
+    newest = find_run(directory)
+    runs = list_runs(directory) or {directory: newest}
+    listed = {run: _listed(name, run) for name, run in runs.items()}
+    if not any(each["searches"] for each in listed.values()):
+        raise _nothing_listed(directory)
     if as_json:
-        found = {"dirpath": str(directory), "best": best.name if best else None, "advice": advice}
-        print_json({**found, "searches": searches})
+        others = [each for run, each in listed.items() if run != newest]
+        print_json({**listed[newest], **({"other_runs": others} if others else {})})
         return
-    rows = [
-        (
-            count(s["step"]),
-            status_text(s["status"]),
-            s["reason"] or gain_text(s["gain"], s["interval"]),
-            number(s["value"]),
-            seconds(s["seconds"]),
-            (s["artifact"] or MISSING) + (" (best)" if best and best.name == s["artifact"] else ""),
-            s["holds"],
-        )
-        for s in searches
-    ]
-    console().print(table(SEARCH_HEADER, rows))
-    if advice is not None:
-        console().print(advice)
+    for run, each in listed.items():
+        title = f"{each['run']}{', the newest run' if run == newest else ''}" if len(listed) > 1 else None
+        _print_searches(each, title)
 
 
 def show(artifact: ArtifactPath, as_json: Json = False) -> None:
@@ -62,15 +51,16 @@ def show(artifact: ArtifactPath, as_json: Json = False) -> None:
     """
     from lightning_ckmerge.artifact.files import MANIFEST_NAME
     from lightning_ckmerge.artifact.load import Artifact
-    from lightning_ckmerge.artifact.runs import help_on
+    from lightning_ckmerge.artifact.runs import find_run, help_on
     from lightning_ckmerge.errors import ArtifactError
     from lightning_ckmerge.report.view import build_view
 
-    if not (artifact / MANIFEST_NAME).is_file() and (hint := help_on(artifact)):
-        raise ArtifactError(f"an artifact must be a directory with a {MANIFEST_NAME}, got {artifact}. {hint}")
+    if not (artifact / MANIFEST_NAME).is_file() and (hint := help_on(find_run(artifact))):
+        raise ArtifactError(f"an artifact must be a directory with a {MANIFEST_NAME}, got {str(artifact)!r}. {hint}")
     opened = Artifact.open(artifact, verify=False)
+    choice = tell_choice(artifact, as_json=as_json)
     if as_json:
-        print_json(opened.manifest)
+        print_json({**opened.manifest, **choice})
         return
     view = build_view(opened.manifest)
     out = console()
@@ -111,11 +101,13 @@ def report(
       ckmerge report runs/gpt/merges/best > merge.md
     """
     from lightning_ckmerge.artifact.files import MANIFEST_NAME
+    from lightning_ckmerge.artifact.runs import is_first, run_of
 
-    is_artifact = (directory / MANIFEST_NAME).is_file()
+    is_artifact = (directory / MANIFEST_NAME).is_file() or run_of(directory) != directory or is_first(directory.parent)
     markdown, page = _search_report(directory) if is_artifact else _run_report(directory)
+    choice = tell_choice(directory, as_json=as_json)
     if as_json:
-        print_json({"html": str(page), "markdown": markdown})
+        print_json({"html": str(page), "markdown": markdown, **choice})
     else:
         _print_markdown(markdown, page)
     if open_page:
@@ -124,30 +116,64 @@ def report(
         webbrowser.open(page.resolve().as_uri())
 
 
-def _searches(directory: Path) -> list[dict[str, Any]]:
-    """Return the timeline's records, each with what is left of its artifact, be it damaged."""
+def _listed(name: Path, directory: Path) -> dict[str, Any]:
+    """Return a run's searches, each with what is left of its artifact, be it damaged."""
+    from lightning_ckmerge.artifact.load import best_target
+    from lightning_ckmerge.artifact.standing import read_standing
+    from lightning_ckmerge.artifact.timeline import read_timeline
+
+    best, standing = best_target(directory), read_standing(directory)
+    searches = [
+        {
+            **{key: record[key] for key in LISTED},
+            "value": record["values"].get(record["winner"]),
+            "seconds": sum(record["cost"]["seconds"].values()),
+            "reason": record.get("reason"),
+            "holds": _holds(directory / record["artifact"]) if record["artifact"] else "nothing",
+        }
+        for record in (read_timeline(directory) if directory.is_dir() else [])
+    ]
+    return {
+        "run": str(name),
+        "dirpath": str(directory),
+        "best": best.name if best else None,
+        "advice": standing.advice if best is not None and standing is not None else None,
+        "searches": searches,
+    }
+
+
+def _print_searches(run: dict[str, Any], title: str | None) -> None:
+    from lightning_ckmerge.report.text import MISSING, count, gain_text, number, seconds
+
+    rows = [
+        (
+            count(s["step"]),
+            status_text(s["status"]),
+            s["reason"] or gain_text(s["gain"], s["interval"]),
+            number(s["value"]),
+            seconds(s["seconds"]),
+            (s["artifact"] or MISSING) + (" (best)" if run["best"] and run["best"] == s["artifact"] else ""),
+            s["holds"],
+        )
+        for s in run["searches"]
+    ]
+    out = console()
+    if title is not None:
+        out.print(title, style="bold")
+    out.print(table(SEARCH_HEADER, rows) if rows else "no search yet\n")
+    if run["advice"] is not None:
+        out.print(run["advice"])
+
+
+def _nothing_listed(directory: Path) -> Exception:
     from lightning_ckmerge.artifact.runs import help_on
-    from lightning_ckmerge.artifact.timeline import TIMELINE_NAME, read_timeline
+    from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
     from lightning_ckmerge.errors import ArtifactError
 
-    timeline = read_timeline(directory) if directory.is_dir() else []
-    if not timeline:
-        raise ArtifactError(
-            f"a run's directory must hold a {TIMELINE_NAME} with a search, got {directory}. "
-            + (help_on(directory) or "Name the callback's `dirpath`; before the first search there is nothing to list.")
-        )
-    searches = []
-    for record in timeline:
-        searches.append(
-            {
-                **{key: record[key] for key in LISTED},
-                "value": record["values"].get(record["winner"]),
-                "seconds": sum(record["cost"]["seconds"].values()),
-                "reason": record.get("reason"),
-                "holds": _holds(directory / record["artifact"]) if record["artifact"] else "nothing",
-            }
-        )
-    return searches
+    return ArtifactError(
+        f"a run's directory must hold a {TIMELINE_NAME} with a search, got {str(directory)!r}. "
+        + (help_on(directory) or "Name the callback's `dirpath`; before the first search there is nothing to list.")
+    )
 
 
 def _holds(path: Path) -> str:

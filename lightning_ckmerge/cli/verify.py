@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lightning_ckmerge.cli.console import FOUND, console, hash_files, print_json, progress, table
+from lightning_ckmerge.cli.console import FOUND, console, hash_files, print_json, progress, table, tell_choice
 from lightning_ckmerge.cli.options import ArtifactPath, Json, Key
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def verify(
     path = locate(artifact).resolve()
     opened = Artifact(path, read_manifest(path))
     files = _check_files(opened)
-    found: dict[str, Any] = {"artifact": str(path), "files": files}
+    found: dict[str, Any] = {"artifact": str(path), "files": files, **tell_choice(artifact, as_json=as_json)}
     is_sound = all(state == "ok" for state in files.values())
     if rebuild and is_sound:
         found["rebuild"] = _rebuild(opened, latest, checkpoints, key)

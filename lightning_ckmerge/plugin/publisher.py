@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_ckmerge.artifact.files import BEST_NAME
 from lightning_ckmerge.artifact.load import Artifact, best_target
 from lightning_ckmerge.artifact.manifest import Manifest, build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore, Extra
@@ -127,11 +126,10 @@ class Publisher:
             on_rank_zero(self._comm, self._store.keep_records)
 
     def whereabouts(self, artifact: Artifact) -> str:
-        """Say where an artifact is, by the name that stays true longest, and what went to make room for it."""
-        is_best = best_target(self._dirpath) == artifact.path
+        """Say where an artifact is, by its own name, since ``best`` moves on, and what went to make room for it."""
         removed = self._store.removed
-        gone = f" `save_top_k` has removed {', '.join(removed)}." if removed else ""
-        return f"{self._dirpath / BEST_NAME if is_best else artifact.path}{gone}"
+        gone = f"; `save_top_k` has removed {', '.join(removed)}" if removed else ""
+        return f"Artifact: {artifact.path}{gone}"
 
     def show_run(self) -> None:
         """Show the run's searches so far. What is published stays so, whatever an older file makes of this."""

@@ -6,9 +6,15 @@ from typing import Any
 
 import pytest
 
+from lightning_ckmerge.artifact.load import load_merged
+from lightning_ckmerge.artifact.manifest import build_manifest
+from lightning_ckmerge.artifact.publish import ArtifactStore
+from lightning_ckmerge.artifact.runs import Claim
+from lightning_ckmerge.artifact.weights import LocalWeights
 from lightning_ckmerge.report.markdown import render_markdown
 from lightning_ckmerge.report.text import ReportPlace
-from tests.artifact.conftest import Publish
+from tests.artifact.conftest import Publish, TiedModel, tensors_of
+from tests.artifact.outcomes import make_outcome
 from tests.cli.commands import ckmerge, ckmerge_json
 
 
@@ -31,6 +37,7 @@ def test_list_tells_each_search_and_what_is_left_of_it(merges: Path) -> None:
     ]
     assert [s["gain"] for s in found["searches"]] == [0.05] * 3
     assert found["searches"][1]["value"] == 1.5
+    assert "other_runs" not in found
     lines = [line.split() for line in ckmerge("list", merges).output.splitlines() if "step=" in line]
     assert [line[0] for line in lines] == ["100", "200", "300"]
     assert "(best)" in lines[1]
@@ -40,6 +47,54 @@ def test_list_sees_removed_and_damaged_artifacts(merges: Path) -> None:
     (merges / "step=000000200" / "manifest.json").write_text("{")
     (merges / "step=000000300").rename(merges / "elsewhere")
     assert [s["holds"] for s in ckmerge_json("list", merges)["searches"]] == ["record", "damaged", "removed"]
+
+
+@pytest.fixture
+def runs(publish: Publish, tmp_path: Path) -> Path:
+    """Two runs in one directory; the second was rejected."""
+    dirpath = tmp_path / "merges"
+    for step, value, status in ((100, 1.5, "accepted"), (7, 1.9, "rejected")):
+        claim = Claim(dirpath)
+        store = ArtifactStore(claim.place.dirpath, mode="min", save_top_k=1, max_shard_size=1 << 30)
+        weights = LocalWeights(tensors_of(TiedModel()))
+        store.publish(build_manifest(make_outcome(step=step, value=value, status=status)), weights)
+        claim.release()
+    return dirpath
+
+
+def test_list_shows_all_runs_of_a_directory_and_marks_the_newest(runs: Path) -> None:
+    found = ckmerge_json("list", runs)
+    (other,) = found["other_runs"]
+    assert [[s["step"] for s in run["searches"]] for run in (found, other)] == [[7], [100]]
+    assert (found["run"], other["run"]) == (str(runs / "run=2"), str(runs / "run=1"))
+    assert (found["best"], other["best"]) == (None, "step=000000100")
+    lines = ckmerge("list", runs).output.splitlines()
+    assert [line for line in lines if "run=" in line] == [str(runs / "run=1"), f"{runs / 'run=2'}, the newest run"]
+    for name, step in (("run=1", 100), ("run=2", 7)):
+        assert [s["step"] for s in ckmerge_json("list", runs / name)["searches"]] == [step]
+        assert "newest" not in ckmerge("list", runs / name).output
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "report"])
+def test_each_run_of_a_directory_can_be_named_and_a_choice_is_told(runs: Path, command: str) -> None:
+    for first in (runs / "run=1", runs / "run=1" / "best", runs / "run=1" / "step=000000100"):
+        result = ckmerge(command, first)
+        assert "step=000000100" in result.output
+        assert "note" not in result.stderr
+    told = ckmerge(command, runs / "best")
+    assert f"note: {runs / 'best'} is of run=1: the newest run, run=2, has no accepted merge." in told.stderr
+    assert "the newest run, run=2" in ckmerge_json(command, runs / "best")["note"]
+    if command == "report":
+        assert f"Name another by its path, such as {runs / 'run=1'}." in ckmerge_json("report", runs)["note"]
+    else:
+        error = ckmerge(command, runs, code=2).stderr
+        assert error.endswith(f"this is the newest, run=2. Name another by its path, such as {runs / 'run=1'}.\n")
+
+
+def test_loading_tells_which_of_several_runs_it_took(runs: Path) -> None:
+    with pytest.warns(UserWarning, match="is of run=1: the newest run, run=2, has no accepted merge"):
+        taken = load_merged(runs / "best", TiedModel())
+    assert taken.path == load_merged(runs / "run=1", TiedModel()).path == runs / "step=000000100"
 
 
 def test_list_of_a_directory_without_searches_says_what_to_name(tmp_path: Path) -> None:

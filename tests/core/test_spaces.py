@@ -282,7 +282,9 @@ def test_a_space_out_of_range_is_refused(make: type[Space], rule: str, value: st
         make()
 
 
-grouped = pytest.mark.parametrize("space", [s for s in SPACES if isinstance(s, Grouped)], ids=lambda s: type(s).__name__)
+grouped = pytest.mark.parametrize(
+    "space", [s for s in SPACES if isinstance(s, Grouped)], ids=lambda s: type(s).__name__
+)
 
 
 @grouped

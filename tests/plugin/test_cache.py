@@ -205,7 +205,9 @@ def test_what_is_one_tensor_stays_one() -> None:
     assert x is not shared
 
 
-@pytest.mark.parametrize("odd", [threading.Lock(), object(), torch.eye(2).to_sparse(), iter([1])], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize(
+    "odd", [threading.Lock(), object(), torch.eye(2).to_sparse(), iter([1])], ids=lambda o: type(o).__name__
+)
 def test_what_may_be_more_than_its_values_is_fetched_anew(odd: Any) -> None:
     loader = Loader({"x": ONE, "odd": odd})
     assert [batches[0]["odd"] for batches, _ in passes(loader)] == [odd] * 3
