@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
@@ -86,31 +86,46 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST_NAME
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text, parse_constant=_refuse_constant)
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"an artifact must hold a readable {MANIFEST_NAME}, got {path}: {error}. Restore it from a copy, or use "
             "another artifact."
         ) from error
-    check_manifest(manifest, str(path))
+    if _fault_in(text) is not None:
+        check_manifest(manifest, str(path))
     return dict(manifest)
+
+
+@lru_cache(maxsize=64)
+def _fault_in(text: str) -> tuple[str, object, str] | None:
+    """Remember what has been checked: a run reads its artifacts' manifests at every search, and checking takes time."""
+    return _find_fault(json.loads(text))
 
 
 def check_manifest(manifest: object, source: str) -> None:
     """Raise ``ArtifactError``, naming ``source`` and the JSON path, unless ``manifest`` follows the schema."""
+    if (fault := _find_fault(manifest)) is not None:
+        path, value, rule = fault
+        raise ArtifactError(
+            f"{source}: `{path}` must follow the manifest's schema, got {_shorten(repr(value))} ({_shorten(rule)}). "
+            "Read it with the version of lightning-ckmerge that its `software` names, and do not edit it by hand."
+        )
+
+
+def _find_fault(manifest: object) -> tuple[str, object, str] | None:
+    """Return the JSON path, the value and the rule of the most telling fault, if there is one."""
     error = best_match(_validator().iter_errors(manifest))
     if error is not None:
-        path, value, rule = error.json_path, error.instance, error.message
-    elif not_finite := _find_not_finite(manifest, "$"):
-        (path, value), rule = not_finite, "JSON has no such number"
-    elif isinstance(manifest, dict) and (uneven := _find_uneven(manifest)):
-        (path, value), rule = uneven, f"one for each of {len(manifest['snapshots'])} snapshots"
-    else:
-        return
-    raise ArtifactError(
-        f"{source}: `{path}` must follow the manifest's schema, got {_shorten(repr(value))} ({_shorten(rule)}). "
-        "Read it with the version of lightning-ckmerge that its `software` names, and do not edit it by hand."
-    )
+        return error.json_path, error.instance, error.message
+    if not_finite := _find_not_finite(manifest, "$"):
+        path, value = not_finite
+        return path, value, "JSON has no such number"
+    if isinstance(manifest, dict) and (uneven := _find_uneven(manifest)):
+        path, value = uneven
+        return path, value, f"one for each of {len(manifest['snapshots'])} snapshots"
+    return None
 
 
 @cache

@@ -136,6 +136,7 @@ class CheckpointMergeCallback(Callback):
         self.apply = apply
         self.on_error = on_error
         self.check_mode = check_mode
+        self._space_name = type(make_space(search.space)).__name__.lower()  # Lightning reads `state_key` at each hook
         self._run: MergeRun | None = None
         self._stay: Stay | None = None
         self._shared_dirpath: Path | None = None
@@ -148,10 +149,9 @@ class CheckpointMergeCallback(Callback):
     @property
     def state_key(self) -> str:
         """Tells several callbacks of one Trainer apart in a checkpoint."""
-        space = type(make_space(self.search.space)).__name__.lower()
         dirpath = None if self.dirpath is None else str(self.dirpath)
         monitor = ",".join(self.monitors)
-        return f"{type(self).__qualname__}{ ({'monitor': monitor, 'space': space, 'dirpath': dirpath})!r}"
+        return f"{type(self).__qualname__}{ ({'monitor': monitor, 'space': self._space_name, 'dirpath': dirpath})!r}"
 
     @property
     def monitors(self) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch.distributed as dist
 from torch.utils.data.dataloader import _BaseDataLoaderIter
@@ -43,8 +45,8 @@ STAGES: dict[str, tuple[Any, str, int]] = {
     "publishing": (ownership, "make_buckets", 3),
     "begin": (Standstill, "begin", 3),
     "reading": (Stoppable, "__iter__", 2),
-    "fetching": (_BaseDataLoaderIter, "__next__", 14),
-    "batch": (evaluation, "_record", 8),
+    "fetching": (_BaseDataLoaderIter, "__next__", 4),
+    "batch": (evaluation, "_record", 4),
     "manifest": (publisher, "build_manifest", 1),
     "gathering": (publisher, "GatheredWeights", 1),
     "weights": (shards.ShardWriter, "_append", 2),
@@ -93,30 +95,31 @@ def merge_for(root: str, on_error: str, **options: Any) -> Any:
     return make_merge(root, artifact=artifact, on_error=on_error, **options)
 
 
-def faults(rank: int, strategy: str, stages: list[str], on_error: str, root: str) -> dict[str, Any]:
-    """Run once a stage: the first search fails, and if training goes on, the second does not."""
-    baseline = fit(strategy, root, None)
-    results: dict[str, Any] = {}
-    for i, stage in enumerate(stages):
-        with Fault(rank, {**STAGES, **FIRST_RANK_STAGES}[stage]) as fault:
-            try:
-                found = fit(strategy, root, merge_for(f"{root}/{i}", on_error))
-                results[stage] = same_trail(found, baseline)
-            except Exception as error:
-                results[stage] = type(error).__name__
-        if fault.is_here and not fault.happened:
-            results[stage] = f"called {fault.count} times only"
-    return results
+class FaultAtEachSearch(pl.Callback):
+    """One stage after another fails, each in the search of its own step."""
+
+    FIRST = 4  # by then the buffer holds what a search needs
+
+    def __init__(self, rank: int, stages: list[str]) -> None:
+        self.faults = [Fault(rank, {**STAGES, **FIRST_RANK_STAGES}[stage]) for stage in stages]
+        self._stack = contextlib.ExitStack()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._stack.close()
+        if 0 <= (i := trainer.global_step + 1 - self.FIRST) < len(self.faults):
+            self._stack.enter_context(self.faults[i])
+
+    def on_train_end(self, *_: Any) -> None:
+        self._stack.close()
 
 
-def searches(root: Path, num_stages: int) -> list[list[int]]:
-    """The steps at which each stage's run published; nothing half-written may be there."""
-    found = []
-    for i in range(num_stages):
-        merges = root / str(i) / "merges"
-        assert not [p for p in merges.rglob("*") if p.name.startswith(".tmp-")]
-        found.append([record["step"] for record in read_timeline(merges)])
-    return found
+def faults_in_one_run(rank: int, strategy: str, stages: list[str], root: str) -> dict[str, Any]:
+    """Search after each step; all but the last search fail, each at a stage of its own."""
+    options: dict[str, Any] = {"max_epochs": 3, "max_steps": FaultAtEachSearch.FIRST + len(stages)}
+    at_each = FaultAtEachSearch(rank, stages)
+    run = fit(strategy, root, merge_for(root, "warn", every_n_train_steps=1), others=[at_each], **options)
+    missed = {s: f.count for s, f in zip(stages, at_each.faults, strict=True) if f.is_here and not f.happened}
+    return {"same": same_trail(run, fit(strategy, root, None, **options)), "called only": missed}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -127,16 +130,31 @@ def test_training_goes_on_and_the_next_search_succeeds(
     stages = [*STAGES, *(FIRST_RANK_STAGES if rank == 0 else ())]
     if strategy == "fsdp2":
         stages.remove("publishing")  # nothing is held twice
-    for result in ranks.run(faults, rank, strategy, stages, "warn", str(tmp_path)):
-        assert result == dict.fromkeys(stages, True)
+    for result in ranks.run(faults_in_one_run, rank, strategy, stages, str(tmp_path)):
+        assert result == {"same": True, "called only": {}}
+    merges = tmp_path / "merges"
+    assert not [p for p in merges.rglob("*") if p.name.startswith(".tmp-")]
     # What fails after the rename has been published all the same, and what a report cannot show, too.
-    late = [stages.index(s) for s in ("restoring", "report", "run report") if s in stages]
-    assert searches(tmp_path, len(stages)) == [[6, 12] if i in late else [12] for i in range(len(stages))]
+    late = [i for i, stage in enumerate(stages) if stage in ("restoring", "report", "run report")]
+    steps = [record["step"] - FaultAtEachSearch.FIRST for record in read_timeline(merges)]
+    assert [i for i in steps if i >= 0] == [*late, len(stages)]
+
+
+def faults(rank: int, stages: list[str], root: str) -> dict[str, str]:
+    """Run once a stage, whose first search raises."""
+    results: dict[str, str] = {}
+    for i, stage in enumerate(stages):
+        try:
+            with Fault(rank, STAGES[stage]):
+                fit("ddp", root, merge_for(f"{root}/{i}", "raise"))
+        except Exception as error:
+            results[stage] = type(error).__name__
+    return results
 
 
 def test_all_ranks_raise(ranks: RankPool, tmp_path: Path) -> None:
     stages = ["snapshots", "later merge", "batch", "weights"]
-    first, second = ranks.run(faults, 1, "ddp", stages, "raise", str(tmp_path))
+    first, second = ranks.run(faults, 1, stages, str(tmp_path))
     assert set(first.values()) == {"PeerError"}
     assert second == {
         "snapshots": "BoomError",
@@ -165,12 +183,12 @@ class FailsInValidation(Classifier):
 
 def in_validation(failing_batch: int, root: str) -> bool:
     model = partial(FailsInValidation, failing_batch)
-    found = fit("ddp", root, merge_for(root, "warn"), model=model, limit_val_batches=8, val_check_interval=1.0)
-    baseline = fit("ddp", root, None, model=model, limit_val_batches=8, val_check_interval=1.0)
+    found = fit("ddp", root, merge_for(root, "warn"), model=model, val_check_interval=1.0)
+    baseline = fit("ddp", root, None, model=model, val_check_interval=1.0)
     return same_trail(found, baseline)
 
 
-@pytest.mark.parametrize("failing_batch", [0, 7])
+@pytest.mark.parametrize("failing_batch", [0, 5])
 def test_a_validation_step_fails(ranks: RankPool, tmp_path: Path, failing_batch: int) -> None:
     assert ranks.run(in_validation, failing_batch, str(tmp_path)) == [True, True]
     assert [r["step"] for r in read_timeline(tmp_path / "merges")] == [12]

@@ -168,7 +168,7 @@ def fit(
         **{**defaults, **options},
     )
     train = DataLoader(points(NUM_TRAIN), batch_size=BATCH, shuffle=True)
-    val = val or DataLoader(points(83), batch_size=BATCH)
+    val = val or DataLoader(points(83), batch_size=2 * BATCH)
     trainer.fit(module, train, val, ckpt_path=ckpt_path)
     return Run(module, trainer, callback)
 
