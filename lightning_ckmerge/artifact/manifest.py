@@ -120,11 +120,9 @@ def _find_fault(manifest: object) -> tuple[str, object, str] | None:
     if error is not None:
         return error.json_path, error.instance, error.message
     if not_finite := _find_not_finite(manifest, "$"):
-        path, value = not_finite
-        return path, value, "JSON has no such number"
+        return *not_finite, "JSON has no such number"
     if isinstance(manifest, dict) and (uneven := _find_uneven(manifest)):
-        path, value = uneven
-        return path, value, f"one for each of {len(manifest['snapshots'])} snapshots"
+        return *uneven, f"one for each of {len(manifest['snapshots'])} snapshots"
     return None
 
 
