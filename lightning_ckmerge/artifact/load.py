@@ -197,9 +197,12 @@ def load_merged(
     # As above: reviewing artifacts needs no torch.
     from lightning_ckmerge.core.adapters import fits, give_ranks
 
-    artifact = source if isinstance(source, (Artifact, MergedFiles)) else _opened(Path(source), verify)
-    if artifact is not source and (choice := tell_choice(Path(source))):
-        warnings.warn(choice, stacklevel=2)
+    if isinstance(source, (Artifact, MergedFiles)):
+        artifact = source
+    else:
+        artifact = _opened(Path(source), verify)
+        if choice := tell_choice(Path(source)):
+            warnings.warn(choice, stacklevel=2)
     if isinstance(artifact, Artifact) and (caveat := artifact.caveat):
         warnings.warn(f"{artifact.path} is not the best of its run. {caveat}", stacklevel=2)
     stored = artifact.tensors()
