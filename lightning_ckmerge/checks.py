@@ -12,8 +12,9 @@ import functools
 import inspect
 import operator
 import os
+import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from numbers import Integral, Real
 from pathlib import Path
@@ -24,7 +25,7 @@ from lightning_ckmerge.errors import ConfigError
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Classes of libraries that a config need not import. They are known by name, their subclasses too.
-FOREIGN = {name: type(name, (), {}) for name in ("BaseSampler", "BaseTerminator", "Space")}
+FOREIGN = {name: type(name, (), {}) for name in ("BaseSampler", "BaseTerminator")}
 NAMES = {
     bool: "true or false",
     int: "a whole number",
@@ -130,6 +131,50 @@ def check(name: str, value: object, hint: Any, default: object = inspect.Paramet
         raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}. Check the spelling.")
     wanted = " or ".join(_described(option) for option in options if option is not type(None))
     raise ConfigError(f"`{name}` must be {wanted}, got {value!r}. {_remedy(value, options, default)}")
+
+
+def parse_size(size: str, name: str = "size") -> int:
+    """Turn ``"5GB"`` into bytes, as Hugging Face does: decimal units, ``GiB`` for binary ones.
+
+    Raises:
+        ConfigError: Not a positive number with a unit.
+
+    >>> parse_size("5GB"), parse_size("1.5 MiB")
+    (5000000000, 1572864)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B\s*", size, flags=re.IGNORECASE)
+    power = "KMGT".index(match[2][0].upper()) + 1 if match and match[2] else 0
+    base = 1024 if match and match[2] and match[2].lower().endswith("i") else 1000
+    num_bytes = int(float(match[1]) * base**power) if match else 0
+    if num_bytes < 1:
+        raise ConfigError(
+            f"`{name}` must be a positive number with a unit, got {size!r}. Write it as '5GB' or '500MB'."
+        )
+    return num_bytes
+
+
+def require_at_least(name: str, value: float | None, low: float, remedy: str) -> None:
+    """Raise ``ConfigError`` unless ``value`` is ``None`` or at least ``low``."""
+    if value is not None and not value >= low:
+        raise ConfigError(f"`{name} >= {low}` must hold, got {value}. {remedy}")
+
+
+def require_positive(name: str, value: float | None, remedy: str) -> None:
+    """Raise ``ConfigError`` unless ``value`` is ``None`` or greater than 0."""
+    if value is not None and not value > 0:
+        raise ConfigError(f"`{name} > 0` must hold, got {value}. {remedy}")
+
+
+def require_fraction(name: str, value: float | None, remedy: str) -> None:
+    """Raise ``ConfigError`` unless ``value`` is ``None`` or in (0, 1]."""
+    if value is not None and not 0 < value <= 1:
+        raise ConfigError(f"`0 < {name} <= 1` must hold, got {value}. {remedy}")
+
+
+def require_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ``ConfigError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}. Check the spelling.")
 
 
 def _fit(name: str, value: Any, option: Any) -> Any:

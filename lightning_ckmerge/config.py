@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
-from lightning_ckmerge.checks import check_fields
+from lightning_ckmerge.checks import check_fields, parse_size, require_at_least, require_fraction, require_positive
+from lightning_ckmerge.core.objectives import Mode
+from lightning_ckmerge.core.spaces import Space, SpaceName
 from lightning_ckmerge.errors import ConfigError
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.terminator import BaseTerminator
 
-    from lightning_ckmerge.core.spaces import Space
-
-Mode = Literal["min", "max"]
 Apply = Literal["emit", "on_train_end"]
 OnError = Literal["warn", "raise"]
-SpaceName = Literal["grouped", "decay", "pairwise", "window", "simplex", "affine", "auto"]
 AnchorName = Literal["uniform", "ema", "wsm-linear", "wsm-minus-sqrt", "best-single", "greedy-soup", "metrics-weighted"]
 DEFAULT_ANCHORS: tuple[AnchorName, ...] = ("ema", "uniform")
 Layout = Literal["geometric", "uniform"]
@@ -67,47 +63,6 @@ class BufferConfig:
         require_at_least("buffer.every_n_train_steps", self.every_n_train_steps, 1, "Leave it out for 1 % of the run.")
         require_at_least("buffer.update_every_n_steps", self.update_every_n_steps, 1, "1 averages every step.")
         parse_size(self.bucket_size, "buffer.bucket_size")
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A metric to search by.
-
-    Args:
-        monitor: Its name, as validation logs it.
-        mode: ``min`` if lower is better, ``max`` if higher is.
-    """
-
-    monitor: str
-    mode: Mode
-
-    @property
-    def sign(self) -> int:
-        """1 if lower values are better, -1 if higher ones are."""
-        return 1 if self.mode == "min" else -1
-
-
-def make_objectives(monitor: str | Sequence[str], mode: Mode | Sequence[Mode]) -> tuple[Objective, ...]:
-    """Return the objectives that ``monitor`` and ``mode`` name; one mode stands for all.
-
-    >>> make_objectives(["val_loss", "val_acc"], ["min", "max"])
-    (Objective(monitor='val_loss', mode='min'), Objective(monitor='val_acc', mode='max'))
-
-    Raises:
-        ConfigError: They do not fit each other.
-    """
-    monitors = [monitor] if isinstance(monitor, str) else list(monitor)
-    modes: list[Mode] = [mode] * len(monitors) if isinstance(mode, str) else list(mode)
-    if not monitors or len(set(monitors)) != len(monitors):
-        raise ConfigError(f"`monitor` must name one metric or several different ones, got {monitor}. Name each once.")
-    if len(modes) != len(monitors):
-        raise ConfigError(
-            f"`mode` must be one for all metrics of `monitor` or one for each, got {len(modes)} for {len(monitors)}. "
-            "Write `monitor: [val_loss, val_acc]` with `mode: [min, max]`."
-        )
-    for each in modes:
-        require_choice("mode", each, get_args(Mode))
-    return tuple(map(Objective, monitors, modes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,47 +216,3 @@ class ArtifactConfig:
                 '`artifact.adapters` "products" gives LoRA layers another rank, which no checkpoint of the module can '
                 f'hold, got `artifact.formats` {", ".join(self.formats)}. Leave "ckpt" out; "hf" holds them.'
             )
-
-
-def parse_size(size: str, name: str = "size") -> int:
-    """Turn ``"5GB"`` into bytes, as Hugging Face does: decimal units, ``GiB`` for binary ones.
-
-    Raises:
-        ConfigError: Not a positive number with a unit.
-
-    >>> parse_size("5GB"), parse_size("1.5 MiB")
-    (5000000000, 1572864)
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B\s*", size, flags=re.IGNORECASE)
-    power = "KMGT".index(match[2][0].upper()) + 1 if match and match[2] else 0
-    base = 1024 if match and match[2] and match[2].lower().endswith("i") else 1000
-    num_bytes = int(float(match[1]) * base**power) if match else 0
-    if num_bytes < 1:
-        raise ConfigError(
-            f"`{name}` must be a positive number with a unit, got {size!r}. Write it as '5GB' or '500MB'."
-        )
-    return num_bytes
-
-
-def require_at_least(name: str, value: float | None, low: float, remedy: str) -> None:
-    """Raise ``ConfigError`` unless ``value`` is ``None`` or at least ``low``."""
-    if value is not None and not value >= low:
-        raise ConfigError(f"`{name} >= {low}` must hold, got {value}. {remedy}")
-
-
-def require_positive(name: str, value: float | None, remedy: str) -> None:
-    """Raise ``ConfigError`` unless ``value`` is ``None`` or greater than 0."""
-    if value is not None and not value > 0:
-        raise ConfigError(f"`{name} > 0` must hold, got {value}. {remedy}")
-
-
-def require_fraction(name: str, value: float | None, remedy: str) -> None:
-    """Raise ``ConfigError`` unless ``value`` is ``None`` or in (0, 1]."""
-    if value is not None and not 0 < value <= 1:
-        raise ConfigError(f"`0 < {name} <= 1` must hold, got {value}. {remedy}")
-
-
-def require_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Raise ``ConfigError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise ConfigError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}. Check the spelling.")

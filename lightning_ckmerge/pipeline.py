@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 from lightning_ckmerge.buffer.merger import Merger
-from lightning_ckmerge.config import AdapterMerge, Mode, Objective, SearchConfig
+from lightning_ckmerge.config import AdapterMerge, SearchConfig
+from lightning_ckmerge.core.objectives import Mode, Objective
 from lightning_ckmerge.core.outcome import Coefficients, Cost, EvaluationRecord, Score, SearchOutcome, Trial
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import ArtifactError, SkipError

@@ -12,16 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckmerge.config import (
-    ArtifactConfig,
-    BufferConfig,
-    Constraint,
-    EvaluationConfig,
-    Objective,
-    SearchConfig,
-    make_objectives,
-    parse_size,
-)
+from lightning_ckmerge.checks import parse_size
+from lightning_ckmerge.config import ArtifactConfig, BufferConfig, Constraint, EvaluationConfig, SearchConfig
+from lightning_ckmerge.core.objectives import Objective, make_objectives
 from lightning_ckmerge.core.spaces import Decay
 from lightning_ckmerge.errors import CkmergeError, ConfigError
 

@@ -16,8 +16,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 ROWS = {
     "errors": 0,
     "checks": 1,
-    "config": 2,
-    "core": 3,
+    "core": 2,
+    "config": 3,
     "search": 4,
     "buffer": 4,
     "distributed": 4,

@@ -29,7 +29,7 @@ from lightning_ckmerge.artifact.runs import LATER_RUN, find_run, is_alive
 from lightning_ckmerge.artifact.standing import STANDING_NAME, Standing, write_standing
 from lightning_ckmerge.artifact.timeline import Validated, append_timeline, timeline_record
 from lightning_ckmerge.artifact.weights import Weights, write_weights
-from lightning_ckmerge.config import Mode
+from lightning_ckmerge.core.objectives import Mode
 from lightning_ckmerge.distributed.comm import Alone, Comm, on_rank_zero
 from lightning_ckmerge.errors import ArtifactError, PeerError
 

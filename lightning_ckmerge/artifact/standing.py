@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lightning_ckmerge.artifact.files import replace_json
-from lightning_ckmerge.config import Mode
+from lightning_ckmerge.core.objectives import Mode
 
 STANDING_NAME = "standing.json"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckmerge.artifact.manifest import Manifest
-from lightning_ckmerge.config import Mode
+from lightning_ckmerge.core.objectives import Mode
 from lightning_ckmerge.errors import ArtifactError
 
 TIMELINE_NAME = "timeline.jsonl"

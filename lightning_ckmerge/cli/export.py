@@ -50,7 +50,7 @@ def export(
     from lightning_ckmerge.artifact.hub import HubWeights, side_files, write_hub
     from lightning_ckmerge.artifact.offline import new_directory
     from lightning_ckmerge.artifact.sources import SourceWeights, open_source
-    from lightning_ckmerge.config import parse_size
+    from lightning_ckmerge.checks import parse_size
 
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     require_absent(out)

@@ -55,7 +55,7 @@ def merge(
     """
     from lightning_ckmerge.artifact.offline import MergedWeights, build_recipe
     from lightning_ckmerge.artifact.sources import open_sources
-    from lightning_ckmerge.config import parse_size
+    from lightning_ckmerge.checks import parse_size
 
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     require_absent(out)

@@ -173,7 +173,7 @@ def _monitoring(callback: CheckpointMergeCallback, monitor: str | None, mode: st
     """Return the callback with the metric and the mode that the command line names."""
     import copy
 
-    from lightning_ckmerge.config import make_objectives
+    from lightning_ckmerge.core.objectives import make_objectives
 
     modes = [callback.mode, *(o.mode for o in callback.others)]
     if monitor is not None:

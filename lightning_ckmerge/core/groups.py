@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-from lightning_ckmerge.config import require_choice
+from lightning_ckmerge.checks import require_choice
 from lightning_ckmerge.errors import ConfigError
 
 GroupRule = Literal["kind", "depth"]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lightning_ckmerge.config import Mode
+from lightning_ckmerge.core.objectives import Mode
 
 # K numbers that sum to 1, for all tensors or for each group of them.
 Coefficients = Sequence[float] | Mapping[str, Sequence[float]]

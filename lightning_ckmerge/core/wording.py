@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lightning_ckmerge.config import Mode
+from lightning_ckmerge.core.objectives import Mode
 
 # From here on Python's own exponents read better.
 SMALLEST, LARGEST = 1e-4, 1e7

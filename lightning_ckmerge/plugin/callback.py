@@ -12,20 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact, best_target
 from lightning_ckmerge.artifact.runs import keep_snapshots
-from lightning_ckmerge.checks import checked
-from lightning_ckmerge.config import (
-    Apply,
-    ArtifactConfig,
-    BufferConfig,
-    EvaluationConfig,
-    Mode,
-    Objective,
-    OnError,
-    SearchConfig,
-    make_objectives,
-    require_at_least,
-)
-from lightning_ckmerge.core.directions import require_modes
+from lightning_ckmerge.checks import checked, require_at_least
+from lightning_ckmerge.config import Apply, ArtifactConfig, BufferConfig, EvaluationConfig, OnError, SearchConfig
+from lightning_ckmerge.core.objectives import Mode, Objective, make_objectives, require_modes
 from lightning_ckmerge.core.spaces import make_space
 from lightning_ckmerge.errors import CkmergeError, ConfigError
 from lightning_ckmerge.plugin.evaluation import directions, logged_names

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
-from lightning_ckmerge.config import parse_size
+from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
 from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 from lightning_ckmerge.plugin.cli_config import Configured

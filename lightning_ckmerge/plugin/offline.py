@@ -26,8 +26,9 @@ from lightning_ckmerge.artifact.offline import listed
 from lightning_ckmerge.artifact.runs import Place
 from lightning_ckmerge.artifact.sources import Source, run_sources
 from lightning_ckmerge.buffer.rolling import Snapshot
-from lightning_ckmerge.config import ArtifactConfig, BufferConfig, EvaluationConfig, Mode, SearchConfig
+from lightning_ckmerge.config import ArtifactConfig, BufferConfig, EvaluationConfig, SearchConfig
 from lightning_ckmerge.core.layout import as_real
+from lightning_ckmerge.core.objectives import Mode
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.errors import ArtifactError, ConfigError
 from lightning_ckmerge.pipeline import Bench, SearchJob, join_search

@@ -16,7 +16,8 @@ from torch import nn
 from lightning_ckmerge.artifact.hub import HubWeights, write_adapters, write_hub
 from lightning_ckmerge.artifact.manifest import Manifest
 from lightning_ckmerge.artifact.weights import Weights
-from lightning_ckmerge.config import ArtifactConfig, parse_size
+from lightning_ckmerge.checks import parse_size
+from lightning_ckmerge.config import ArtifactConfig
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.flat_shards import clean_name
 from lightning_ckmerge.errors import ConfigError

@@ -17,7 +17,7 @@ from lightning_ckmerge.artifact.publish import ArtifactStore, Extra
 from lightning_ckmerge.artifact.runs import Place
 from lightning_ckmerge.artifact.standing import Standing, read_standing, write_standing
 from lightning_ckmerge.artifact.timeline import Validated, skip_record
-from lightning_ckmerge.config import parse_size
+from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.distributed.gather import GatheredWeights

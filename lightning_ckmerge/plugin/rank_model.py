@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.buffer.merger import Merger
-from lightning_ckmerge.config import ArtifactConfig, SpaceName
+from lightning_ckmerge.config import ArtifactConfig
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import Coefficients
-from lightning_ckmerge.core.spaces import Space, make_space
+from lightning_ckmerge.core.spaces import Space, SpaceName, make_space
 from lightning_ckmerge.distributed.comm import connect, together
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.distributed.scatter import scatter

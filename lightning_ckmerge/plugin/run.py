@@ -16,7 +16,7 @@ from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.runs import Place, keep_snapshots
 from lightning_ckmerge.artifact.standing import Standing
 from lightning_ckmerge.buffer.rolling import Snapshot
-from lightning_ckmerge.config import parse_size
+from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.core.outcome import Score, SearchOutcome
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.errors import SkipError, TraceError, explain

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from lightning_ckmerge.config import require_at_least
+from lightning_ckmerge.checks import require_at_least
 from lightning_ckmerge.errors import ConfigError
 
 # With no trigger given: after each quarter of the run; the last one is the search at its end.

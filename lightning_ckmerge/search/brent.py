@@ -16,8 +16,7 @@ from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_ckmerge.checks import checked
-from lightning_ckmerge.config import require_fraction
+from lightning_ckmerge.checks import checked, require_fraction
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search.study import require_one_objective
 

@@ -11,8 +11,7 @@ from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_ckmerge.checks import checked
-from lightning_ckmerge.config import require_at_least, require_positive
+from lightning_ckmerge.checks import checked, require_at_least, require_positive
 from lightning_ckmerge.search.gaussian_process import Acquisition, GaussianProcess
 from lightning_ckmerge.search.study import require_one_objective
 

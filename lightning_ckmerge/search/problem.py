@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, Constraint, Mode, Objective
+from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, Constraint
+from lightning_ckmerge.core.objectives import Mode, Objective
 from lightning_ckmerge.core.outcome import Coefficients, Score
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space

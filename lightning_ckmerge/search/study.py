@@ -27,7 +27,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
-from lightning_ckmerge.config import Mode, Objective
+from lightning_ckmerge.core.objectives import Mode, Objective
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
 from lightning_ckmerge.errors import ConfigError, SearchError

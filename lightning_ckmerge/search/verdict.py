@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lightning_ckmerge.config import Mode, Objective
+from lightning_ckmerge.core.objectives import Mode, Objective
 from lightning_ckmerge.core.outcome import Gain, Status, Trial, Verdict
 from lightning_ckmerge.search.interval import score_gain
 from lightning_ckmerge.search.sentence import verdict_told

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from lightning_ckmerge.config import Mode
+from lightning_ckmerge.core.objectives import Mode
 from lightning_ckmerge.core.outcome import (
     Candidate,
     Cost,

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lightning_ckmerge.config import SpaceName
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import (
     Affine,
@@ -25,6 +24,7 @@ from lightning_ckmerge.core.spaces import (
     Pairwise,
     Simplex,
     Space,
+    SpaceName,
     Window,
     exponential_kernel,
     kernel,

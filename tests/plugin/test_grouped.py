@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ckmerge import Artifact, BufferConfig, CheckpointMergeCallback, SearchConfig
 from lightning_ckmerge.artifact.rebuild import rebuild
-from lightning_ckmerge.config import SpaceName
-from lightning_ckmerge.core.spaces import Grouped, Space
+from lightning_ckmerge.core.spaces import Grouped, Space, SpaceName
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
 from tests.plugin.models import Noisy

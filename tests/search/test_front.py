@@ -11,7 +11,7 @@ import optuna
 import pytest
 from optuna.samplers import RandomSampler
 
-from lightning_ckmerge.config import Objective
+from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Score, Trial
 from lightning_ckmerge.core.spaces import Decay
 from lightning_ckmerge.errors import SearchError

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_ckmerge.config import Objective
+from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Candidate, Score, Trial, Verdict
 from lightning_ckmerge.search.interval import MIN_CONFIRM_BATCHES, serial_inflation
 from lightning_ckmerge.search.slope import Progress

@@ -1,6 +1,7 @@
 """Spaces: families of coefficients, and the coordinates that describe them."""
 
-from lightning_ckmerge.config import SpaceName
+from typing import Literal
+
 from lightning_ckmerge.core.spaces.auto import Auto
 from lightning_ckmerge.core.spaces.base import Coordinates, Interval, Space, near
 from lightning_ckmerge.core.spaces.decay import Decay
@@ -16,6 +17,8 @@ from lightning_ckmerge.core.spaces.kernels import (
 from lightning_ckmerge.core.spaces.mixtures import Affine, Simplex
 from lightning_ckmerge.core.spaces.windows import Pairwise, Window
 
+SpaceName = Literal["grouped", "decay", "pairwise", "window", "simplex", "affine", "auto"]
+
 __all__ = [
     "Affine",
     "Auto",
@@ -27,6 +30,7 @@ __all__ = [
     "Pairwise",
     "Simplex",
     "Space",
+    "SpaceName",
     "Window",
     "exponential_kernel",
     "kernel",

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from lightning_ckmerge.checks import checked
-from lightning_ckmerge.config import require_at_least, require_choice
+from lightning_ckmerge.checks import checked, require_at_least, require_choice
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces.base import Coordinates, Interval, Space, near
 from lightning_ckmerge.core.spaces.kernels import KernelName, kernel

@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-from lightning_ckmerge.checks import checked
-from lightning_ckmerge.config import require_positive
+from lightning_ckmerge.checks import checked, require_positive
 from lightning_ckmerge.core.groups import GroupRule, assign_groups, check_patterns
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces.base import Coordinates, Interval, Space

@@ -6,7 +6,7 @@ import pytest
 
 from lightning_ckmerge import CheckpointMergeCallback
 from lightning_ckmerge.config import Constraint, SearchConfig
-from lightning_ckmerge.core.directions import mode_by_name
+from lightning_ckmerge.core.objectives import mode_by_name
 from lightning_ckmerge.errors import ConfigError
 
 HIGHER = (

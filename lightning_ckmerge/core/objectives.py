@@ -1,18 +1,21 @@
-"""Whether lower or higher values of a metric are better, by its name or by torchmetrics; to refuse a wrong ``mode``.
+"""The metrics of a search, and the direction in which each is better.
 
-Nothing is inferred from this: where it speaks against the ``mode`` that was given, that is an error with a remedy.
+A metric's name, and torchmetrics, may tell the direction. It is never inferred from them: where they contradict the
+``mode`` that was given, that is an error with a remedy.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
-from lightning_ckmerge.config import Mode
+from lightning_ckmerge.checks import require_choice
 from lightning_ckmerge.errors import ConfigError
 
+Mode = Literal["min", "max"]
 HIGHER = """
 acc accs accuracy accuracies auc auroc auprc aupr ap map mar iou miou jaccard dice f1 f1score fbeta fscore
 precision recall sensitivity specificity tpr tnr mcc kappa ndcg mrr hits bleu sacrebleu rouge meteor chrf cider
@@ -30,6 +33,47 @@ reduction decrease increase attack
 """
 STAGE = re.compile(r"^(?:validation|valid|val|train|test|eval|dev)(?=.)")
 PIECE = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A metric to search by.
+
+    Args:
+        monitor: Its name, as validation logs it.
+        mode: ``min`` if lower is better, ``max`` if higher is.
+    """
+
+    monitor: str
+    mode: Mode
+
+    @property
+    def sign(self) -> int:
+        """1 if lower values are better, -1 if higher ones are."""
+        return 1 if self.mode == "min" else -1
+
+
+def make_objectives(monitor: str | Sequence[str], mode: Mode | Sequence[Mode]) -> tuple[Objective, ...]:
+    """Return the objectives that ``monitor`` and ``mode`` name; one mode stands for all.
+
+    >>> make_objectives(["val_loss", "val_acc"], ["min", "max"])
+    (Objective(monitor='val_loss', mode='min'), Objective(monitor='val_acc', mode='max'))
+
+    Raises:
+        ConfigError: They do not fit each other.
+    """
+    monitors = [monitor] if isinstance(monitor, str) else list(monitor)
+    modes: list[Mode] = [mode] * len(monitors) if isinstance(mode, str) else list(mode)
+    if not monitors or len(set(monitors)) != len(monitors):
+        raise ConfigError(f"`monitor` must name one metric or several different ones, got {monitor}. Name each once.")
+    if len(modes) != len(monitors):
+        raise ConfigError(
+            f"`mode` must be one for all metrics of `monitor` or one for each, got {len(modes)} for {len(monitors)}. "
+            "Write `monitor: [val_loss, val_acc]` with `mode: [min, max]`."
+        )
+    for each in modes:
+        require_choice("mode", each, get_args(Mode))
+    return tuple(map(Objective, monitors, modes))
 
 
 class Monitored(Protocol):
