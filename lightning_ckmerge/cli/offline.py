@@ -151,13 +151,23 @@ def _build(
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the config must be YAML, got {error} in {path}.") from error
-    if not isinstance(config, dict):
+    except OSError as error:
+        reason = error.strerror or error
         raise ConfigError(
-            f"the config must be a mapping, got {type(config).__name__} in {path}. Name a config of `fit`."
-        )
+            f"the config must be a file that can be read, got {path}: {reason}. Check the path."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config must be YAML, got {_yaml_fault(error)} in {path}. Correct it there.") from error
+    if not isinstance(config, dict):
+        found = "nothing" if config is None else type(config).__name__
+        raise ConfigError(f"the config must be a mapping, got {found} in {path}. Name a config of `fit`.")
     return build(config, model_class=model_class, data_class=data_class, trainer=trainer)
+
+
+def _yaml_fault(error: Exception) -> str:
+    """Say what is no YAML, and where, in few words."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    return str(error) if mark is None or problem is None else f"{problem} in line {mark.line + 1}"
 
 
 def _callbacks(configured: Configured, config: Path) -> list[CheckpointMergeCallback]:

@@ -22,6 +22,7 @@ PARSER_KEY = re.compile(r'^Parser key "([^"]+)":$')
 UNTELLING = re.compile(
     r"(- )?(Parser key .*|Does not validate .*|Subtypes: .*|Errors:|Given value type: .*|.*'NoneType'>)$"
 )
+MISSING_CLASS = re.compile(r"No module named|has no attribute|arguments are required|cannot import")
 MAX_TOLD = 160
 
 
@@ -77,11 +78,10 @@ def build(
     except (SystemExit, Exception) as error:  # the first is how some parsers refuse
         if (own := _own_error(error)) is not None:
             raise ConfigError(str(own)) from error
-        raise ConfigError(
-            f"the config must be one that `fit` runs with, got {type(error).__name__}: {essence(str(error))}. Run from "
-            "the directory where training was started, or name classes that the config leaves out with --model-class "
-            "and --data-class."
-        ) from error
+        # The name of the parser's own class tells nobody anything.
+        kind = "" if type(error).__name__ == "ArgumentError" else f"{type(error).__name__}: "
+        told = essence(str(error))
+        raise ConfigError(f"the config must be one that `fit` runs with, got {kind}{told}. {_remedy(told)}") from error
     callbacks: list[Callback] = getattr(cli.trainer, "callbacks")  # noqa: B009 - set where mypy cannot see it
     return Configured(
         trainer=cli.trainer,
@@ -107,6 +107,15 @@ def _own_error(error: BaseException) -> CkmergeError | None:
     while innermost is not None and not isinstance(innermost, CkmergeError):
         innermost = innermost.__cause__ or innermost.__context__
     return innermost
+
+
+def _remedy(told: str) -> str:
+    if MISSING_CLASS.search(told):
+        return (
+            "Run from the directory where training was started, or name classes that the config leaves out with "
+            "--model-class and --data-class."
+        )
+    return "Correct that entry of the config."
 
 
 def essence(text: str) -> str:

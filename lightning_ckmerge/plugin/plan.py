@@ -16,6 +16,7 @@ from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.groups import describe_groups
 from lightning_ckmerge.core.layout import TensorLayout
+from lightning_ckmerge.plugin.clock import MIN_TRAINING_S
 from lightning_ckmerge.plugin.loaders import Split, limited
 from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.restore.standstill import MAX_COPIED_BYTES
@@ -24,6 +25,7 @@ from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
 from lightning_ckmerge.report.text import MISSING, count, size
 from lightning_ckmerge.search.anchors import most_anchors
 from lightning_ckmerge.search.engine import MAX_SHOWN, most_confirmed
+from lightning_ckmerge.search.interval import MIN_CONFIRM_BATCHES
 from lightning_ckmerge.search.refine import MAX_EVALUATIONS
 
 if TYPE_CHECKING:
@@ -331,11 +333,16 @@ def _warnings(plan: Plan, callback: CheckpointMergeCallback) -> list[str]:
     if plan.share is not None and plan.cap is not None and plan.share > plan.cap:
         found.append(
             f"A full search would take about {100 * plan.share:.3g} % of the training before it, but "
-            f"`search.max_fraction_of_training` allows {100 * plan.cap:g} %: it will stop early. Set "
-            "`evaluation.limit_batches`, search less often, or allow more."
+            f"`search.max_fraction_of_training` allows {100 * plan.cap:g} %, or {_least(plan.cap)} in a short run: it will "
+            "stop early. Set `evaluation.limit_batches`, search less often, or allow more."
         )
     if plan.confirm_batches == 0:
         found.append("One validation batch cannot be split: nothing could be confirmed. Use more or smaller batches.")
+    elif plan.confirm_batches is not None and plan.confirm_batches < MIN_CONFIRM_BATCHES:
+        found.append(
+            f"A verdict needs {MIN_CONFIRM_BATCHES} batches or more, and {plan.confirm_batches} are kept for it: every "
+            "gain will be `unconfirmed`. Use more or smaller batches."
+        )
     if callback.save_top_k == -1:
         found.append("`save_top_k` is -1: all artifacts are kept, of which the plan counts one.")
     return found
@@ -364,6 +371,15 @@ def _free(plan: Plan) -> str:
 
 
 def _share(plan: Plan) -> str:
-    limit = "" if plan.cap is None else f"; all searches may take {100 * plan.cap:g} % of the training time"
+    limit = (
+        ""
+        if plan.cap is None
+        else f"; all searches may take {100 * plan.cap:g} % of the training time, or {_least(plan.cap)}"
+    )
     share = MISSING if plan.share is None else f"an expected {100 * plan.share:.3g} %"
     return f"{share} of the training between two searches{limit}"
+
+
+def _least(cap: float) -> str:
+    """What all searches may take of a run, however short it is."""
+    return f"{cap * MIN_TRAINING_S:.3g} s"

@@ -101,10 +101,34 @@ def test_a_config_without_the_callback_is_planned_with_its_defaults(tmp_path: Pa
     assert "no CheckpointMergeCallback" in ckmerge("plan", path).stderr
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "must be YAML"), ("- a", "must be a mapping, got list")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "must be YAML, got expected the node content, but found '<stream end>' in line 1 in "),
+        ("- a", "must be a mapping, got list"),
+        ("", "must be a mapping, got nothing"),
+    ],
+)
 def test_what_is_no_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "run.yaml").write_text(text)
     assert message in ckmerge("plan", tmp_path / "run.yaml", code=2).stderr
+
+
+@pytest.mark.parametrize("command", [["plan"], ["search", "--checkpoints", "c", "--out", "o", "--config"]])
+@pytest.mark.parametrize(("name", "why"), [("nope.yaml", "No such file or directory"), (".", "Is a directory")])
+def test_a_config_that_cannot_be_read_is_an_error_with_its_remedy(
+    tmp_path: Path, command: list[str], name: str, why: str
+) -> None:
+    error = ckmerge(*command, tmp_path / name, code=2).stderr
+    assert error == (
+        f"error: the config must be a file that can be read, got {tmp_path / name}: {why}. Check the path.\n"
+    )
+
+
+@pytest.mark.parametrize(("num", "is_told"), [(2, True), (9, True), (10, False), (None, False)])
+def test_too_few_batches_for_a_verdict_are_foretold(tmp_path: Path, num: int | None, is_told: bool) -> None:
+    found = plan_of(write_config(tmp_path, evaluation={"limit_batches": num}))["warnings"]
+    assert any("A verdict needs 5 batches" in w for w in found) is is_told
 
 
 def test_a_config_is_imported_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,12 +145,19 @@ def test_a_config_is_imported_from_the_working_directory(tmp_path: Path, monkeyp
     [
         (
             {"moniter": "val_loss"},
-            "got ArgumentError: lightning_ckmerge.CheckpointMergeCallback: Option 'moniter' is not",
+            "`fit` runs with, got lightning_ckmerge.CheckpointMergeCallback: Option 'moniter' is not",
         ),
-        ({"search": {"n_trials": "ten"}}, "search.n_trials: Expected a <class 'int'>. Got value: ten. Run from"),
-        ({"every_n_train_steps": 2.5}, "every_n_train_steps: Expected a <class 'int'>; Given value: 2.5. Run from"),
+        (
+            {"search": {"n_trials": "ten"}},
+            "search.n_trials: Expected a <class 'int'>. Got value: ten. Correct that entry",
+        ),
+        (
+            {"every_n_train_steps": 2.5},
+            "every_n_train_steps: Expected a <class 'int'>; Given value: 2.5. Correct that entry",
+        ),
         ({"search": {"n_trials": 0}}, "error: `search.n_trials >= 1` must hold, got 0. The default is 16."),
-        ({"trainer": {"max_stepz": 1}}, "Group 'trainer' does not accept option 'max_stepz'. Run from"),
+        ({"data": "NoData"}, "module 'tests.cli.runs' has no attribute 'NoData'. Run from the directory where"),
+        ({"trainer": {"max_stepz": 1}}, "Group 'trainer' does not accept option 'max_stepz'. Correct that entry"),
     ],
 )
 def test_of_a_parsers_long_account_the_line_that_matters_is_shown(
