@@ -27,6 +27,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.errors import SearchError, SkipError
 from lightning_ckmerge.plugin.evaluation import lightning_package
+from lightning_ckmerge.plugin.progress import say
 
 T = TypeVar("T")
 Handler = Callable[[int, Any], Any]
@@ -184,10 +185,11 @@ class Interruptions:
     def _warn_once(self) -> None:
         if not self._has_warned:
             self._has_warned = True
-            rank_zero_warn(
+            told = (
                 "Validation hooks save a checkpoint, and a merge search runs them with candidates in place of the "
                 "run's own weights: such checkpoints are left out. Those of the run's own validation are not."
             )
+            say(self._trainer, told, rank_zero_warn)
 
     def _watching_stops(self, trainer_class: type) -> type:
         def set_should_stop(trainer: Any, value: bool) -> None:

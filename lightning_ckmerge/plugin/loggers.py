@@ -13,6 +13,7 @@ from lightning_ckmerge.artifact.files import WEIGHTS_NAME
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.plugin.evaluation import uploads_checkpoints
+from lightning_ckmerge.plugin.progress import say
 from lightning_ckmerge.report.figure import draw_search
 
 KEY = "merge/search"
@@ -50,10 +51,11 @@ class Announcer:
         if id(logger) in self._warned:
             return
         self._warned.add(id(logger))
-        rank_zero_warn(
+        told = (
             f"{type(logger).__name__} could not log a merge search: {type(error).__name__}: {error}. The search itself "
             "is published; this is said once."
         )
+        say(self._trainer, told, rank_zero_warn)
 
 
 def scalars(outcome: SearchOutcome, searched_s: float) -> dict[str, float]:

@@ -331,10 +331,11 @@ def _count_batches(plan: Plan, callback: CheckpointMergeCallback, known: Known) 
 def _warnings(plan: Plan, callback: CheckpointMergeCallback) -> list[str]:
     found = []
     if plan.share is not None and plan.cap is not None and plan.share > plan.cap:
+        allowed = f"{100 * plan.cap:g} %, or {_least(plan.cap)} in a short run"
         found.append(
             f"A full search would take about {100 * plan.share:.3g} % of the training before it, but "
-            f"`search.max_fraction_of_training` allows {100 * plan.cap:g} %, or {_least(plan.cap)} in a short run: it will "
-            "stop early. Set `evaluation.limit_batches`, search less often, or allow more."
+            f"`search.max_fraction_of_training` allows {allowed}: it will stop early. Set `evaluation.limit_batches`, "
+            "search less often, or allow more."
         )
     if plan.confirm_batches == 0:
         found.append("One validation batch cannot be split: nothing could be confirmed. Use more or smaller batches.")

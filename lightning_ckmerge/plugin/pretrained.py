@@ -21,7 +21,7 @@ from lightning_ckmerge.config import ArtifactConfig
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.flat_shards import clean_name
 from lightning_ckmerge.errors import ConfigError
-from lightning_ckmerge.plugin.decoration import harmless
+from lightning_ckmerge.plugin.progress import harmless
 from lightning_ckmerge.report.card import render_card
 
 DIRECTORY_NAME = "hf"

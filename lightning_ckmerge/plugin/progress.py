@@ -1,4 +1,7 @@
-"""What people see while a run goes on: lines that no progress bar overwrites, and a search on the Trainer's own bar."""
+"""What people see while a run goes on: lines that no progress bar overwrites, and a search on the Trainer's own bar.
+
+What is shown of a search must not cost the search: reports, charts, loggers and progress bars may fail.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from typing import Any, Protocol
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ckmerge.core.outcome import Trial
-from lightning_ckmerge.plugin.decoration import harmless
+from lightning_ckmerge.errors import explain
 
 
 class OnScored(Protocol):
@@ -32,11 +35,30 @@ def say(trainer: Trainer, text: str, tell: Callable[[str], None] = rank_zero_inf
     bar: Any = trainer.progress_bar_callback
     with contextlib.ExitStack() as stack:
         if getattr(bar, "is_enabled", False) and trainer.is_global_zero:
-            if hasattr(bar, "init_validation_tqdm"):
-                stack.enter_context(Tqdm.external_write_mode())
-            elif (live := getattr(getattr(bar, "progress", None), "live", None)) is not None:
-                stack.enter_context(_without_live(bar.progress, live))
+            with contextlib.suppress(Exception):  # a bar that fails to make room keeps nobody from being told
+                if hasattr(bar, "init_validation_tqdm"):
+                    stack.enter_context(Tqdm.external_write_mode())
+                elif (live := getattr(getattr(bar, "progress", None), "live", None)) is not None:
+                    stack.enter_context(_without_live(bar.progress, live))
         tell(text)
+
+
+@contextlib.contextmanager
+def harmless(what: str, trainer: Trainer | None = None) -> Iterator[None]:
+    """Turn an error within into one warning.
+
+    Args:
+        what: Begins the warning, such as ``"The run's report"``.
+        trainer: Its bar makes room; ``None``: the warning needs none, or the bar is what failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        text = f"{what} failed: {explain(error)}. The search and its artifact are not touched by this."
+        if trainer is None:
+            rank_zero_warn(text)
+        else:
+            say(trainer, text, rank_zero_warn)
 
 
 @contextlib.contextmanager

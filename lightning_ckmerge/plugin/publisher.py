@@ -23,10 +23,9 @@ from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.distributed.gather import GatheredWeights
 from lightning_ckmerge.errors import CkmergeError
 from lightning_ckmerge.pipeline import SearchJob
-from lightning_ckmerge.plugin.decoration import harmless
 from lightning_ckmerge.plugin.evaluation import dump_weights, write_checkpoint
 from lightning_ckmerge.plugin.pretrained import Pretrained
-from lightning_ckmerge.plugin.progress import say
+from lightning_ckmerge.plugin.progress import harmless, say
 from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.reports import summarize_run, write_run_report, write_search_report
 from lightning_ckmerge.report.text import ReportPlace
@@ -134,13 +133,13 @@ class Publisher:
     def show_run(self) -> None:
         """Show the run's searches so far. What is published stays so, whatever an older file makes of this."""
         if self._comm.rank == 0:
-            with harmless("The run's report"):
+            with harmless("The run's report", self._trainer):
                 write_run_report(self._dirpath)
 
     def record_skip(self, step: int, reason: str, seconds: float) -> None:
         """Enter a search that did not take place, or was given up, into the run's history."""
         if self._comm.rank == 0:
-            with harmless("The record of a skipped search"):
+            with harmless("The record of a skipped search", self._trainer):
                 record = skip_record(step, self._monitor, self._store.mode, reason, seconds)
                 self._store.append_skip({**record, "run_id": self._run_id})
                 write_run_report(self._dirpath)
@@ -148,7 +147,7 @@ class Publisher:
     def sum_up(self) -> None:
         """Say what the run's searches found."""
         if self._comm.rank == 0:
-            with harmless("The summary of the run's searches"):
+            with harmless("The summary of the run's searches", self._trainer):
                 if text := summarize_run(self._dirpath):
                     say(self._trainer, text)
 
@@ -197,7 +196,7 @@ class Publisher:
 
     def _write_report(self, path: Path, manifest: dict[str, Any]) -> None:
         if self._comm.rank == 0:
-            with harmless("The search's report"):
+            with harmless("The search's report", self._trainer):
                 write_search_report(path, manifest, self._lies(path, manifest))
 
     def _lies(self, path: Path, manifest: Manifest) -> ReportPlace:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ckmerge.artifact.runs import Place
 from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
@@ -32,6 +31,7 @@ class RankBuffer:
         place: Where artifacts go; snapshots on disk lie below it.
         device: The weights' device.
         total_steps: Length of the run, where it is known.
+        warn: Tells people, on rank 0.
 
     Attributes:
         rolling: The buffer itself.
@@ -45,8 +45,10 @@ class RankBuffer:
         *,
         device: torch.device,
         total_steps: int | None,
+        warn: Callable[[str], None],
     ) -> None:
         self._model = model
+        self._warn = warn
         self._place = place
         self._leftovers = Leftovers([], "")
         self._changes: list[str] = []
@@ -140,7 +142,7 @@ class RankBuffer:
             self.rolling.start_anew(self._model.layout, step)
         self._changes = []
         if is_loss:
-            rank_zero_warn(
+            self._warn(
                 f"The model has changed by step {step}, got {listed(changes)} added, removed, replaced or of another "
                 "shape, precision or device: snapshots from before cannot be merged with it, and the buffer starts "
                 "anew."
@@ -171,10 +173,10 @@ class RankBuffer:
         if len(set(model.comm.exchange(self.rolling.segment_start))) > 1:
             self.rolling.restart_segment()  # where one rank has lost it: segments end at the same step for all
         for warning in warnings:
-            rank_zero_warn(warning)
+            self._warn(warning)
         self.warn()
 
     def warn(self) -> None:
         """Warn of what went wrong since the last time."""
         for warning in self.rolling.take_warnings():
-            rank_zero_warn(warning)
+            self._warn(warning)

@@ -24,11 +24,10 @@ from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
 from lightning_ckmerge.plugin.bench import BenchMaker
 from lightning_ckmerge.plugin.clock import Clock
 from lightning_ckmerge.plugin.curve import Curve
-from lightning_ckmerge.plugin.decoration import harmless
 from lightning_ckmerge.plugin.interruptions import Interruptions
 from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.plan import Known, Plan, make_plan, render_plan
-from lightning_ckmerge.plugin.progress import OnScored, say, search_progress
+from lightning_ckmerge.plugin.progress import OnScored, harmless, say, search_progress
 from lightning_ckmerge.plugin.publisher import Publisher
 from lightning_ckmerge.plugin.rank_buffer import RankBuffer
 from lightning_ckmerge.plugin.rank_model import RankModel
@@ -87,6 +86,7 @@ class MergeRun:
             place,
             device=trainer.strategy.root_device,
             total_steps=length.steps,
+            warn=partial(say, trainer, tell=rank_zero_warn),
         )
         if "buffers" in state:
             self._buffer.load_state_dict(state)
@@ -414,10 +414,10 @@ class MergeRun:
 
     def _announce(self, outcome: SearchOutcome, artifact: Artifact) -> None:
         self._previous = outcome.best_coordinates or self._previous
-        with harmless("What is said of a search"):
+        with harmless("What is said of a search", self._trainer):
             self._say(outcome, artifact)
         self._publisher.show_run()
-        with harmless("What loggers are told of a search"):
+        with harmless("What loggers are told of a search", self._trainer):
             total_s = self._clock.searched_s + sum(outcome.cost.seconds.values())
             self._announcer.announce(outcome, artifact, total_s)
 

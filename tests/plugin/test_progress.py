@@ -16,8 +16,9 @@ import pytest
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
 
-from lightning_ckmerge import SearchConfig
+from lightning_ckmerge import CheckpointMergeCallback, SearchConfig
 from lightning_ckmerge.artifact.timeline import read_timeline
+from lightning_ckmerge.plugin.progress import harmless
 from tests.plugin.models import Classifier, points_loader
 from tests.plugin.runs import Case, SearchAtValidationEnd, assert_searched, fit, make_merge, merges_dir
 
@@ -110,6 +111,37 @@ def test_what_is_said_stays_on_the_terminal(bar: str, tmp_path: Path, monkeypatc
     summary = [f"lightning-ckmerge: {len(verdicts)} searches: ", "  What to use: "]
     assert len(verdicts) == 2
     assert [line for line in [*plan, *verdicts, *summary] if sum(s.startswith(line) for s in said) != 1] == []
+
+
+class Fails(pl.Callback):
+    """Lets the buffer and a picture fail in mid-epoch, and shows warnings where the bar is."""
+
+    def __init__(self, merge: CheckpointMergeCallback, terminal: io.StringIO) -> None:
+        self.merge, self.terminal = merge, terminal
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step != 6 or self.merge._run is None:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = lambda message, *_: print(f"warned: {message}", file=self.terminal)
+            self.merge._run._buffer.rolling._warnings.append("a snapshot is lost")
+            self.merge._run._buffer.warn()
+            with harmless("The picture", trainer):
+                raise ValueError("no canvas")
+
+
+@pytest.mark.parametrize("bar", BARS)
+def test_what_is_warned_of_stays_on_the_terminal(bar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal, merge = Terminal(), make_merge(every_n_epochs=100)
+    monkeypatch.setattr("sys.stdout", terminal)
+    case = Case(trainer={"enable_progress_bar": True}, callbacks=lambda: [BARS[bar](), Fails(merge, terminal)])
+    fit(case, tmp_path, [merge])
+    said = [line for line in screen(terminal.getvalue()) if line.startswith("warned: ")]
+    assert [line.partition(".")[0].rstrip() for line in said] == [
+        "warned: a snapshot is lost",
+        "warned: The picture failed: ValueError: no canvas",
+    ]
 
 
 def screen(written: str) -> list[str]:
