@@ -18,7 +18,6 @@ from docstring_parser.google import DEFAULT_SECTIONS, GoogleParser, Section, Sec
 
 from lightning_ckmerge import CheckpointMergeCallback, config
 from lightning_ckmerge.core.spaces import SPACES
-from lightning_ckmerge.search.brent import BrentSampler
 from lightning_ckmerge.search.hedge import GPHedgeSampler
 
 DOCS = Path(__file__).parent
@@ -78,8 +77,8 @@ def space_tables() -> str:
 
 
 def sampler_tables() -> str:
-    """Return the package's own samplers and their arguments."""
-    return "\n\n".join(section(cls, f"`{cls.__name__}`") for cls in (GPHedgeSampler, BrentSampler))
+    """Return the package's own sampler and its arguments."""
+    return section(GPHedgeSampler, f"`{GPHedgeSampler.__name__}`")
 
 
 def complete_yaml() -> str:

@@ -95,9 +95,8 @@ class SearchConfig:
         anchors: Known merges that are scored first, after the latest weights, the last search's optimum and the
             space's own first point: ``ema``, ``uniform``, ``wsm-linear``, ``wsm-minus-sqrt``; and, which cost an
             evaluation a snapshot or more, ``best-single``, ``greedy-soup``, ``metrics-weighted``.
-        sampler: Any Optuna sampler; ``None``: ``GPSampler(deterministic_objective=True)``. Of our own there are
-            ``lightning_ckmerge.search.hedge.GPHedgeSampler``, the paper's, and ``...search.brent.BrentSampler``, for a
-            space of one coordinate, such as ``pairwise``.
+        sampler: Any Optuna sampler; ``None``: ``GPSampler(deterministic_objective=True)``. The paper's is
+            ``lightning_ckmerge.search.hedge.GPHedgeSampler``.
         seed: Seed of the default sampler.
         min_gain_left: Stop when less than this share of the gain over the latest weights is left to expect, by a
             Gaussian process, after six trials or more; in [0, 1), 0: never. All trials run where several metrics are

@@ -15,7 +15,6 @@ from benchmarks.quality.case import Case, Found, search
 from benchmarks.quality.spaces import Softmax, StickBreaking
 from lightning_ckmerge.config import AnchorName
 from lightning_ckmerge.core.spaces import Affine, Auto, Decay, Grouped, Pairwise, Simplex, Space, Window
-from lightning_ckmerge.search.brent import BrentSampler
 from lightning_ckmerge.search.hedge import GPHedgeSampler
 from lightning_ckmerge.search.stopping import NEVER, Stopping
 
@@ -97,9 +96,6 @@ METHODS = {
     "decay, ratio searched": Method(searched(Decay(ratio=None)), "a third coordinate"),
     "EMA length searched": Method(
         searched(Decay(max_extrapolation=0)), "`decay` without extrapolation: post-hoc EMA, arXiv:2312.02696"
-    ),
-    "EMA length searched, Brent": Method(
-        searched(Decay(max_extrapolation=0), sampler=BrentSampler()), "the same coordinate, by Brent's method"
     ),
     "window": Method(searched(Window()), "how many of the last snapshots, and their tilt"),
     "affine": Method(searched(Affine(), n_trials=NUM_FREE_TRIALS), "free coefficients that sum to 1"),

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from lightning_ckmerge.artifact.files import SINGLE_NAME, FileRecord
 from lightning_ckmerge.artifact.shards import Described, ShardWriter, plan_shards, write_index
-from lightning_ckmerge.core.layout import tensor_spec
 from lightning_ckmerge.distributed.comm import Alone, Comm
-from lightning_ckmerge.errors import ArtifactError
 
 
 class Weights(Described, Protocol):
@@ -23,32 +21,6 @@ class Weights(Described, Protocol):
 
     def gather(self, name: str) -> Tensor:
         """Return a whole tensor. A collective: all ranks ask for the same names in the same order."""
-
-
-class LocalWeights:
-    """Weights of which this process holds all.
-
-    Args:
-        tensors: Dense tensors by name, on any device, with any strides; left unchanged.
-
-    Raises:
-        ArtifactError: safetensors cannot hold one of the tensors.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if tensor.layout != torch.strided:
-                raise ArtifactError(
-                    f"safetensors must be able to hold every tensor, got {tensor.layout} for {name!r}. "
-                    "Register it with `persistent=False`, or convert it."
-                )
-        self._tensors = tensors
-        self.specs = {name: tensor_spec(t.shape, t.dtype) for name, t in tensors.items()}
-        self.aliases = find_aliases(tensors)
-
-    def gather(self, name: str) -> Tensor:
-        """Return a tensor."""
-        return self._tensors[name]
 
 
 def write_weights(
@@ -87,22 +59,6 @@ def write_weights(
             records.update(written)
     index = write_index(directory, weights, shards) if comm.rank == 0 else {}
     return {**records, **comm.exchange(index)[0]}
-
-
-def find_aliases(weights: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the names that can be left out, each with the name, first by alphabet, of the same tensor.
-
-    Two names mean one tensor if memory, dtype, shape and strides are all equal: views of one buffer stay apart.
-    """
-    kept: dict[tuple[object, ...], str] = {}
-    aliases = {}
-    for name in sorted(weights):
-        tensor = weights[name]
-        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        first = kept.setdefault(key, name) if tensor.numel() else name
-        if first != name:
-            aliases[name] = first
-    return aliases
 
 
 def _write_wave(

@@ -6,7 +6,7 @@ memory are the same bytes, and a file can be mapped instead of read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -131,3 +131,19 @@ def tensor_spec(shape: Sequence[int], dtype: torch.dtype) -> TensorSpec:
     TensorSpec(shape=(2, 3), dtype='BF16', itemsize=2)
     """
     return TensorSpec(tuple(shape), DTYPE_NAMES.get(dtype, str(dtype)), dtype.itemsize)
+
+
+def find_aliases(weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names that can be left out, each with the name, first by alphabet, of the same tensor.
+
+    Two names mean one tensor if memory, dtype, shape and strides are all equal: views of one buffer stay apart.
+    """
+    kept: dict[tuple[object, ...], str] = {}
+    aliases = {}
+    for name in sorted(weights):
+        tensor = weights[name]
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        first = kept.setdefault(key, name) if tensor.numel() else name
+        if first != name:
+            aliases[name] = first
+    return aliases

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_ckmerge.core.adapters import frozen_base, left_out
-from lightning_ckmerge.core.layout import is_dense, tensor_spec
+from lightning_ckmerge.core.layout import find_aliases, is_dense, tensor_spec
 from lightning_ckmerge.core.specs import TensorSpec
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.flat_shards import clean_name, flat_shards
@@ -34,7 +34,8 @@ class GatheredWeights:
         for name in [*self.left_out, *(n for n, t in self._tensors.items() if not is_dense(local_part(t)))]:
             self._tensors.pop(name, None)
         self.specs = {n: self._spec(n, t) for n, t in self._tensors.items()}
-        self.aliases = self._find_aliases()
+        # By rank 0's addresses: elsewhere a shard may be empty.
+        self.aliases = comm.exchange(find_aliases({n: local_part(t) for n, t in self._tensors.items()}))[0]
 
     def gather(self, name: str) -> Tensor:
         """Return a whole tensor. A collective: all ranks ask for the same names in the same order."""
@@ -52,18 +53,6 @@ class GatheredWeights:
 
     def _spec(self, name: str, tensor: Tensor) -> TensorSpec:
         return tensor_spec(self._flat[name].shape if name in self._flat else tensor.shape, tensor.dtype)
-
-    def _find_aliases(self) -> dict[str, str]:
-        """By rank 0's addresses: elsewhere a shard may be empty."""
-        kept: dict[tuple[object, ...], str] = {}
-        aliases = {}
-        for name in sorted(self._tensors):
-            local = local_part(self._tensors[name])
-            key = (local.device, local.data_ptr(), local.dtype, local.shape, local.stride())
-            first = kept.setdefault(key, name) if local.numel() else name
-            if first != name:
-                aliases[name] = first
-        return self._comm.exchange(aliases)[0]
 
 
 def entries(module: nn.Module, *, has_flat: bool) -> dict[str, Tensor]:

@@ -11,8 +11,7 @@ from torch import nn
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore
-from lightning_ckmerge.artifact.weights import LocalWeights
-from tests.artifact.outcomes import make_outcome
+from tests.artifact.outcomes import LocalWeights, make_outcome
 
 Publish = Callable[..., Artifact]
 

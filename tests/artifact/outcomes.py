@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from torch import Tensor
+
+from lightning_ckmerge.core.layout import find_aliases, tensor_spec
 from lightning_ckmerge.core.objectives import Mode
 from lightning_ckmerge.core.outcome import (
     Candidate,
@@ -113,3 +116,15 @@ def make_outcome(
             num_batches_saved=4,
         ),
     )
+
+
+class LocalWeights:
+    """Weights of which this process holds all: dense tensors by name, with any strides."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self.specs = {name: tensor_spec(t.shape, t.dtype) for name, t in tensors.items()}
+        self.aliases = find_aliases(tensors)
+
+    def gather(self, name: str) -> Tensor:
+        return self._tensors[name]

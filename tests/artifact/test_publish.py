@@ -19,10 +19,9 @@ from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore
 from lightning_ckmerge.artifact.timeline import read_timeline
-from lightning_ckmerge.artifact.weights import LocalWeights
 from lightning_ckmerge.errors import ArtifactError
 from tests.artifact.conftest import Publish, TiedModel, tensors_of
-from tests.artifact.outcomes import make_outcome
+from tests.artifact.outcomes import LocalWeights, make_outcome
 
 
 @pytest.fixture

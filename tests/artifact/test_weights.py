@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lightning_ckmerge.artifact.files import file_record
 from lightning_ckmerge.artifact.stored import StoredWeights
-from lightning_ckmerge.artifact.weights import LocalWeights, write_weights
+from lightning_ckmerge.artifact.weights import write_weights
 from lightning_ckmerge.core.layout import DTYPES
 from lightning_ckmerge.errors import ArtifactError
+from tests.artifact.outcomes import LocalWeights
 
 LARGE = 1 << 30
 
@@ -109,10 +110,11 @@ def test_parts_of_one_memory_are_not_taken_for_tied(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.complex128), torch.eye(3).to_sparse()])
-def test_what_safetensors_cannot_hold_is_named_before_a_file_is_begun(tmp_path: Path, tensor: Tensor) -> None:
+def test_a_tensor_that_safetensors_cannot_hold_is_named_before_a_file_is_begun(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="'odd'"):
-        write_weights(tmp_path, LocalWeights({"fine": torch.zeros(1), "odd": tensor}), LARGE)
+        write_weights(
+            tmp_path, LocalWeights({"fine": torch.zeros(1), "odd": torch.zeros(2, dtype=torch.complex128)}), LARGE
+        )
     assert not list(tmp_path.iterdir())
 
 

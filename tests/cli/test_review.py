@@ -10,11 +10,10 @@ from lightning_ckmerge.artifact.load import load_merged
 from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore
 from lightning_ckmerge.artifact.runs import Claim
-from lightning_ckmerge.artifact.weights import LocalWeights
 from lightning_ckmerge.report.markdown import render_markdown
 from lightning_ckmerge.report.text import ReportPlace
 from tests.artifact.conftest import Publish, TiedModel, tensors_of
-from tests.artifact.outcomes import make_outcome
+from tests.artifact.outcomes import LocalWeights, make_outcome
 from tests.cli.commands import ckmerge, ckmerge_json
 
 

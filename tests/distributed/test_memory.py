@@ -11,11 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_module
 
-from benchmarks.multi_gpu_table import table
+from benchmarks.multi_gpu_table import plan_rank, table
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback
 from lightning_ckmerge.distributed.comm import Ranks
 from lightning_ckmerge.distributed.ownership import Ownership
-from lightning_ckmerge.plugin.planning import plan_rank
 from tests.distributed.trainers import Classifier, fit, make_merge
 from tests.ranks import RankPool
 

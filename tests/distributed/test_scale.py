@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ckmerge.artifact.weights import LocalWeights, write_weights
+from lightning_ckmerge.artifact.weights import write_weights
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.distributed.comm import Ranks, on_rank_zero
 from lightning_ckmerge.distributed.gather import GatheredWeights
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import PeerError
+from tests.artifact.outcomes import LocalWeights
 from tests.ranks import RankPool
 
 
