@@ -200,7 +200,7 @@ def _search(job: SearchJob, evaluate: Evaluate) -> Search:
         max_added=MAX_REFINED if job.config.refine else 0,
     )
     reserved = most_confirmed(has_others=bool(job.others)) * sum(job.bench.validation.num_batches("confirm"))
-    budget = Budget(job.allowed_s, reason=job.allowed_by, reserved_batches=reserved)
+    budget = Budget(job.allowed_s, reason=f"`{job.allowed_by}`", reserved_batches=reserved)
     search = Search(
         problem=problem,
         evaluate=evaluate,
@@ -213,7 +213,7 @@ def _search(job: SearchJob, evaluate: Evaluate) -> Search:
     search.run()
     if search.stopped_early is not None and not (search.anchors[1:] or search.trials):
         raise SkipError(
-            f"the search stopped {search.stopped_early}. Raise {job.allowed_by} or search less often.",
+            f"the search stopped {search.stopped_early}. Raise `{job.allowed_by}`, or search less often.",
             needed_s=budget.forecast_s,
         )
     return search

@@ -381,7 +381,7 @@ def test_nothing_to_merge_is_an_error(tmp_path: Path) -> None:
 
 def test_a_budget_for_nothing_is_an_error_that_names_the_argument(tmp_path: Path) -> None:
     run = Run()
-    with pytest.raises(SearchError, match=r"Raise search\.timeout_s or search less often\.$"):
+    with pytest.raises(SearchError, match=r"Raise `search\.timeout_s`, or search less often\.$"):
         run_search(make_job(run, tmp_path, allowed_s=1e-9, allowed_by="search.timeout_s"))
     run.buffer.close()
 
@@ -393,7 +393,7 @@ def test_a_spent_budget_is_reported(tmp_path: Path, anchors: list[AnchorName]) -
     config = SearchConfig(n_trials=1000, anchors=anchors, min_gain_left=0.0)
     outcome = run_search(make_job(run, tmp_path, config, allowed_s=1.0, allowed_by="search.timeout_s"))
     assert outcome.cost.stopped_early is not None
-    assert "1 s that search.timeout_s allows" in outcome.cost.stopped_early
+    assert "1 s that `search.timeout_s` allows" in outcome.cost.stopped_early
     assert f"The search stopped {outcome.cost.stopped_early}." in outcome.verdict.warnings
     assert len(outcome.trials) < 1000
     assert outcome.winner.confirm is not None

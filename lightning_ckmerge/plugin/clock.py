@@ -64,7 +64,7 @@ class Clock:
         if allowed_s is not None and (allowed_s < needed_s or allowed_s == 0):
             needs = f", and the least of searches needs {needed_s:.3g} s" if needed_s else ""
             raise SkipError(
-                f"`{allowed_by}` leaves {allowed_s:.3g} s{needs}. Raise it, or search less often.",
+                f"`{allowed_by}` leaves {allowed_s:.3g} s{needs}. Raise `{allowed_by}`, or search less often.",
                 needed_s=needed_s,
             )
 

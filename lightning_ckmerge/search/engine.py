@@ -210,7 +210,8 @@ class Search:
         return reason is not None
 
     def _stop(self, reason: str, *, found_enough: bool) -> None:
-        self.stopped_early = f"after {len(self.anchors)} anchors and {len(self.trials)} trials: {reason}"
+        scored = f"{_counted(len(self.anchors), 'anchor')} and {_counted(len(self.trials), 'trial')}"
+        self.stopped_early = f"after {scored}: {reason}"
         self.found_enough = found_enough
 
     def _open(self) -> None:
@@ -291,3 +292,7 @@ class Search:
     def _replace(self, old: Trial, new: Trial) -> None:
         for trials in (self.anchors, self.trials):
             trials[:] = [new if t is old else t for t in trials]
+
+
+def _counted(num: int, noun: str) -> str:
+    return f"{num} {noun}{'' if num == 1 else 's'}"

@@ -75,6 +75,6 @@ def test_a_search_that_cannot_end_in_time_is_skipped_before_it_costs_anything(no
     clock.require(10.0, config, is_last=True)
     with pytest.raises(SkipError, match=r"leaves 5 s, and the least of searches needs 6 s\. Raise "):
         clock.require(6.0, config, is_last=False)
-    with pytest.raises(SkipError, match=r"`search\.max_fraction_of_training` leaves 0 s\. Raise it"):
+    with pytest.raises(SkipError, match=r"`search\.max_fraction_of_training` leaves 0 s\. Raise `search"):
         Clock(training_s=1.0, searched_s=99.0).require(0.0, config, is_last=True)
     clock.require(1e9, SearchConfig(max_fraction_of_training=None), is_last=False)
