@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,6 +94,27 @@ def test_arrows_point_down(path: Path) -> None:
             other = rest.partition(".")[0]
             other = other if other in ROWS else "__init__"
             assert other == room or ROWS[other] < ROWS[room], f"{room} must not import {name}"
+
+
+@modules
+def test_what_is_imported_from_the_house_is_there(path: Path) -> None:
+    """Imports within functions run late, and no linter follows them."""
+    wanted = [
+        n for n in ast.walk(parse(path)) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith(PACKAGE)
+    ]
+    named = [(n.module or "", alias.name) for n in wanted for alias in n.names]
+    assert [(module, name) for module, name in named if not defines(module, name)] == []
+
+
+def defines(module: str, name: str) -> bool:
+    base = ROOT.parent.joinpath(*module.split("."))
+    path = base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+    below = base / f"{name}.py"
+    return (
+        below.is_file()
+        or (base / name).is_dir()
+        or re.search(rf"\b{name}\b", path.read_text(encoding="utf-8")) is not None
+    )
 
 
 @modules

@@ -263,8 +263,7 @@ def read_torch(path: Path) -> Any:
 def _open_torch(path: Path, key: str | None) -> Source:
     import torch
 
-    from lightning_ckmerge.artifact.weights import find_aliases
-    from lightning_ckmerge.core.layout import tensor_spec
+    from lightning_ckmerge.core.layout import find_aliases, tensor_spec
 
     content = read_torch(path)
     state = _entry(content, key, path)
