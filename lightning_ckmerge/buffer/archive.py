@@ -173,4 +173,5 @@ class Archive:
 
 def lost(segment: Segment) -> str:
     """Say which steps the buffer has lost."""
-    return f"merges do without steps {segment.first_step} to {segment.last_step}"
+    first, last = segment.first_step, segment.last_step
+    return f"merges do without {f'step {last}' if first == last else f'steps {first} to {last}'}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,6 +19,10 @@ from lightning_ckmerge.distributed.ownership import listed
 from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.resume import Leftovers, buffer_dirpath, fingerprint, resume_buffer
 from lightning_ckmerge.plugin.run_length import finest_segment
+
+# What tells one fault from another of its kind: steps, file names, sizes.
+NUMBER = re.compile(r"[\da-f]*\d[\da-f]*")
+MAX_TOLD = 2
 
 
 class RankBuffer:
@@ -49,6 +55,7 @@ class RankBuffer:
     ) -> None:
         self._model = model
         self._warn = warn
+        self._told: Counter[str] = Counter()
         self._place = place
         self._leftovers = Leftovers([], "")
         self._changes: list[str] = []
@@ -177,6 +184,9 @@ class RankBuffer:
         self.warn()
 
     def warn(self) -> None:
-        """Warn of what went wrong since the last time."""
+        """Warn of what went wrong since the last time, of each kind of fault twice at most: a full disk stays full."""
         for warning in self.rolling.take_warnings():
-            self._warn(warning)
+            kind = NUMBER.sub("", warning)
+            self._told[kind] += 1
+            if self._told[kind] <= MAX_TOLD:
+                self._warn(warning + (" Further ones are not told." if self._told[kind] == MAX_TOLD else ""))

@@ -125,8 +125,9 @@ class Fails(pl.Callback):
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.showwarning = lambda message, *_: print(f"warned: {message}", file=self.terminal)
-            self.merge._run._buffer.rolling._warnings.append("a snapshot is lost")
-            self.merge._run._buffer.warn()
+            for step in (10, 11, 12):  # a disk that is full stays so
+                self.merge._run._buffer.rolling._warnings.append(f"No room. Without step {step}.")
+                self.merge._run._buffer.warn()
             with harmless("The picture", trainer):
                 raise ValueError("no canvas")
 
@@ -138,8 +139,9 @@ def test_what_is_warned_of_stays_on_the_terminal(bar: str, tmp_path: Path, monke
     case = Case(trainer={"enable_progress_bar": True}, callbacks=lambda: [BARS[bar](), Fails(merge, terminal)])
     fit(case, tmp_path, [merge])
     said = [line for line in screen(terminal.getvalue()) if line.startswith("warned: ")]
-    assert [line.partition(".")[0].rstrip() for line in said] == [
-        "warned: a snapshot is lost",
+    assert [line.partition(". The search")[0].rstrip() for line in said] == [
+        "warned: No room. Without step 10.",
+        "warned: No room. Without step 11. Further ones are not told.",
         "warned: The picture failed: ValueError: no canvas",
     ]
 
