@@ -20,10 +20,10 @@ from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.buffer import DiskStorage, MemoryStorage, RollingBuffer
 from lightning_ckmerge.buffer.storage import Stored
 from lightning_ckmerge.core import merge_plan
-from lightning_ckmerge.core.fused import load_kernel
 from lightning_ckmerge.core.layout import Flats, OwnedTensor, TensorLayout
 from lightning_ckmerge.core.merge import BLOCK_NUMEL, pool_means, update_means
 from lightning_ckmerge.core.merge_plan import MergePlan
+from lightning_ckmerge.core.native.fused import load_kernel
 
 BLOCK_BYTES = 8 * BLOCK_NUMEL
 NUMEL = 5 * BLOCK_NUMEL + 3

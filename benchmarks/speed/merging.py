@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks.speed.rounds import Row, at_least, at_most, medians
-from lightning_ckmerge.core.fused import load_kernel
 from lightning_ckmerge.core.layout import OwnedTensor, TensorLayout
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.core.merge_plan import MergePlan
+from lightning_ckmerge.core.native.fused import load_kernel
 
 KS = (2, 4, 8, 16)
 # Half of GPT-2 where all of it, sixteen times over, would need more than this.

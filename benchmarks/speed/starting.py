@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from benchmarks.speed.rounds import Row, at_most, medians
 
-NAMES = ("spaces", "merge", "merge_plan", "fused", "layout", "outcome", "segments")
+NAMES = ("spaces", "merge", "merge_plan", "native.fused", "layout", "outcome", "segments")
 
 
 def measure() -> Iterator[Row]:

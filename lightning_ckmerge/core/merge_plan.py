@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lightning_ckmerge.core.fused import DTYPES, Kernel, Pieces, load_kernel
 from lightning_ckmerge.core.layout import Role
 from lightning_ckmerge.core.merge import check_shapes, inner_products, merge_tensor
+from lightning_ckmerge.core.native.fused import DTYPES, Kernel, Pieces, load_kernel
 from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.errors import SnapshotError
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.core.blockwise import total_weight
 from lightning_ckmerge.core.layout import DTYPES
 from lightning_ckmerge.core.merge import BLOCK_NUMEL
+from lightning_ckmerge.core.native.mixing import total_weight
 from lightning_ckmerge.errors import SnapshotError
 
 # Norms and dot products are summed over pieces of this length: it decides the last bit of the angle.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_ckmerge import load_merged
 from lightning_ckmerge.artifact.sources import open_source
-from lightning_ckmerge.core.blockwise import load_mix_kernel
+from lightning_ckmerge.core.native.mixing import load_mix_kernel
 from lightning_ckmerge.errors import ArtifactError
 from tests.artifact.conftest import tensors_of
 from tests.cli.checkpoints import WRITERS, model_at, write_all, write_lightning

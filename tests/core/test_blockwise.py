@@ -18,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_ckmerge.core.blockwise import MixKernel, load_mix_kernel, mix_blocks, total_weight
-from lightning_ckmerge.core.compiler import NoCompilerError
+from lightning_ckmerge.core.blockwise import mix_blocks
 from lightning_ckmerge.core.layout import DTYPE_NAMES
 from lightning_ckmerge.core.mixing import mix_tensors
+from lightning_ckmerge.core.native.compiler import NoCompilerError
+from lightning_ckmerge.core.native.mixing import MixKernel, load_mix_kernel, total_weight
 from tests.core.test_merge import normal
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

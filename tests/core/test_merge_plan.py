@@ -19,11 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_ckmerge.core import fused, merge_plan
-from lightning_ckmerge.core.fused import Kernel, Pieces, gives_the_same_bits, load_kernel
+from lightning_ckmerge.core import merge_plan
 from lightning_ckmerge.core.layout import Role
 from lightning_ckmerge.core.merge import BLOCK_NUMEL, merge_tensor
 from lightning_ckmerge.core.merge_plan import MergePlan
+from lightning_ckmerge.core.native import fused
+from lightning_ckmerge.core.native.fused import Kernel, Pieces, gives_the_same_bits, load_kernel
+from lightning_ckmerge.core.native.mixing import load_mix_kernel
 from lightning_ckmerge.errors import SnapshotError
 from tests.core.test_merge import coefficients, normal
 
@@ -168,6 +170,20 @@ def test_a_compiler_that_refuses_is_done_without(monkeypatch: pytest.MonkeyPatch
     """As one does for a processor without FMA, by `#error`."""
     monkeypatch.setenv("CC", f"{sys.executable} -c 'raise SystemExit(1)'")
     assert load_kernel() is None
+
+
+@pytest.mark.usefixtures("not_loaded")
+def test_the_switch_keeps_everything_in_pytorch_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CKMERGE_NATIVE", "0")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    load_mix_kernel.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert load_kernel() is None
+        assert load_mix_kernel() is None
+    load_mix_kernel.cache_clear()
+    assert not caplog.records
 
 
 @pytest.mark.usefixtures("kernel")

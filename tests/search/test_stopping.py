@@ -18,7 +18,7 @@ from optuna.terminator import (
     StaticErrorEvaluator,
     Terminator,
 )
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from lightning_ckmerge.core.spaces import Decay
 from lightning_ckmerge.errors import SearchError
@@ -30,7 +30,7 @@ NUM_TRIALS = 20
 
 
 class GoldenSampler(BaseSampler):
-    """Steps through the range by golden sections: the trial's number is its only state, so a resumed search agrees."""
+    """Steps through the range by golden sections; the study's values are its only state, so a resumed search agrees."""
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -45,7 +45,8 @@ class GoldenSampler(BaseSampler):
     ) -> float:
         assert isinstance(param_distribution, FloatDistribution)
         low, high = param_distribution.low, param_distribution.high
-        share = trial.number * (math.sqrt(5) - 1) / 2 % 1
+        known = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        share = len(known) * (math.sqrt(5) - 1) / 2 % 1
         return math.exp((1 - share) * math.log(low) + share * math.log(high))
 
 

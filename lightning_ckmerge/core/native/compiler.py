@@ -13,8 +13,17 @@ FLAGS = ("-O3", "-march=native", "-fopenmp-simd", "-std=gnu11", "-shared", "-fPI
 COMPILE_TIMEOUT_S = 120
 
 
+# Set to 0, nothing is compiled; the bits stay the same.
+SWITCH = "CKMERGE_NATIVE"
+
+
 class NoCompilerError(Exception):
     """There is no C compiler, it refused, or what it made cannot be loaded; says why in a line."""
+
+
+def is_wanted() -> bool:
+    """Whether C code may be compiled: unless the environment variable ``CKMERGE_NATIVE`` is 0."""
+    return os.environ.get(SWITCH) != "0"
 
 
 def compile_library(name: str) -> ctypes.CDLL:

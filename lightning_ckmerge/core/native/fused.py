@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.core.compiler import NoCompilerError, compile_library
 from lightning_ckmerge.core.merge import blending, merge_tensor
+from lightning_ckmerge.core.native.compiler import NoCompilerError, compile_library, is_wanted
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Pieces are dealt out over threads; this many elements take a millisecond or so.
@@ -86,6 +86,8 @@ class Kernel:
 @functools.cache
 def load_kernel() -> Kernel | None:
     """Return the kernel; ``None``, and the reason in the log, where it cannot be had. Takes a second the first time."""
+    if not is_wanted():
+        return None
     try:
         kernel = Kernel()
         if gives_the_same_bits(kernel):
