@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_ckmerge.artifact.files import (
     BEST_NAME,
@@ -280,15 +280,22 @@ def locate(path: Path) -> Path:
     if target := best_target(dirpath):
         return target
     if records := read_timeline(dirpath):
-        counts = Counter(record["status"] for record in records)
-        raise ArtifactError(
-            f"a run must have an accepted artifact with weights, got {len(records)} searches in {dirpath}: "
-            f"{', '.join(f'{count} {status}' for status, count in counts.most_common())}. Name an artifact by its own "
-            f"directory, or go on with the latest weights. {tell_choice(path) or ''}".rstrip()
-        )
+        raise _nothing_accepted(dirpath, records, tell_choice(path))
     raise ArtifactError(
         f"an artifact must be a directory with a {MANIFEST_NAME}, got {path}. Name an artifact (`step=...`), a run's "
         "`best`, or the callback's `dirpath`."
+    )
+
+
+def _nothing_accepted(dirpath: Path, records: Sequence[Mapping[str, Any]], choice: str | None) -> ArtifactError:
+    counts = Counter(record["status"] for record in records)
+    found = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    kept = [dirpath / r["artifact"] for r in records if r["status"] == "unconfirmed" and r.get("artifact")]
+    such = f", such as {kept[-1]}" if kept else ""
+    searches = "1 search" if len(records) == 1 else f"{len(records)} searches"
+    return ArtifactError(
+        f"a run must have an accepted artifact with weights, got {searches} in {dirpath}: {found}. Name an artifact by "
+        f"its own directory{such}, or go on with the latest weights. {choice or ''}".rstrip()
     )
 
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -68,7 +68,15 @@ def status_text(status: str) -> Any:
     """Return a verdict's status in its colour."""
     from rich.text import Text
 
-    return Text(status, style=STATUS_STYLES.get(status, ""))
+    return Text(status, style=STATUS_STYLES.get(status.lower(), ""))
+
+
+def verdict_text(verdict: Mapping[str, Any]) -> Any:
+    """Return a verdict in one line: its status in its colour, and the sentence, which may begin with it."""
+    from rich.text import Text
+
+    rest = verdict["sentence"].removeprefix(f"{verdict['status'].capitalize()}: ")
+    return Text.assemble(status_text(verdict["status"].capitalize()), ": ", rest[:1].upper() + rest[1:])
 
 
 def print_json(value: object) -> None:

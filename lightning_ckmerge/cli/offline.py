@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lightning_ckmerge.cli.console import FOUND, console, print_json, progress, status_text, table
+from lightning_ckmerge.cli.console import FOUND, console, print_json, progress, table, verdict_text
 from lightning_ckmerge.cli.options import Json, Key
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def search(
     if as_json:
         print_json({"artifact": str(found.path), "verdict": verdict, "checkpoints": [str(s.path) for s in sources]})
     else:
-        console().print(status_text(verdict["status"]), verdict["sentence"])
+        console().print(verdict_text(verdict))
         console().print(f"artifact: {found.path}")
     if verdict["status"] != "accepted":
         raise typer.Exit(FOUND)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lightning_ckmerge.cli.console import console, print_json, status_text, table, tell_choice
+from lightning_ckmerge.cli.console import console, print_json, status_text, table, tell_choice, verdict_text
 from lightning_ckmerge.cli.options import ArtifactPath, Json, RunPath
 
 LISTED = ("step", "monitor", "mode", "status", "gain", "interval", "winner", "artifact")
@@ -65,7 +65,7 @@ def show(artifact: ArtifactPath, as_json: Json = False) -> None:
     view = build_view(opened.manifest)
     out = console()
     out.print(f"{view.title}, {opened.path}\n", style="bold")
-    out.print(status_text(view.status), view.sentence)
+    out.print(verdict_text(opened.manifest["verdict"]))
     for warning in view.warnings:
         out.print(f"note: {warning}")
     out.print(table(("", ""), view.facts))

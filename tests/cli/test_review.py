@@ -108,10 +108,24 @@ def test_show_prints_the_verdict_first_and_the_manifest_as_json(publish: Publish
     artifact = publish(step=400, value=1.0, warnings=("A larger window may gain more.",))
     assert ckmerge_json("show", artifact.path) == artifact.manifest
     text = ckmerge("show", merges).output
-    assert text.splitlines()[2].split(maxsplit=1) == ["accepted", "The verdict on val_loss is: accepted."]
+    assert text.splitlines()[2].rstrip() == "Accepted: The verdict on val_loss is: accepted."
     assert "A larger window may gain more." in text
     assert "load_merged" in text
     assert all(a["name"] in text for a in artifact.manifest["anchors"])
+
+
+def test_what_is_unconfirmed_is_said_once_and_named_where_nothing_was_accepted(publish: Publish) -> None:
+    artifact = publish(step=100, status="unconfirmed")
+    manifest = artifact.path / "manifest.json"
+    told = "Unconfirmed: merging lowers val_loss."
+    manifest.write_text(manifest.read_text().replace(artifact.manifest["verdict"]["sentence"], told))
+    assert ckmerge("show", artifact.path).output.splitlines()[2].rstrip() == "Unconfirmed: Merging lowers val_loss."
+    merges = artifact.path.parent
+    error = ckmerge("show", merges, code=2).stderr
+    assert (
+        f"got 1 search in {merges}: 1 unconfirmed. Name an artifact by its own directory, such as {artifact.path}"
+        in error
+    )
 
 
 def test_show_tells_every_metric_on_every_loader(publish: Publish) -> None:
