@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup, escape
 
 from lightning_ckmerge.report import charts, frame
 from lightning_ckmerge.report.landscape import draw_landscape
@@ -58,4 +60,10 @@ def _template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["names"] = _with_names
     return environment.get_template(name)
+
+
+def _with_names(text: str) -> Markup:
+    """Return a text, escaped, with what stands in backticks set as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))

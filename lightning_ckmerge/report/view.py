@@ -50,7 +50,7 @@ NEXT = {
     "accepted": "Use the merge: to evaluate, to release, to fine-tune. Training itself goes on from its own weights.",
     "unconfirmed": (
         "Nothing is lost: the merge is kept, and `best` stays where it was. The verdict says what would decide. If the "
-        "merge looks good to you, it is loaded so:"
+        "merge looks good to you, load it by the name of its own directory."
     ),
     "rejected": (
         "Nothing: go on with the latest weights. Merging gains most at a high learning rate; it gains little early in "
@@ -58,6 +58,10 @@ NEXT = {
     ),
     "skipped": "Go on with the latest weights. The table says why no search took place, and what to change.",
 }
+OUTRANKED = (
+    "Use a better merge of this run, which took the place that `save_top_k` grants: the page of all searches names the "
+    "best one."
+)
 # A candidate's name, and what it means to people.
 MEANINGS = {
     r"latest": "the weights as they were trained, at this step",
@@ -177,7 +181,7 @@ def build_view(manifest: Manifest, place: ReportPlace | None = None) -> View:
         run=run_name(place.path.parent) if place is not None else "",
         date=date(manifest.get("created")),
         up=place.up if place is not None else None,
-        advice=NEXT[verdict["status"]],
+        advice=NEXT[verdict["status"]] if has_weights or verdict["status"] == "rejected" else OUTRANKED,
         meanings=_meanings(candidates),
         status=verdict["status"],
         badge=STATUS_TITLES[verdict["status"]],

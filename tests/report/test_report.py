@@ -199,6 +199,19 @@ def test_a_record_offers_no_code_to_load_it() -> None:
         assert "load_merged" not in report
 
 
+def test_a_record_of_a_good_search_does_not_advise_to_use_it() -> None:
+    data = {**manifest(), "files": {}}
+    for report in (render_html(data), render_markdown(data)):
+        assert "Use a better merge of this run" in report
+        assert "Use the merge:" not in report
+
+
+def test_names_in_backticks_are_set_as_code_and_escaped() -> None:
+    warning = "The best `tau` lies on its bound: raise `<b>`."
+    page = render_html(manifest(warnings=(warning,)))
+    assert "The best <code>tau</code> lies on its bound: raise <code>&lt;b&gt;</code>." in page
+
+
 def test_a_manifest_without_files_can_be_shown() -> None:
     """Extras render the report before the last file is known."""
     data = build_manifest(make_outcome())

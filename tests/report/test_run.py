@@ -62,7 +62,8 @@ def test_without_an_accepted_merge_nothing_is_claimed(statuses: Any, badge: str,
     for report in reports(make_history(statuses)):
         assert badge in report
         assert said in report
-        assert NEXT[statuses[-2]] in report
+        assert NEXT[statuses[-2]] in re.sub("</?code>", "`", report)
+        assert not NEXT[statuses[-2]].endswith(":")  # no code follows
         assert "load_merged" not in report
 
 
