@@ -54,7 +54,7 @@ def checked(section: str = "") -> Callable[[Function], Function]:
             bound = signature.bind(*args, **kwargs)
             hints = _hints(function)
             for name in bound.arguments.keys() & hints.keys():
-                dotted = f"{section}.{name}" if section else name
+                dotted = _dotted(section, name)
                 default = signature.parameters[name].default
                 bound.arguments[name] = check(dotted, bound.arguments[name], hints[name], default)
             return function(*bound.args, **bound.kwargs)
@@ -64,8 +64,12 @@ def checked(section: str = "") -> Callable[[Function], Function]:
     return decorate
 
 
-def check_fields(config: Any, section: str) -> None:
+def check_fields(config: Any, section: str = "") -> None:
     """Make the fields of a frozen dataclass what their annotations say.
+
+    Args:
+        config: The dataclass.
+        section: What stands before the fields' names in messages.
 
     Raises:
         ConfigError: One of them cannot be that.
@@ -73,8 +77,12 @@ def check_fields(config: Any, section: str) -> None:
     hints = _hints(config.__class__)
     for field in dataclasses.fields(config):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        value = check(f"{section}.{field.name}", getattr(config, field.name), hints[field.name], default)
+        value = check(_dotted(section, field.name), getattr(config, field.name), hints[field.name], default)
         object.__setattr__(config, field.name, value)
+
+
+def _dotted(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name
 
 
 def build(config: Any, value: object, name: str) -> Any:

@@ -1,13 +1,16 @@
-"""The arguments of ``CheckpointMergeCallback``, grouped. Frozen, keyword-only, checked when built."""
+"""The settings of one callback: one frozen object of parts that check themselves, and are checked together."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lightning_ckmerge.checks import check_fields, parse_size, require_at_least, require_fraction, require_positive
-from lightning_ckmerge.core.objectives import Mode
-from lightning_ckmerge.core.spaces import Space, SpaceName
+from lightning_ckmerge.core.objectives import Mode, Objective, require_modes, sign_of
+from lightning_ckmerge.core.spaces import Space, SpaceName, make_space
 from lightning_ckmerge.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,6 +85,11 @@ class Constraint:
     def __post_init__(self) -> None:
         check_fields(self, "search.constraints")
         require_at_least("search.constraints.allowance", self.allowance, 0, "0 allows no loss at all.")
+
+    @property
+    def sign(self) -> int:
+        """1 if lower values are better, -1 if higher ones are."""
+        return sign_of(self.mode)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,4 +222,125 @@ class ArtifactConfig:
             raise ConfigError(
                 '`artifact.adapters` "products" gives LoRA layers another rank, which no checkpoint of the module can '
                 f'hold, got `artifact.formats` {", ".join(self.formats)}. Leave "ckpt" out; "hf" holds them.'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Triggers:
+    """What makes a search due. Without a trigger: each quarter of the run, where its length is known.
+
+    Args:
+        every_n_train_steps: Optimizer steps between searches.
+        every_n_epochs: Epochs between searches.
+        train_time_interval: Training time between searches.
+        on_train_end: Whether to search when ``fit`` ends.
+    """
+
+    every_n_train_steps: int | None = None
+    every_n_epochs: int | None = None
+    train_time_interval: timedelta | None = None
+    on_train_end: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        names = ("every_n_train_steps", "every_n_epochs", "train_time_interval")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"only one of {', '.join(names)} may be set, got {' and '.join(given)}. Keep one.")
+        for name in names[:2]:
+            require_at_least(name, getattr(self, name), 1, "Leave it out for the default schedule.")
+        if self.train_time_interval is not None and self.train_time_interval <= timedelta(0):
+            raise ConfigError(
+                f"`train_time_interval > 0` must hold, got {self.train_time_interval}. Leave it out for the default "
+                "schedule."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """All that one callback was asked for.
+
+    Args:
+        objectives: The metrics to search by, at least one; charts and ``save_top_k`` go by the first.
+        triggers: What makes a search due.
+        dirpath: Where artifacts go; ``None``: beside the logger's files.
+        save_top_k: Artifacts kept, by value; -1: all, 0: records only.
+        buffer: What the buffer keeps.
+        search: How a search spends its trials.
+        evaluation: On what data candidates are scored.
+        artifact: What an artifact holds.
+        apply: Whether the best merge is loaded into the module after training.
+        on_error: Whether a failing search is reported or raised.
+        check_mode: Whether to refuse a mode that the metric speaks against.
+
+    Raises:
+        ConfigError: The parts contradict each other.
+    """
+
+    objectives: tuple[Objective, ...]
+    triggers: Triggers = Triggers()
+    dirpath: str | Path | None = None
+    save_top_k: int = 1
+    buffer: BufferConfig = BufferConfig()
+    search: SearchConfig = SearchConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    artifact: ArtifactConfig = ArtifactConfig()
+    apply: Apply = "emit"
+    on_error: OnError = "warn"
+    check_mode: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.check_modes({})
+        require_at_least("save_top_k", self.save_top_k, -1, "-1 keeps all artifacts.")
+        needed = make_space(self.search.space).snapshot
+        if needed not in (None, self.buffer.snapshot):
+            raise ConfigError(
+                f"`search.space` {self.space_name} needs {needed} snapshots, got `buffer.snapshot` "
+                f"{self.buffer.snapshot!r}. Set it to {needed!r}, or search another space."
+            )
+        self._check_search()
+        if self.apply == "on_train_end" and self.artifact.adapters == "products":
+            raise ConfigError(
+                '`apply` "on_train_end" would give the module\'s LoRA layers another rank, got `artifact.adapters` '
+                '"products". Use "factors", or load the artifact after training.'
+            )
+
+    @property
+    def monitors(self) -> list[str]:
+        """The names of the monitored metrics."""
+        return [o.monitor for o in self.objectives]
+
+    @property
+    def has_several(self) -> bool:
+        """Whether the search is for a Pareto front."""
+        return len(self.objectives) > 1
+
+    @property
+    def space_name(self) -> str:
+        """The space's name, in lower case."""
+        return type(make_space(self.search.space)).__name__.lower()
+
+    @property
+    def raises(self) -> bool:
+        """Whether a failing search ends training."""
+        return self.on_error == "raise"
+
+    def check_modes(self, higher_is_better: Mapping[str, bool]) -> None:
+        """Raise ``ConfigError`` where a metric, or the object that logs it, speaks against its ``mode``."""
+        if self.check_mode:
+            require_modes([*self.objectives, *self.search.constraints], higher_is_better)
+
+    def _check_search(self) -> None:
+        search, num = self.search, len(self.objectives)
+        if self.has_several and search.terminator is not None:
+            raise ConfigError(f"`search.terminator` follows one metric, got {num} in `monitor`. Name one.")
+        if self.has_several and search.refine is not None:
+            raise ConfigError(
+                f"`search.refine` follows the gradient of one metric, got {num} in `monitor`. Name one, or leave it "
+                "out."
+            )
+        if search.refine is not None and self.artifact.adapters == "products":
+            raise ConfigError(
+                '`search.refine` needs `artifact.adapters` "factors", got "products". Use that, or leave it out.'
             )

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lightning_ckmerge.buffer.merger import Merger
-from lightning_ckmerge.config import AdapterMerge, SearchConfig
-from lightning_ckmerge.core.objectives import Mode, Objective
+from lightning_ckmerge.config import AdapterMerge, MergeSettings
 from lightning_ckmerge.core.outcome import Coefficients, Cost, EvaluationRecord, Score, SearchOutcome, Trial
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import ArtifactError, SkipError
@@ -106,7 +105,8 @@ class SearchJob:
 
     Args:
         name: Unique in the storage; an interrupted search goes on under the same name.
-        others: More metrics to search by than ``monitor``.
+        settings: What the callback was asked for.
+        space: The space of ``settings``, bound to the model.
         allowed_s: Seconds that the search may take; ``None``: no limit.
         allowed_by: The argument that sets the limit.
         searched_s: Seconds that the run's earlier searches took.
@@ -115,20 +115,15 @@ class SearchJob:
         validated: Step and value of the run's own validations, at least over its last third.
         searched: Step and value of the latest weights of its earlier searches, on the confirmation half, likewise.
         notes: What people should know of the moment of this search; they lead the verdict's warnings.
-        journal: The journal file that is used where ``config.storage`` is ``None``.
+        journal: The journal file that is used where ``search.storage`` is ``None``.
         shared: Other processes may work on this search at the same time.
         adapters: How adapters are merged; ``None``: there are none.
-        tolerant: Whether the search goes on without a refinement that fails; its verdict's warnings then say why.
     """
 
     name: str
     step: int
-    monitor: str
-    mode: Mode
-    others: Sequence[Objective]
+    settings: MergeSettings
     space: Space
-    config: SearchConfig
-    staged: bool
     bench: Bench
     allowed_s: float | None
     allowed_by: str
@@ -143,7 +138,6 @@ class SearchJob:
     agree: Callable[[Callable[[], T]], T]
     shared: bool = False
     adapters: AdapterMerge | None = None
-    tolerant: bool = True
 
 
 def run_search(job: SearchJob) -> SearchOutcome:
@@ -187,19 +181,19 @@ def _search(job: SearchJob, evaluate: Evaluate) -> Search:
             "a search needs at least one snapshot beside the latest weights, got none. "
             "Shorten `buffer.every_n_train_steps` or search later."
         )
+    settings, config = job.settings, job.settings.search
     problem = Problem(
-        mode=job.mode,
+        objectives=settings.objectives,
         space=job.space,
         segments_K=job.bench.merger.segments_K,
-        n_trials=job.config.n_trials,
-        anchors=tuple(job.config.anchors),
-        staged=job.staged,
-        constraints=tuple(job.config.constraints),
+        n_trials=config.n_trials,
+        anchors=tuple(config.anchors),
+        staged=settings.evaluation.staged,
+        constraints=tuple(config.constraints),
         previous=job.previous,
-        others=tuple(job.others),
-        max_added=MAX_REFINED if job.config.refine else 0,
+        max_added=MAX_REFINED if config.refine else 0,
     )
-    reserved = most_confirmed(has_others=bool(job.others)) * sum(job.bench.validation.num_batches("confirm"))
+    reserved = most_confirmed(of_front=settings.has_several) * sum(job.bench.validation.num_batches("confirm"))
     budget = Budget(job.allowed_s, reason=f"`{job.allowed_by}`", reserved_batches=reserved)
     search = Search(
         problem=problem,
@@ -223,21 +217,23 @@ def _stopping(job: SearchJob) -> Stopping:
     if job.shared:  # every process ends with all trials
         return NEVER
     # The Gaussian process knows one objective, and no constraint.
-    min_gain_left = 0.0 if job.others or job.config.constraints else job.config.min_gain_left
-    return Stopping(min_gain_left=min_gain_left, terminator=job.config.terminator)
+    config = job.settings.search
+    min_gain_left = 0.0 if job.settings.has_several or config.constraints else config.min_gain_left
+    return Stopping(min_gain_left=min_gain_left, terminator=config.terminator)
 
 
 def _refine(job: SearchJob, search: Search) -> list[str]:
     """Refine the winner where that is asked for, and return why it stopped, if that was a fault."""
-    if job.config.refine is None:
+    if job.settings.search.refine is None:
         return []
     assert job.bench.differentiate is not None
-    reason = refine(search, job.bench.differentiate, tolerant=job.tolerant)
+    reason = refine(search, job.bench.differentiate, tolerant=not job.settings.raises)
     return [f"The refinement by gradients stopped: {reason}"] if reason else []
 
 
 def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
-    sampler = make_sampler(job.config.sampler, job.config.seed)
+    config, objectives = job.settings.search, job.settings.objectives
+    sampler = make_sampler(config.sampler, config.seed)
     segments_K = job.bench.merger.segments_K
     intervals = job.space.coordinates(segments_K)
     # The latest weights' values, batch by batch, stand for weights, data and random state at once.
@@ -248,20 +244,18 @@ def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
         # Settings that leave the ranges as they are show in the coefficients.
         "corner": asdict(candidate_at("", {n: i.high for n, i in intervals.items()}, segments_K, job.space)),
         "groups": dict(job.space.group_of),
-        "constraints": [asdict(c) for c in job.config.constraints],
+        "constraints": [asdict(c) for c in config.constraints],
         "sampler": type(sampler).__qualname__,
-        "monitor": [job.monitor, job.mode, *(asdict(o) for o in job.others)],
+        "monitor": [objectives[0].monitor, objectives[0].mode, *(asdict(o) for o in objectives[1:])],
         "adapters": job.adapters,
     }
-    open_study = partial(SharedStudy, n_trials=job.config.n_trials) if job.shared else SearchStudy
+    open_study = partial(SharedStudy, n_trials=config.n_trials) if job.shared else SearchStudy
     return open_study(
-        job.config.storage or job.journal,
+        config.storage or job.journal,
         job.name,
         sampler=sampler,
         intervals=intervals,
-        monitor=job.monitor,
-        mode=job.mode,
-        others=job.others,
+        objectives=objectives,
         fingerprint=_fingerprint(identity),
     )
 
@@ -272,9 +266,7 @@ def _outcome(job: SearchJob, search: Search, elapsed_s: float, warnings: Sequenc
         reach_verdict,
         latest=latest,
         best_anchor=search.best_anchor,
-        monitor=job.monitor,
-        mode=job.mode,
-        others=job.others,
+        objectives=job.settings.objectives,
         front=search.front,
         progress=_progress(job, latest),
     )
@@ -282,8 +274,8 @@ def _outcome(job: SearchJob, search: Search, elapsed_s: float, warnings: Sequenc
     share = (job.searched_s + elapsed_s) / job.training_s if job.training_s > 0 else None
     return SearchOutcome(
         step=job.step,
-        monitor=job.monitor,
-        mode=job.mode,
+        monitor=job.settings.objectives[0].monitor,
+        mode=job.settings.objectives[0].mode,
         space=type(job.space).__name__.lower(),
         snapshots_K=job.bench.merger.records(),
         group_of=job.space.group_of,
@@ -330,13 +322,13 @@ def _evaluation_record(job: SearchJob, latest: Trial) -> EvaluationRecord:
 
     validation = job.bench.validation
     search_batches, confirm_batches = validation.num_batches("search"), validation.num_batches("confirm")
-    monitors = [job.monitor, *(o.monitor for o in job.others)]
-    identity = [*monitors, search_batches, confirm_batches, samples(latest.search), samples(latest.confirm)]
+    num_samples = samples(latest.search), samples(latest.confirm)
+    identity = [*job.settings.monitors, search_batches, confirm_batches, *num_samples]
     return EvaluationRecord(
         search_batches=search_batches,
         confirm_batches=confirm_batches,
-        search_samples=samples(latest.search),
-        confirm_samples=samples(latest.confirm),
+        search_samples=num_samples[0],
+        confirm_samples=num_samples[1],
         fingerprint=_fingerprint(identity),
     )
 

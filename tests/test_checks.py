@@ -131,7 +131,7 @@ def test_a_mapping_is_the_config_class_that_it_names(
     mapping: Callable[..., Mapping[str, Any]], section: str, field: str, value: Any
 ) -> None:
     callback: Any = CheckpointMergeCallback(**{section: mapping({field: value})})
-    built = getattr(callback, section)
+    built = getattr(callback.settings, section)
     assert isinstance(built, SECTIONS[section])
     found = getattr(built, field)
     assert found == (tuple(value) if isinstance(value, UserList) else value)
@@ -146,7 +146,10 @@ def test_constraints_are_built_and_numbers_are_pythons() -> None:
         search=Omega(constraints=UserList([Omega(monitor="val_acc", allowance=1, mode="max")])),  # type: ignore[arg-type]
         dirpath=Path("merges"),
     )
-    assert callback.search.constraints == [Constraint(monitor="val_acc", allowance=1.0, mode="max")]
-    assert type(callback.triggers["every_n_train_steps"]) is int
-    assert callback.monitors == ["val_loss"]
-    assert CheckpointMergeCallback(train_time_interval=timedelta(hours=1)).triggers["train_time_interval"] is not None
+    assert callback.settings.search.constraints == [Constraint(monitor="val_acc", allowance=1.0, mode="max")]
+    assert type(callback.settings.triggers.every_n_train_steps) is int
+    assert callback.settings.monitors == ["val_loss"]
+    assert (
+        CheckpointMergeCallback(train_time_interval=timedelta(hours=1)).settings.triggers.train_time_interval
+        is not None
+    )

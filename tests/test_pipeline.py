@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lightning_ckmerge.buffer import MemoryStorage, RollingBuffer, Snapshot
 from lightning_ckmerge.buffer.merger import Merger
-from lightning_ckmerge.config import AnchorName, BufferConfig, Constraint, SearchConfig
+from lightning_ckmerge.config import AnchorName, BufferConfig, Constraint, EvaluationConfig, MergeSettings, SearchConfig
 from lightning_ckmerge.core.layout import TensorLayout
+from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Decay, Pairwise, make_space
@@ -122,7 +123,9 @@ class Validation:
         return self.batches["confirm"] > 0
 
 
-def make_job(run: Run, path: Path, config: SearchConfig | None = None, **options: Any) -> SearchJob:
+def make_job(
+    run: Run, path: Path, config: SearchConfig | None = None, *, staged: bool = True, **options: Any
+) -> SearchJob:
     merger = run.merger()
     parts: dict[str, Any] = {
         "merger": merger,
@@ -136,12 +139,13 @@ def make_job(run: Run, path: Path, config: SearchConfig | None = None, **options
     defaults: dict[str, Any] = {
         "name": "0123abcd-step=60",
         "step": run.step,
-        "monitor": "val_loss",
-        "mode": "min",
-        "others": [],
+        "settings": MergeSettings(
+            objectives=(Objective("val_loss", "min"),),
+            buffer=BufferConfig(snapshot=make_space(config.space).snapshot or "mean"),
+            search=config,
+            evaluation=EvaluationConfig(staged=staged),
+        ),
         "space": make_space(config.space),
-        "config": config,
-        "staged": True,
         "bench": bench,
         "allowed_s": None,
         "allowed_by": "",
@@ -261,7 +265,8 @@ def test_the_same_search_goes_on_in_its_study(tmp_path: Path) -> None:
     job.bench.merger.merge(first.anchors[0].candidate.coefficients_K)
     validation = Validation(run.module)
     bench = dataclasses.replace(job.bench, validation=validation)
-    second = run_search(dataclasses.replace(job, config=SearchConfig(n_trials=3), bench=bench))
+    settings = dataclasses.replace(job.settings, search=SearchConfig(n_trials=3))
+    second = run_search(dataclasses.replace(job, settings=settings, bench=bench))
     assert [(t.candidate, t.search) for t in second.trials[:2]] == [(t.candidate, t.search) for t in first.trials]
     known = [t for t in (*first.anchors, *first.trials) if t.candidate.coordinates]
     assert validation.halves.count("search") == len(second.anchors) + len(second.trials) - len(known)

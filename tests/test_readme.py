@@ -42,7 +42,7 @@ def test_the_yaml_is_one_of_the_callback() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(CheckpointMergeCallback, "callback")
     config = parser.parse_object({"callback": entry["init_args"]})
-    assert parser.instantiate_classes(config).callback.search.n_trials == 16
+    assert parser.instantiate_classes(config).callback.settings.search.n_trials == 16
 
 
 def test_it_reads_as_well_on_a_package_index() -> None:

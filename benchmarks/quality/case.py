@@ -26,6 +26,7 @@ from benchmarks.quality.data import CONTEXT, eval_batches, train_batches
 from lightning_ckmerge.buffer.ring import Drop, decide, pooled
 from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, SearchConfig
 from lightning_ckmerge.core.merge_plan import MergePlan
+from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Coefficients, Score, Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
@@ -36,6 +37,7 @@ from lightning_ckmerge.search.refine import FORWARDS_PER_GRADIENT, refine
 from lightning_ckmerge.search.stopping import Stopping
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
 
+OBJECTIVES = (Objective("loss", "min"),)
 CAPACITY = 10
 NUM_TRIALS = 16
 DEFAULT_STOPPING = Stopping(min_gain_left=SearchConfig().min_gain_left)
@@ -281,12 +283,12 @@ def run_search(
                 "search",
                 sampler=make_sampler(sampler, 0),
                 intervals=space.coordinates(segments_K),
-                mode="min",
+                objectives=OBJECTIVES,
                 fingerprint="",
             )
 
         run = Search(
-            problem=Problem(mode="min", space=space, segments_K=segments_K, **problem),
+            problem=Problem(objectives=OBJECTIVES, space=space, segments_K=segments_K, **problem),
             evaluate=evaluate,
             open_study=open_study,
             budget=Budget(),

@@ -15,6 +15,7 @@ from jsonschema.exceptions import best_match
 
 from lightning_ckmerge.artifact.files import MANIFEST_NAME
 from lightning_ckmerge.artifact.software import software
+from lightning_ckmerge.core.objectives import sign_of
 from lightning_ckmerge.core.outcome import Score, SearchOutcome, SnapshotRecord, Trial, Verdict
 from lightning_ckmerge.errors import ArtifactError
 
@@ -31,7 +32,7 @@ def build_manifest(outcome: SearchOutcome) -> Manifest:
     winner = outcome.winner
 
     def trial(t: Trial) -> dict[str, Any]:
-        return _trial(t, outcome.anchors[0], 1 if outcome.mode == "min" else -1)
+        return _trial(t, outcome.anchors[0], sign_of(outcome.mode))
 
     manifest: Manifest = {
         "schema_version": SCHEMA_VERSION,

@@ -29,7 +29,7 @@ from lightning_ckmerge.artifact.runs import LATER_RUN, find_run, is_alive
 from lightning_ckmerge.artifact.standing import STANDING_NAME, Standing, write_standing
 from lightning_ckmerge.artifact.timeline import Validated, append_timeline, timeline_record
 from lightning_ckmerge.artifact.weights import Weights, write_weights
-from lightning_ckmerge.core.objectives import Mode
+from lightning_ckmerge.core.objectives import Mode, sign_of
 from lightning_ckmerge.distributed.comm import Alone, Comm, on_rank_zero
 from lightning_ckmerge.errors import ArtifactError, PeerError
 
@@ -222,7 +222,7 @@ class ArtifactStore:
     def _rank(self, manifest: Manifest, like: Manifest) -> tuple[bool, bool, float]:
         """Return what sorts better artifacts first; those measured on other batches than ``like`` come later."""
         verdict = manifest["verdict"]
-        value = float("inf") if verdict["value"] is None else verdict["value"] * (1 if self.mode == "min" else -1)
+        value = float("inf") if verdict["value"] is None else verdict["value"] * sign_of(self.mode)
         return verdict["status"] != "accepted", not _same_batches(manifest, like), value
 
     def _move_best(self, ranked: Sequence[Artifact]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lightning_ckmerge.artifact.files import replace_json
-from lightning_ckmerge.core.objectives import Mode
+from lightning_ckmerge.core.objectives import Mode, sign_of
 
 STANDING_NAME = "standing.json"
 
@@ -44,7 +44,7 @@ class Standing:
     @property
     def is_stale(self) -> bool:
         """Whether the newest weights are better than the best artifact."""
-        return self.value < self.best_value if self.mode == "min" else self.value > self.best_value
+        return sign_of(self.mode) * (self.value - self.best_value) < 0
 
     @property
     def advice(self) -> str:

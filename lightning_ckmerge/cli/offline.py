@@ -17,7 +17,7 @@ from lightning_ckmerge.cli.console import FOUND, console, print_json, progress, 
 from lightning_ckmerge.cli.options import Json, Key
 
 if TYPE_CHECKING:
-    from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+    from lightning_ckmerge.config import MergeSettings
     from lightning_ckmerge.plugin.cli_config import Configured
     from lightning_ckmerge.plugin.plan import Plan
 
@@ -48,7 +48,7 @@ def plan(
         from lightning_ckmerge.plugin.forecast import forecast
 
         configured = _build(config, model_class, data_class)
-        plans = [forecast(configured, callback) for callback in _callbacks(configured, config)]
+        plans = [forecast(configured, settings) for settings in _settings(configured, config)]
     if as_json:
         print_json({"config": str(config), "ok": not any(p.faults for p in plans), "plans": [asdict(p) for p in plans]})
     else:
@@ -97,15 +97,15 @@ def search(
         from lightning_ckmerge.plugin.offline import ALONE, search_sources
 
         configured = _build(config, model_class, data_class, ALONE)
-        callback = _monitoring(_callbacks(configured, config)[0], monitor, mode)
-        callback = _adapted(callback, storage, n_trials, worker)
+        settings = _monitoring(_settings(configured, config)[0], monitor, mode)
+        settings = _adapted(settings, storage, n_trials, worker)
         sources = run_sources([checkpoints], key, last)
         with progress("Searching", None) as advance:
             found = search_sources(
                 configured.trainer,
                 configured.module,
                 {"datamodule": configured.datamodule},
-                callback,
+                settings,
                 sources,
                 out.absolute(),
                 help_only=worker,
@@ -170,48 +170,36 @@ def _yaml_fault(error: Exception) -> str:
     return str(error) if mark is None or problem is None else f"{problem} in line {mark.line + 1}"
 
 
-def _callbacks(configured: Configured, config: Path) -> list[CheckpointMergeCallback]:
-    """Those of the config, or one with the default arguments."""
+def _settings(configured: Configured, config: Path) -> list[MergeSettings]:
+    """Return those of the config's callbacks, or of one with the default arguments."""
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 
     if not configured.callbacks:
         typer.echo(f"note: {config} has no CheckpointMergeCallback; its defaults are taken.", err=True)
-    return configured.callbacks or [CheckpointMergeCallback()]
+    return [callback.settings for callback in configured.callbacks or [CheckpointMergeCallback()]]
 
 
-def _monitoring(callback: CheckpointMergeCallback, monitor: str | None, mode: str | None) -> CheckpointMergeCallback:
-    """Return the callback with the metric and the mode that the command line names."""
-    import copy
-
+def _monitoring(settings: MergeSettings, monitor: str | None, mode: str | None) -> MergeSettings:
+    """Return the settings with the metric and the mode that the command line names."""
     from lightning_ckmerge.core.objectives import make_objectives
 
-    modes = [callback.mode, *(o.mode for o in callback.others)]
+    modes = [o.mode for o in settings.objectives]
     if monitor is not None:
         modes = modes[:1]
-    first, *others = make_objectives(monitor or callback.monitors, cast("Any", mode) or modes)
-    adapted = copy.copy(callback)
-    adapted.monitor, adapted.mode, adapted.others = first.monitor, first.mode, others
-    adapted.check_modes({})
-    return adapted
+    return replace(settings, objectives=make_objectives(monitor or settings.monitors, cast("Any", mode) or modes))
 
 
-def _adapted(
-    callback: CheckpointMergeCallback, storage: str | None, n_trials: int | None, worker: bool
-) -> CheckpointMergeCallback:
-    """Return the callback with what the command line says, which raises what goes wrong."""
-    import copy
-
-    adapted = copy.copy(callback)
-    own = callback.search
-    adapted.search = replace(
+def _adapted(settings: MergeSettings, storage: str | None, n_trials: int | None, worker: bool) -> MergeSettings:
+    """Return the settings with what the command line says; what goes wrong is raised."""
+    own = settings.search
+    search = replace(
         own,
         storage=storage or own.storage,
         n_trials=own.n_trials if n_trials is None else n_trials,
         # Equal seeds would propose equal candidates at the same moment.
         seed=own.seed + (os.getpid() if worker else 0),
     )
-    adapted.on_error = "raise"
-    return adapted
+    return replace(settings, search=search, on_error="raise")
 
 
 def _print_plan(p: Plan) -> None:

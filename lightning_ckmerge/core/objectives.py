@@ -35,6 +35,11 @@ STAGE = re.compile(r"^(?:validation|valid|val|train|test|eval|dev)(?=.)")
 PIECE = re.compile(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*")
 
 
+def sign_of(mode: Mode) -> int:
+    """Return 1 if lower values are better, -1 if higher ones are."""
+    return 1 if mode == "min" else -1
+
+
 @dataclass(frozen=True)
 class Objective:
     """A metric to search by.
@@ -50,7 +55,7 @@ class Objective:
     @property
     def sign(self) -> int:
         """1 if lower values are better, -1 if higher ones are."""
-        return 1 if self.mode == "min" else -1
+        return sign_of(self.mode)
 
 
 def make_objectives(monitor: str | Sequence[str], mode: Mode | Sequence[Mode]) -> tuple[Objective, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lightning_ckmerge.core.objectives import Mode
+from lightning_ckmerge.core.objectives import Mode, sign_of
 
 # K numbers that sum to 1, for all tensors or for each group of them.
 Coefficients = Sequence[float] | Mapping[str, Sequence[float]]
@@ -239,7 +239,7 @@ class SearchOutcome:
         """The winner's coordinates; where it has none, those of the best candidate that has some."""
         if self.winner.candidate.coordinates:
             return self.winner.candidate.coordinates
-        sign = 1 if self.mode == "min" else -1
+        sign = sign_of(self.mode)
         placed = [t for t in (*self.anchors, *self.trials) if t.candidate.coordinates and t.feasible]
         finite = [t for t in placed if math.isfinite(t.search.value)]
         return min(finite, key=lambda t: sign * t.search.value).candidate.coordinates if finite else None

@@ -6,14 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.buffer.rolling import Snapshot
+from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.errors import ConfigError, TraceError
 from lightning_ckmerge.pipeline import Bench
@@ -25,9 +26,6 @@ from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.restore.standstill import Standstill
 from lightning_ckmerge.plugin.validation import Validation
 
-if TYPE_CHECKING:
-    from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
-
 # Of what a search cannot put back.
 MAX_NAMED = 5
 
@@ -36,7 +34,8 @@ class BenchMaker:
     """Makes the benches of one ``fit``, one a search.
 
     Args:
-        callback: Holds the arguments, and is told of batches in place of the muted others.
+        settings: What the callback was asked for.
+        callback: Told of batches in place of the muted others.
         trainer: The Trainer.
         model: What candidates are merged into.
         interruption: Why a search must end, asked at each batch; ``None`` while it may go on.
@@ -44,11 +43,13 @@ class BenchMaker:
 
     def __init__(
         self,
-        callback: CheckpointMergeCallback,
+        settings: MergeSettings,
+        callback: Callback,
         trainer: Trainer,
         model: RankModel,
         interruption: Callable[[], str | None],
     ) -> None:
+        self._settings = settings
         self._callback = callback
         self._trainer = trainer
         self._model = model
@@ -77,7 +78,7 @@ class BenchMaker:
             merger = Merger(model.layout, model.live, find_snapshots(), latest, step, model.space.group_of)
             with model.merging(merger) as merge:
                 loader = self._make_loader(candidate, merge, validation, len(merger.snapshots_K))
-                equal = EqualValues(self._callback.monitor)
+                equal = EqualValues(self._settings.objectives[0].monitor)
                 yield Bench(
                     merger=merger,
                     validation=validation,
@@ -128,18 +129,18 @@ class BenchMaker:
             rank_zero_info(f"A search does not look after {len(left_out)} things, such as {named}.")
 
     def _make_validation(self, standstill: Standstill, candidate: Candidate) -> Validation:
-        callback, config = self._callback, self._callback.evaluation
+        config = self._settings.evaluation
         if config.dataloader is not None and self._own_loaders is None:
             self._own_loaders = self._find_loaders(config.dataloader)
         comm = InterruptibleComm(self._model.comm, self._interruption)
-        told = (callback.monitors, comm, callback.check_modes)
-        return Validation(self._trainer, callback, config, *told, standstill, candidate, self._own_loaders)
+        told = (self._settings.monitors, comm, self._settings.check_modes)
+        return Validation(self._trainer, self._callback, config, *told, standstill, candidate, self._own_loaders)
 
     def _make_loader(
         self, candidate: Candidate, merge: Load, validation: Validation, num_snapshots: int
     ) -> CandidateLoader:
         latest_K = [0.0] * (num_snapshots - 1) + [1.0]
-        num_batches = self._callback.evaluation.recalibrate_batches
+        num_batches = self._settings.evaluation.recalibrate_batches
         return CandidateLoader(candidate, merge, validation, latest_K, num_batches)
 
     def _find_loaders(self, name: str) -> Any:

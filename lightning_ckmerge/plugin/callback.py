@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,22 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact, best_target
 from lightning_ckmerge.artifact.runs import keep_snapshots
-from lightning_ckmerge.checks import checked, require_at_least
-from lightning_ckmerge.config import Apply, ArtifactConfig, BufferConfig, EvaluationConfig, OnError, SearchConfig
-from lightning_ckmerge.core.objectives import Mode, Objective, make_objectives, require_modes
-from lightning_ckmerge.core.spaces import make_space
+from lightning_ckmerge.checks import checked
+from lightning_ckmerge.config import (
+    Apply,
+    ArtifactConfig,
+    BufferConfig,
+    EvaluationConfig,
+    MergeSettings,
+    OnError,
+    SearchConfig,
+    Triggers,
+)
+from lightning_ckmerge.core.objectives import Mode, make_objectives
 from lightning_ckmerge.errors import CkmergeError, ConfigError
 from lightning_ckmerge.plugin.evaluation import directions, logged_names
 from lightning_ckmerge.plugin.gradients import loss_of
 from lightning_ckmerge.plugin.run import MergeRun
-from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.strategies import check_supported
 from lightning_ckmerge.plugin.validation import require_logged
 from lightning_ckmerge.plugin.whereabouts import Stay, Whereabouts, find_fault, resolve_dirpath
@@ -80,52 +86,25 @@ class CheckpointMergeCallback(Callback):
         on_error: OnError = "warn",
         check_mode: bool = True,
     ) -> None:
-        first, *others = make_objectives(monitor, mode)
-        if check_mode:
-            require_modes([first, *others, *search.constraints])
-        require_at_least("save_top_k", save_top_k, -1, "-1 keeps all artifacts.")
-        needed = make_space(search.space).snapshot
-        if needed not in (None, buffer.snapshot):
-            raise ConfigError(
-                f"`search.space` {type(make_space(search.space)).__name__.lower()} needs {needed} snapshots, got "
-                f"`buffer.snapshot` {buffer.snapshot!r}. Set it to {needed!r}, or search another space."
-            )
-        if others and search.terminator is not None:
-            raise ConfigError(f"`search.terminator` follows one metric, got {1 + len(others)} in `monitor`. Name one.")
-        if search.refine is not None and others:
-            raise ConfigError(
-                f"`search.refine` follows the gradient of one metric, got {len(others) + 1} in `monitor`. Name one, or "
-                "leave it out."
-            )
-        if search.refine is not None and artifact.adapters == "products":
-            raise ConfigError(
-                '`search.refine` needs `artifact.adapters` "factors", got "products". Use that, or leave it out.'
-            )
-        if apply == "on_train_end" and artifact.adapters == "products":
-            raise ConfigError(
-                '`apply` "on_train_end" would give the module\'s LoRA layers another rank, got `artifact.adapters` '
-                '"products". Use "factors", or load the artifact after training.'
-            )
-        self.triggers: dict[str, Any] = {
-            "every_n_train_steps": every_n_train_steps,
-            "every_n_epochs": every_n_epochs,
-            "train_time_interval": train_time_interval,
-        }
-        Schedule(**self.triggers)  # refuses bad triggers now
-        self.monitor = first.monitor
-        self.mode = first.mode
-        self.others = others
-        self.dirpath = dirpath
-        self.save_top_k = save_top_k
-        self.search_on_train_end = search_on_train_end
-        self.buffer = buffer
-        self.search = search
-        self.evaluation = evaluation
-        self.artifact = artifact
-        self.apply = apply
-        self.on_error = on_error
-        self.check_mode = check_mode
-        self._space_name = type(make_space(search.space)).__name__.lower()  # Lightning reads `state_key` at each hook
+        self.settings = MergeSettings(
+            objectives=make_objectives(monitor, mode),
+            triggers=Triggers(
+                every_n_train_steps=every_n_train_steps,
+                every_n_epochs=every_n_epochs,
+                train_time_interval=train_time_interval,
+                on_train_end=search_on_train_end,
+            ),
+            dirpath=dirpath,
+            save_top_k=save_top_k,
+            buffer=buffer,
+            search=search,
+            evaluation=evaluation,
+            artifact=artifact,
+            apply=apply,
+            on_error=on_error,
+            check_mode=check_mode,
+        )
+        self._space_name = self.settings.space_name  # Lightning reads `state_key` at each hook
         self._run: MergeRun | None = None
         self._stay: Stay | None = None
         self._shared_dirpath: Path | None = None
@@ -138,21 +117,9 @@ class CheckpointMergeCallback(Callback):
     @property
     def state_key(self) -> str:
         """Tells several callbacks of one Trainer apart in a checkpoint."""
-        dirpath = None if self.dirpath is None else str(self.dirpath)
-        monitor = ",".join(self.monitors)
+        dirpath = None if self.settings.dirpath is None else str(self.settings.dirpath)
+        monitor = ",".join(self.settings.monitors)
         return f"{type(self).__qualname__}{ ({'monitor': monitor, 'space': self._space_name, 'dirpath': dirpath})!r}"
-
-    @property
-    def monitors(self) -> list[str]:
-        """The monitored metrics."""
-        return [self.monitor, *(o.monitor for o in self.others)]
-
-    def check_modes(self, higher_is_better: Mapping[str, bool]) -> None:
-        """Raise ``ConfigError`` where a metric, or the object that logs it, speaks against its ``mode``."""
-        if self.check_mode:
-            require_modes(
-                [Objective(self.monitor, self.mode), *self.others, *self.search.constraints], higher_is_better
-            )
 
     @property
     def best_artifact(self) -> Artifact | None:
@@ -175,8 +142,8 @@ class CheckpointMergeCallback(Callback):
         """Refuse what cannot be served, before anything is spent."""
         if stage != "fit":
             return
-        _check_served(trainer, self.search)
-        dirpath = _usable_dirpath(trainer, self.dirpath)
+        _check_served(trainer, self.settings.search)
+        dirpath = _usable_dirpath(trainer, self.settings.dirpath)
         others = [c for c in _merge_callbacks(trainer) if c is not self]
         if any(other._shared_dirpath == dirpath for other in others):
             raise ConfigError(f"each merge callback needs a `dirpath` of its own, got {dirpath} twice. Name another.")
@@ -190,30 +157,30 @@ class CheckpointMergeCallback(Callback):
             return
         assert self._shared_dirpath is not None
         state = self._state or self._left_off(trainer)
-        self._stay = Stay(trainer, self._shared_dirpath, state, moves=self.dirpath is not None)
+        self._stay = Stay(trainer, self._shared_dirpath, state, moves=self.settings.dirpath is not None)
         self._resolved_dirpath = self._stay.place.dirpath
         if trainer.local_rank == 0:
             self._whereabouts.leave(self._resolved_dirpath)
-        self._run = MergeRun(self, trainer, self._stay.place, state)
+        self._run = MergeRun(self.settings, trainer, self, self._stay.place, state)
         self._state = None
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Find a missing loss before training, not at the first search."""
-        if self.search.refine is not None and trainer.sanity_checking:
+        if self.settings.search.refine is not None and trainer.sanity_checking:
             loss_of(outputs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find a misspelt ``monitor`` or a wrong ``mode`` at the first validation; keep the value for reports."""
         if self._run is not None:
             self._run.after_validation()
-        if self._monitor_seen or self.evaluation.dataloader is not None:
+        if self._monitor_seen or self.settings.evaluation.dataloader is not None:
             return
         self._monitor_seen = True
         try:
-            require_logged(self.monitors, logged_names(trainer))
-            self.check_modes(directions(trainer))
+            require_logged(self.settings.monitors, logged_names(trainer))
+            self.settings.check_modes(directions(trainer))
         except CkmergeError as error:
             if trainer.sanity_checking:  # nothing is lost yet
                 raise
@@ -248,7 +215,7 @@ class CheckpointMergeCallback(Callback):
         """Load the merge where that was asked for. Checkpoints have been written by now; later ones know the buffer."""
         if self._run is None:
             return
-        if self.apply == "on_train_end":
+        if self.settings.apply == "on_train_end":
             self._run.apply()
         self._last_state = self._run.finish()
         self._run = None

@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
 from lightning_ckmerge.checks import parse_size
+from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
-from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 from lightning_ckmerge.plugin.cli_config import Configured
 from lightning_ckmerge.plugin.loaders import length_of, limited
 from lightning_ckmerge.plugin.plan import Known, Plan, make_plan
 from lightning_ckmerge.plugin.rank_model import RankModel
-from lightning_ckmerge.plugin.run_length import run_length
 from lightning_ckmerge.plugin.strategies import check_supported
+from lightning_ckmerge.plugin.triggers import run_length
 from lightning_ckmerge.plugin.whereabouts import find_fault, root_of
 
 
@@ -31,8 +31,8 @@ class Loaders:
     val: list[Any] | None
 
 
-def forecast(configured: Configured, callback: CheckpointMergeCallback) -> Plan:
-    """Return the plan of a callback. Loaders are built but not read; nothing is trained, written or moved to a GPU."""
+def forecast(configured: Configured, settings: MergeSettings) -> Plan:
+    """Return one callback's plan. Loaders are built but not read; nothing is trained, written or moved to a GPU."""
     trainer: Any = configured.trainer
     warnings: list[str] = []
     loaders = _loaders(configured, warnings)
@@ -42,7 +42,7 @@ def forecast(configured: Configured, callback: CheckpointMergeCallback) -> Plan:
     # Of several training loaders, shorter ones begin anew.
     length = run_length(trainer, max(train, default=math.inf), _steps_per_update(configured, warnings))
     val = loaders.val
-    dirpath, fault = _directory(trainer, callback)
+    dirpath, fault = _directory(trainer, settings)
     known = Known(
         length=length,
         val_batches=None if val is None else [_batches(v, trainer.limit_val_batches, num_ranks) for v in val],
@@ -51,19 +51,19 @@ def forecast(configured: Configured, callback: CheckpointMergeCallback) -> Plan:
         holders=num_ranks,
     )
     model = RankModel(
-        configured.module, callback.search.space, callback.artifact, parse_size(callback.buffer.bucket_size)
+        configured.module, settings.search.space, settings.artifact, parse_size(settings.buffer.bucket_size)
     )
-    plan = make_plan(callback, trainer, model, known)
+    plan = make_plan(settings, trainer, model, known)
     plan.warnings[:0] = warnings
     plan.warnings += _warnings(trainer, known)
-    plan.faults += [*([fault] if fault is not None else []), *_faults(callback, trainer, known)]
+    plan.faults += [*([fault] if fault is not None else []), *_faults(settings, trainer, known)]
     return plan
 
 
-def _directory(trainer: Any, callback: CheckpointMergeCallback) -> tuple[Path, str | None]:
+def _directory(trainer: Any, settings: MergeSettings) -> tuple[Path, str | None]:
     """Return where artifacts go, or what that is below, and why they cannot."""
     try:
-        dirpath = root_of(trainer, callback.dirpath)
+        dirpath = root_of(trainer, settings.dirpath)
     except ConfigError as error:
         return Path(trainer.default_root_dir), str(error)
     return dirpath, find_fault(dirpath)
@@ -137,13 +137,13 @@ def _steps_per_update(configured: Configured, warnings: list[str]) -> int | None
     return len(optimizers) if isinstance(optimizers, (list, tuple)) else 1
 
 
-def _faults(callback: CheckpointMergeCallback, trainer: Any, known: Known) -> list[str]:
+def _faults(settings: MergeSettings, trainer: Any, known: Known) -> list[str]:
     found = []
     try:
-        check_supported(trainer, callback.search.refine)
+        check_supported(trainer, settings.search.refine)
     except UnsupportedError as error:
         found.append(str(error))
-    if known.val_batches == [] and callback.evaluation.dataloader is None:
+    if known.val_batches == [] and settings.evaluation.dataloader is None:
         found.append(
             "a search needs validation batches, got no validation loader. Define `val_dataloader`, or name a method in "
             "`evaluation.dataloader`."

@@ -10,13 +10,13 @@ import glob
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
@@ -26,16 +26,18 @@ from lightning_ckmerge.artifact.offline import listed
 from lightning_ckmerge.artifact.runs import Place
 from lightning_ckmerge.artifact.sources import Source, run_sources
 from lightning_ckmerge.buffer.rolling import Snapshot
-from lightning_ckmerge.config import ArtifactConfig, BufferConfig, EvaluationConfig, SearchConfig
+from lightning_ckmerge.checks import parse_size
+from lightning_ckmerge.config import ArtifactConfig, BufferConfig, EvaluationConfig, MergeSettings, SearchConfig
 from lightning_ckmerge.core.layout import as_real
-from lightning_ckmerge.core.objectives import Mode
+from lightning_ckmerge.core.objectives import Mode, make_objectives
 from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.errors import ArtifactError, ConfigError
-from lightning_ckmerge.pipeline import Bench, SearchJob, join_search
-from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+from lightning_ckmerge.pipeline import Bench, SearchJob, join_search, run_search
+from lightning_ckmerge.plugin.bench import BenchMaker
 from lightning_ckmerge.plugin.progress import OnScored
-from lightning_ckmerge.plugin.run import MergeRun
-from lightning_ckmerge.plugin.run_length import RunLength
+from lightning_ckmerge.plugin.publisher import Publisher
+from lightning_ckmerge.plugin.rank_model import RankModel
 
 # One process, one device: more of them share the trials of one storage.
 ALONE: dict[str, Any] = {
@@ -99,9 +101,8 @@ def search_checkpoints(
         ConfigError: An argument is outside its range.
         MonitorError: Validation does not log ``monitor``.
     """
-    callback = CheckpointMergeCallback(
-        monitor=monitor,
-        mode=mode,
+    settings = MergeSettings(
+        objectives=make_objectives(monitor, mode),
         save_top_k=save_top_k,
         buffer=BufferConfig(snapshot="point"),  # as checkpoints are
         search=search,
@@ -119,7 +120,7 @@ def search_checkpoints(
         )
     data = {"train_dataloaders": _training_data(module, train_dataloaders, evaluation)}
     found = search_sources(
-        made, module, {**data, "val_dataloaders": val_dataloaders}, callback, sources, Path(dirpath).absolute()
+        made, module, {**data, "val_dataloaders": val_dataloaders}, settings, sources, Path(dirpath).absolute()
     )
     assert isinstance(found, Artifact)
     return found
@@ -129,7 +130,7 @@ def search_sources(
     trainer: Trainer,
     module: LightningModule,
     data: Mapping[str, Any],
-    callback: CheckpointMergeCallback,
+    settings: MergeSettings,
     sources: Sequence[Source],
     dirpath: Path,
     *,
@@ -142,7 +143,7 @@ def search_sources(
         trainer: One device, no logger. Its callbacks are replaced.
         module: Gets the newest checkpoint's weights.
         data: What ``fit`` takes beside the module.
-        callback: Holds the arguments of the search.
+        settings: What the search was asked for.
         sources: Checkpoints, oldest first, each with its step.
         dirpath: Where artifacts go.
         help_only: Score candidates of a search that another process publishes.
@@ -152,10 +153,11 @@ def search_sources(
         The artifact, or how many candidates were scored here if ``help_only``.
     """
 
-    def make_run(host: CheckpointMergeCallback, trainer: Trainer) -> OfflineRun:
-        return OfflineRun(host, trainer, dirpath, sources, help_only, on_scored)
+    def find(trainer: Trainer, callback: Callback) -> Artifact | int:
+        search = OfflineSearch(settings, trainer, callback, dirpath, sources, on_scored)
+        return search.help_on() if help_only else search.run()
 
-    host = _Host(make_run, callback)
+    host = _Host(find)
     # Nothing of the run's own shall happen: no checkpoint, no early stop, no bar.
     getattr(trainer, "callbacks")[:] = [host]  # noqa: B009
     own = vars(module).get("configure_callbacks")
@@ -189,91 +191,77 @@ def _training_data(module: LightningModule, given: Any, evaluation: EvaluationCo
     return DataLoader([0])  # type: ignore[arg-type]
 
 
-class _Host(CheckpointMergeCallback):
+class _Host(Callback):
     """Searches where training would begin, and lets it end there.
 
-    One of our own callbacks, since a search listens to the batches through it.
+    Args:
+        find: The search; it listens to the batches through this callback.
     """
 
-    def __init__(self, make_run: Callable[[_Host, Trainer], OfflineRun], merge: CheckpointMergeCallback) -> None:
-        super().__init__(
-            check_mode=merge.check_mode,
-            monitor=merge.monitors,
-            mode=[merge.mode, *(other.mode for other in merge.others)],
-            save_top_k=merge.save_top_k,
-            buffer=merge.buffer,
-            search=merge.search,
-            evaluation=merge.evaluation,
-            artifact=merge.artifact,
-            on_error=merge.on_error,
-        )
-        self._make_run = make_run
+    def __init__(self, find: Callable[[Trainer, Callback], Artifact | int]) -> None:
+        self._find = find
         self.result: Artifact | int | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing: one device is always served."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search."""
         trainer.should_stop = True
-        run = self._make_run(self, trainer)
-        try:
-            self.result = run.find()
-        finally:
-            run.close()
+        self.result = self._find(trainer, self)
 
 
-class OfflineRun(MergeRun):
+class OfflineSearch:
     """One search whose snapshots are checkpoints on disk.
 
     Args:
-        callback: Holds the arguments.
+        settings: What the search was asked for.
         trainer: The Trainer, inside ``fit``, before the first step.
+        callback: Told of batches in place of the muted others.
         dirpath: Where artifacts go.
         sources: Checkpoints, oldest first, each with its step; the last one is loaded into the module.
-        help_only: Score candidates of a search that another process publishes.
         on_scored: Told of each scored trial.
     """
 
     def __init__(
         self,
-        callback: CheckpointMergeCallback,
+        settings: MergeSettings,
         trainer: Trainer,
+        callback: Callback,
         dirpath: Path,
         sources: Sequence[Source],
-        help_only: bool,
         on_scored: OnScored,
     ) -> None:
+        self._settings = settings
+        self._trainer = trainer
         self._sources = sources
-        self._help_only = help_only
         self._on_scored = on_scored
         _load(sources[-1], trainer.lightning_module)
         # The same checkpoints make the same study, so that a search that was interrupted goes on.
         names = "\n".join(f"{s.step} {s.path.name}" for s in sources)
         run_id = hashlib.sha256(names.encode()).hexdigest()[:8]
-        super().__init__(callback, trainer, Place(dirpath=dirpath, run_id=run_id, source=None))
+        self._place = Place(dirpath=dirpath, run_id=run_id, source=None)
+        bucket_bytes = parse_size(settings.buffer.bucket_size)
+        self._model = RankModel(trainer.lightning_module, settings.search.space, settings.artifact, bucket_bytes)
+        self._bench_maker = BenchMaker(settings, callback, trainer, self._model, lambda: None)
+        assert sources[-1].step is not None
+        self._step = sources[-1].step
 
-    @property
-    def step(self) -> int:
-        """The newest checkpoint's."""
-        step = self._sources[-1].step
-        assert step is not None
-        return step
-
-    def find(self) -> Artifact | int:
-        """Search and publish, or help another process that does."""
-        if self._help_only:
-            with self._standing_still() as job:
-                return join_search(job)
-        artifact = self.search()
-        assert artifact is not None, "an offline search raises what goes wrong"
+    def run(self) -> Artifact:
+        """Search and publish."""
+        publisher = Publisher(self._settings, self._trainer, self._place, self._model)
+        with self._bench_maker.standing_still(self._snapshots, self._step) as bench:
+            job = self._make_job(bench)
+            outcome = run_search(job)
+            artifact = publisher.publish(outcome, job, ())
+        publisher.announce(outcome, artifact, sum(outcome.cost.seconds.values()))
+        self._bench_maker.check_traces()
         return artifact
 
-    def _say_plan(self, length: RunLength) -> None:
-        """Nothing: there is no run."""
+    def help_on(self) -> int:
+        """Help another process that publishes, and return how many candidates were scored here."""
+        with self._bench_maker.standing_still(self._snapshots, self._step) as bench:
+            return join_search(self._make_job(bench))
 
     def _snapshots(self) -> list[Snapshot]:
-        """The checkpoints but the newest, which is in the module."""
+        """Return the checkpoints but the newest, which is in the module."""
         steps = [0, *(s.step or 0 for s in self._sources)]
         hashes = [tuple(file_record(path)["sha256"] for path in s.files) for s in self._sources[:-1]]
         return [
@@ -286,14 +274,27 @@ class OfflineRun(MergeRun):
             for source, files, (before, step) in zip(self._sources[:-1], hashes, pairwise(steps), strict=False)
         ]
 
-    def _make_job(self, bench: Bench, on_scored: OnScored) -> SearchJob:
+    def _make_job(self, bench: Bench) -> SearchJob:
         """There is no training time that a share could be taken of."""
-        return replace(
-            super()._make_job(bench, self._on_scored),
-            shared=True,
-            training_s=0.0,
-            allowed_s=self.callback.search.timeout_s,
+        return SearchJob(
+            name=f"{self._place.run_id}-step={self._step:09d}",
+            step=self._step,
+            settings=self._settings,
+            space=self._model.space,
+            bench=bench,
+            allowed_s=self._settings.search.timeout_s,
             allowed_by="search.timeout_s",
+            searched_s=0.0,
+            training_s=0.0,
+            previous=None,
+            validated=(),
+            searched=(),
+            notes=(),
+            journal=self._place.dirpath / "study.journal",
+            on_scored=self._on_scored,
+            agree=partial(on_rank_zero, self._model.comm),
+            shared=True,
+            adapters=self._model.adapter_merge,
         )
 
 

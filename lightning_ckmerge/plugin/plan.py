@@ -7,29 +7,24 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 
 from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
-from lightning_ckmerge.config import BufferConfig
+from lightning_ckmerge.config import BufferConfig, MergeSettings
 from lightning_ckmerge.core.groups import describe_groups
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.plugin.clock import MIN_TRAINING_S
 from lightning_ckmerge.plugin.loaders import Split, limited
 from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.restore.standstill import MAX_COPIED_BYTES
-from lightning_ckmerge.plugin.run_length import RunLength, finest_segment
-from lightning_ckmerge.plugin.schedule import NUM_SEARCHES
+from lightning_ckmerge.plugin.triggers import NUM_SEARCHES, RunLength, finest_segment
 from lightning_ckmerge.report.text import MISSING, count, size
 from lightning_ckmerge.search.anchors import most_anchors
 from lightning_ckmerge.search.engine import MAX_SHOWN, most_confirmed
 from lightning_ckmerge.search.interval import MIN_CONFIRM_BATCHES
 from lightning_ckmerge.search.refine import MAX_EVALUATIONS
-
-if TYPE_CHECKING:
-    from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 
 # A backward pass takes about twice as long as a forward pass.
 FORWARDS_PER_TRAINING_BATCH = 3
@@ -126,52 +121,52 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
 
 
-def make_plan(callback: CheckpointMergeCallback, trainer: Trainer, model: RankModel, known: Known) -> Plan:
-    """Return the plan of a callback. Nothing is read, written or moved.
+def make_plan(settings: MergeSettings, trainer: Trainer, model: RankModel, known: Known) -> Plan:
+    """Return the plan of one settings. Nothing is read, written or moved.
 
     Args:
-        callback: Holds the arguments.
+        settings: What it was asked for.
         trainer: The Trainer; it need not have started.
         model: What this process holds of the module.
         known: What is known of the run.
     """
-    config, steps = callback.buffer, known.length.steps
+    config, steps = settings.buffer, known.length.steps
     segment_steps = finest_segment(config, steps)
     buffer = _probe(config, model.layout, segment_steps)
     buffer_disk = math.ceil(buffer.num_bytes_on_disk / known.holders)
     model_bytes = math.ceil(model.layout.num_bytes / known.holders) * known.num_ranks
-    num_anchors = most_anchors(callback.search.anchors, config.capacity)
+    num_anchors = most_anchors(settings.search.anchors, config.capacity)
     plan = Plan(
         strategy=type(trainer.strategy).__name__,
         num_ranks=known.num_ranks,
         num_parameters=_num_parameters(model),
-        space=type(model.space).__name__.lower(),
+        space=settings.space_name,
         total_steps=steps,
-        num_searches=num_searches(callback, known.length),
-        when=_when(callback, steps),
-        interval=_interval(callback, known.length),
+        num_searches=num_searches(settings, known.length),
+        when=_when(settings, steps),
+        interval=_interval(settings, known.length),
         snapshots=f"up to {config.capacity} {config.snapshot} snapshots, {config.layout}",
         segment_steps=segment_steps,
         buffer_memory=math.ceil(buffer.num_bytes_in_memory / known.holders),
         buffer_disk=buffer_disk,
         # The copy of everything that a rank holds, adapters' base included: whole where the model is replicated.
-        search_memory=model.local_layout.num_bytes + callback.evaluation.cache_bytes,
-        disk=buffer_disk * known.num_ranks + _num_models(callback) * model_bytes,
+        search_memory=model.local_layout.num_bytes + settings.evaluation.cache_bytes,
+        disk=buffer_disk * known.num_ranks + _num_models(settings) * model_bytes,
         free_disk=_free_disk(known.dirpath),
         dirpath=str(known.dirpath),
-        candidates=f"up to {num_anchors} anchors and {callback.search.n_trials} trials"
+        candidates=f"up to {num_anchors} anchors and {settings.search.n_trials} trials"
         + (
-            f", and a refinement by gradients that takes up to {MAX_EVALUATIONS} more" if callback.search.refine else ""
+            f", and a refinement by gradients that takes up to {MAX_EVALUATIONS} more" if settings.search.refine else ""
         ),
-        num_candidates=num_anchors + callback.search.n_trials,
-        num_confirmed=most_confirmed(has_others=bool(callback.others)),
-        cap=callback.search.max_fraction_of_training,
+        num_candidates=num_anchors + settings.search.n_trials,
+        num_confirmed=most_confirmed(of_front=settings.has_several),
+        cap=settings.search.max_fraction_of_training,
         groups=describe_groups(model.space.group_of) if model.space.group_of else None,
-        adapters=_adapters(callback, model),
+        adapters=_adapters(settings, model),
         left_out=", ".join(model.ownership.left_out) or None,
     )
-    _count_batches(plan, callback, known)
-    plan.warnings += _warnings(plan, callback)
+    _count_batches(plan, settings, known)
+    plan.warnings += _warnings(plan, settings)
     plan.faults += _faults(plan)
     return plan
 
@@ -219,10 +214,10 @@ def render_plan(plan: Plan) -> str:
     return "\n".join(["lightning-ckmerge, the plan of this run:", *lines, *notes])
 
 
-def num_searches(callback: CheckpointMergeCallback, length: RunLength) -> int | None:
+def num_searches(settings: MergeSettings, length: RunLength) -> int | None:
     """Return the searches over a run, the one at its end counted; ``None``: only training will tell."""
-    every_n_steps, every_n_epochs = callback.triggers["every_n_train_steps"], callback.triggers["every_n_epochs"]
-    if callback.triggers["train_time_interval"] is not None:
+    every_n_steps, every_n_epochs = settings.triggers.every_n_train_steps, settings.triggers.every_n_epochs
+    if settings.triggers.train_time_interval is not None:
         return None
     if every_n_steps is not None:
         total, every = length.steps, every_n_steps
@@ -230,22 +225,22 @@ def num_searches(callback: CheckpointMergeCallback, length: RunLength) -> int | 
         total, every = length.epochs, every_n_epochs
     else:
         within = min(NUM_SEARCHES, length.steps) - 1 if length.steps else 0
-        return within + callback.search_on_train_end
+        return within + settings.triggers.on_train_end
     if total is None:
         return None
     # What has been searched at the last step is not searched again.
-    return int(total // every) + (callback.search_on_train_end and total % every > 0)
+    return int(total // every) + (settings.triggers.on_train_end and total % every > 0)
 
 
-def _when(callback: CheckpointMergeCallback, total_steps: int | None) -> str:
-    triggers = callback.triggers
-    end = callback.search_on_train_end
+def _when(settings: MergeSettings, total_steps: int | None) -> str:
+    triggers = settings.triggers
+    end = triggers.on_train_end
     last = " and at the end" if end else ""
-    if (steps := triggers["every_n_train_steps"]) is not None:
+    if (steps := triggers.every_n_train_steps) is not None:
         return f"every {_steps(steps)}{last}"
-    if (epochs := triggers["every_n_epochs"]) is not None:
+    if (epochs := triggers.every_n_epochs) is not None:
         return f"every {f'{count(epochs)} epochs' if epochs > 1 else 'epoch'}{last}"
-    if (interval := triggers["train_time_interval"]) is not None:
+    if (interval := triggers.train_time_interval) is not None:
         return f"every {interval} of training{last}"
     if total_steps is None:
         only = "at the end alone" if end else "none"
@@ -253,15 +248,15 @@ def _when(callback: CheckpointMergeCallback, total_steps: int | None) -> str:
     return f"after each quarter of the run{'' if end else ' but the last'}"
 
 
-def _interval(callback: CheckpointMergeCallback, length: RunLength) -> float | None:
+def _interval(settings: MergeSettings, length: RunLength) -> float | None:
     """Return the steps from one search to the next, on the average where epochs differ."""
-    triggers, steps = callback.triggers, length.steps
-    if triggers["train_time_interval"] is not None or not steps:
+    triggers, steps = settings.triggers, length.steps
+    if triggers.train_time_interval is not None or not steps:
         return None
-    if triggers["every_n_train_steps"] is not None:
-        return float(min(triggers["every_n_train_steps"], steps))
-    if triggers["every_n_epochs"] is not None:
-        return min(1.0, triggers["every_n_epochs"] / length.epochs) * steps if length.epochs else None
+    if triggers.every_n_train_steps is not None:
+        return float(min(triggers.every_n_train_steps, steps))
+    if triggers.every_n_epochs is not None:
+        return min(1.0, triggers.every_n_epochs / length.epochs) * steps if length.epochs else None
     return steps / NUM_SEARCHES
 
 
@@ -271,13 +266,13 @@ def _num_parameters(model: RankModel) -> int:
     return sum(slot.numel for slot in model.local_layout.slots if slot.role == "parameter")
 
 
-def _num_models(callback: CheckpointMergeCallback) -> int:
+def _num_models(settings: MergeSettings) -> int:
     """Return the copies of the model on disk: in each format, of the artifacts kept, and of one being published."""
-    num_copies = len(set(callback.artifact.formats) | {"safetensors"}) + MAX_SHOWN * bool(callback.others)
-    return (max(1, callback.save_top_k) + 1) * num_copies
+    num_copies = len(set(settings.artifact.formats) | {"safetensors"}) + MAX_SHOWN * settings.has_several
+    return (max(1, settings.save_top_k) + 1) * num_copies
 
 
-def _adapters(callback: CheckpointMergeCallback, model: RankModel) -> str | None:
+def _adapters(settings: MergeSettings, model: RankModel) -> str | None:
     if model.adapters is None:
         return None
     merged, slots = model.ownership.shapes.keys(), model.local_layout.slots
@@ -285,7 +280,7 @@ def _adapters(callback: CheckpointMergeCallback, model: RankModel) -> str | None
     num_bytes = sum(slot.numel * slot.dtype.itemsize for slot in chosen)
     return (
         f"{len(chosen)} of {len(slots)} tensors, {size(num_bytes)} of {size(model.local_layout.num_bytes)}, are "
-        f"buffered and merged ({callback.artifact.adapters}); the frozen base stays as it is"
+        f"buffered and merged ({settings.artifact.adapters}); the frozen base stays as it is"
     )
 
 
@@ -308,8 +303,8 @@ def _free_disk(path: Path) -> int | None:
     return shutil.disk_usage(existing).free if existing else None
 
 
-def _count_batches(plan: Plan, callback: CheckpointMergeCallback, known: Known) -> None:
-    config, length = callback.evaluation, known.length
+def _count_batches(plan: Plan, settings: MergeSettings, known: Known) -> None:
+    config, length = settings.evaluation, known.length
     if config.dataloader is not None:
         return
     counts = [limited(n, config.limit_batches) for n in known.val_batches or () if n]
@@ -321,14 +316,14 @@ def _count_batches(plan: Plan, callback: CheckpointMergeCallback, known: Known) 
     splits = [Split((), n, config.confirm_fraction) for n in counts]
     plan.search_batches = sum(s.num_batches("search") or 0 for s in splits)
     plan.confirm_batches = sum(s.num_batches("confirm") or 0 for s in splits)
-    num_evaluations = plan.num_candidates + (MAX_EVALUATIONS if callback.search.refine else 0)
+    num_evaluations = plan.num_candidates + (MAX_EVALUATIONS if settings.search.refine else 0)
     plan.evaluations = plan.search_batches * num_evaluations + plan.num_confirmed * plan.confirm_batches
     if plan.interval and length.steps and length.batches:
         training_batches = plan.interval * length.batches / length.steps
         plan.share = plan.evaluations / (FORWARDS_PER_TRAINING_BATCH * training_batches)
 
 
-def _warnings(plan: Plan, callback: CheckpointMergeCallback) -> list[str]:
+def _warnings(plan: Plan, settings: MergeSettings) -> list[str]:
     found = []
     if plan.share is not None and plan.cap is not None and plan.share > plan.cap:
         allowed = f"{100 * plan.cap:g} %, or {_least(plan.cap)} in a short run"
@@ -344,7 +339,7 @@ def _warnings(plan: Plan, callback: CheckpointMergeCallback) -> list[str]:
             f"A verdict needs {MIN_CONFIRM_BATCHES} batches or more, and {plan.confirm_batches} are kept for it: every "
             "gain will be `unconfirmed`. Use more or smaller batches."
         )
-    if callback.save_top_k == -1:
+    if settings.save_top_k == -1:
         found.append("`save_top_k` is -1: all artifacts are kept, of which the plan counts one.")
     return found
 

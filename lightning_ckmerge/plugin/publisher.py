@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -18,20 +18,19 @@ from lightning_ckmerge.artifact.runs import Place
 from lightning_ckmerge.artifact.standing import Standing, read_standing, write_standing
 from lightning_ckmerge.artifact.timeline import Validated, skip_record
 from lightning_ckmerge.checks import parse_size
+from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.distributed.gather import GatheredWeights
 from lightning_ckmerge.errors import CkmergeError
 from lightning_ckmerge.pipeline import SearchJob
 from lightning_ckmerge.plugin.evaluation import dump_weights, write_checkpoint
+from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.pretrained import Pretrained
 from lightning_ckmerge.plugin.progress import harmless, say
 from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.reports import summarize_run, write_run_report, write_search_report
 from lightning_ckmerge.report.text import ReportPlace
-
-if TYPE_CHECKING:
-    from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 
 FRONT_NAME = "front"
 
@@ -40,7 +39,7 @@ class Publisher:
     """Publishes the searches of one ``fit``.
 
     Args:
-        callback: Holds the arguments.
+        settings: What the callback was asked for.
         trainer: The Trainer.
         place: Where artifacts go.
         model: Where merges are, as all ranks publish them.
@@ -48,12 +47,12 @@ class Publisher:
 
     def __init__(
         self,
-        callback: CheckpointMergeCallback,
+        settings: MergeSettings,
         trainer: Trainer,
         place: Place,
         model: RankModel,
     ) -> None:
-        config = callback.artifact
+        config, objective = settings.artifact, settings.objectives[0]
         self._trainer = trainer
         self._module: LightningModule = trainer.lightning_module
         self._model = model
@@ -65,18 +64,19 @@ class Publisher:
         self._pretrained = (
             Pretrained(trainer, config, has_adapters=model.adapters is not None) if "hf" in config.formats else None
         )
-        self._monitor = callback.monitor
-        self._applies_last = callback.save_top_k == 0 and callback.apply == "on_train_end"
+        self._monitor = objective.monitor
+        self._announcer = Announcer(trainer)
+        self._applies_last = settings.save_top_k == 0 and settings.apply == "on_train_end"
         self._store = ArtifactStore(
             place.dirpath,
-            mode=callback.mode,
+            mode=objective.mode,
             # What is to be applied has to be there until then.
-            save_top_k=max(callback.save_top_k, 1) if self._applies_last else callback.save_top_k,
+            save_top_k=max(settings.save_top_k, 1) if self._applies_last else settings.save_top_k,
             max_shard_size=parse_size(config.max_shard_size),
         )
         if self._comm.rank == 0 and place.source == place.dirpath:
             with contextlib.suppress(CkmergeError, OSError):  # the next accepted merge tries again
-                self._store.show_best(place.run_id, callback.monitor)
+                self._store.show_best(place.run_id, objective.monitor)
 
     def publish(self, outcome: SearchOutcome, job: SearchJob, validation: Sequence[Validated]) -> Artifact:
         """Publish the winner, or the record alone of a rejected search, and return its artifact.
@@ -124,7 +124,23 @@ class Publisher:
         if self._applies_last:
             on_rank_zero(self._comm, self._store.keep_records)
 
-    def whereabouts(self, artifact: Artifact) -> str:
+    def announce(self, outcome: SearchOutcome, artifact: Artifact, searched_s: float) -> None:
+        """Tell people and loggers of a search that has been published.
+
+        Args:
+            outcome: The search.
+            artifact: What it published.
+            searched_s: Seconds that all searches of the run have taken, this one included.
+        """
+        verdict = outcome.verdict
+        with harmless("What is said of a search", self._trainer):
+            found = f"Merge search at step {outcome.step}: {verdict.sentence} {self._whereabouts(artifact)}"
+            say(self._trainer, "\n".join([found, *(f"  Note: {warning}" for warning in verdict.warnings)]))
+        self.show_run()
+        with harmless("What loggers are told of a search", self._trainer):
+            self._announcer.announce(outcome, artifact, searched_s)
+
+    def _whereabouts(self, artifact: Artifact) -> str:
         """Say where an artifact is, by its own name, since ``best`` moves on, and what went to make room for it."""
         removed = self._store.removed
         gone = f"; `save_top_k` has removed {', '.join(removed)}" if removed else ""

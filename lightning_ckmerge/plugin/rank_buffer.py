@@ -18,7 +18,7 @@ from lightning_ckmerge.distributed.comm import together
 from lightning_ckmerge.distributed.ownership import listed
 from lightning_ckmerge.plugin.rank_model import RankModel
 from lightning_ckmerge.plugin.resume import Leftovers, buffer_dirpath, fingerprint, resume_buffer
-from lightning_ckmerge.plugin.run_length import finest_segment
+from lightning_ckmerge.plugin.triggers import finest_segment
 
 # What tells one fault from another of its kind: steps, file names, sizes.
 NUMBER = re.compile(r"[\da-f]*\d[\da-f]*")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.buffer.merger import Merger
-from lightning_ckmerge.config import ArtifactConfig
+from lightning_ckmerge.config import AdapterMerge, ArtifactConfig
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.core.spaces import Space, SpaceName, make_space
@@ -69,6 +69,11 @@ class RankModel:
         self.adapters = find_adapters(
             module, self._artifact, self.comm, self.space.group_of, is_sharded=self.ownership.is_sharded
         )
+
+    @property
+    def adapter_merge(self) -> AdapterMerge | None:
+        """How adapters are merged; ``None``: there are none."""
+        return self.adapters.merge if self.adapters is not None else None
 
     def live(self) -> list[Tensor]:
         """Return the tensors that this rank owns, in the layout's order.

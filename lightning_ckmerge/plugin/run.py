@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact
@@ -17,7 +17,8 @@ from lightning_ckmerge.artifact.runs import Place, keep_snapshots
 from lightning_ckmerge.artifact.standing import Standing
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.checks import parse_size
-from lightning_ckmerge.core.outcome import Score, SearchOutcome
+from lightning_ckmerge.config import MergeSettings
+from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.errors import SkipError, TraceError, explain
 from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
@@ -25,45 +26,44 @@ from lightning_ckmerge.plugin.bench import BenchMaker
 from lightning_ckmerge.plugin.clock import Clock
 from lightning_ckmerge.plugin.curve import Curve
 from lightning_ckmerge.plugin.interruptions import Interruptions
-from lightning_ckmerge.plugin.loggers import Announcer
 from lightning_ckmerge.plugin.plan import Known, Plan, make_plan, render_plan
-from lightning_ckmerge.plugin.progress import OnScored, harmless, say, search_progress
+from lightning_ckmerge.plugin.progress import OnScored, say, search_progress
 from lightning_ckmerge.plugin.publisher import Publisher
 from lightning_ckmerge.plugin.rank_buffer import RankBuffer
 from lightning_ckmerge.plugin.rank_model import RankModel
-from lightning_ckmerge.plugin.rates import LearningRates, rates_of
-from lightning_ckmerge.plugin.run_length import RunLength, length_of_run
-from lightning_ckmerge.plugin.schedule import Schedule
 from lightning_ckmerge.plugin.standing import compare
 from lightning_ckmerge.plugin.strategies import check_moment
+from lightning_ckmerge.plugin.triggers import LearningRates, RunLength, TriggerState, length_of_run, rates_of
 from lightning_ckmerge.search.study import keep_warned
-
-if TYPE_CHECKING:
-    from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 
 
 class MergeRun:
     """One ``fit`` of one callback.
 
     Args:
-        callback: Holds the arguments.
+        settings: What the callback was asked for.
         trainer: The Trainer, which has the model on its device and knows the length of the run.
+        callback: The one that Lightning calls; it is told of batches in place of the muted others.
         place: Where artifacts go, and where they went before.
         state: What a checkpoint held of an earlier one; ``None``: a new run.
     """
 
     def __init__(
-        self, callback: CheckpointMergeCallback, trainer: Trainer, place: Place, state: dict[str, Any] | None = None
+        self,
+        settings: MergeSettings,
+        trainer: Trainer,
+        callback: Callback,
+        place: Place,
+        state: dict[str, Any] | None = None,
     ) -> None:
-        self.callback = callback
+        self.settings = settings
         self.dirpath = place.dirpath
         self._trainer = trainer
-        bucket_bytes = parse_size(callback.buffer.bucket_size)
-        self._model = RankModel(trainer.lightning_module, callback.search.space, callback.artifact, bucket_bytes)
+        bucket_bytes = parse_size(settings.buffer.bucket_size)
+        self._model = RankModel(trainer.lightning_module, settings.search.space, settings.artifact, bucket_bytes)
         self._interruptions = Interruptions(trainer, self._model.comm)
-        self._bench_maker = BenchMaker(callback, trainer, self._model, self._interruptions.reason)
-        self._publisher = Publisher(callback, trainer, place, self._model)
-        self._announcer = Announcer(trainer)
+        self._bench_maker = BenchMaker(settings, callback, trainer, self._model, self._interruptions.reason)
+        self._publisher = Publisher(settings, trainer, place, self._model)
         self._curve = Curve()
         self._rates = LearningRates()
         self._previous: dict[str, float] | None = None
@@ -73,15 +73,15 @@ class MergeRun:
         self._searching = False
         self._has_ended = False
         self._buffer_failed = False
-        self._is_last = not callback.search_on_train_end
+        self._is_last = not settings.triggers.on_train_end
         self._needed_s = 0.0  # by the least of searches, where one was too dear
         length = length_of_run(trainer)
-        self._schedule = Schedule(**callback.triggers, total_steps=length.steps, step=trainer.global_step)
+        self._triggers = TriggerState(triggers=settings.triggers, total_steps=length.steps, step=trainer.global_step)
         state = state or {"training_s": 0.0, "searched_s": 0.0}
         self._run_id = place.run_id
         self._clock = Clock(float(state["training_s"]), float(state["searched_s"]))
         self._buffer = RankBuffer(
-            callback.buffer,
+            settings.buffer,
             self._model,
             place,
             device=trainer.strategy.root_device,
@@ -91,7 +91,7 @@ class MergeRun:
         if "buffers" in state:
             self._buffer.load_state_dict(state)
         if "schedule" in state:
-            self._schedule.load_state_dict(state["schedule"])
+            self._triggers.load_state_dict(state["schedule"])
             self._previous = state["previous"]
             self._curve.load_state_dict(state["curve"])
             self._rates.load_state_dict(state["rates"])
@@ -107,7 +107,7 @@ class MergeRun:
     def after_batch(self) -> None:
         """Take an optimizer step into the buffer, and search if one is due."""
         step = self._trainer.global_step
-        if step == self._schedule.step:  # gradients are being accumulated
+        if step == self._triggers.step:  # gradients are being accumulated
             return
         due = self._due_at_step(step)
         if self._buffer_failed:
@@ -120,18 +120,18 @@ class MergeRun:
 
     def after_validation(self) -> None:
         """Keep the run's own value."""
-        value = self._trainer.callback_metrics.get(self.callback.monitor)
+        value = self._trainer.callback_metrics.get(self.settings.objectives[0].monitor)
         if value is not None:
             self._curve.add_validation(self.step, float(value))
 
     def after_epoch(self) -> None:
         """Search if one is due."""
-        if self._schedule.due_at_epoch_end(self._trainer.current_epoch):
+        if self._triggers.due_at_epoch_end(self._trainer.current_epoch):
             self._search_as_scheduled()
 
     def at_end(self) -> None:
         """Search once more, unless the last step has been searched or a search was interrupted, and sum the run up."""
-        if self.callback.search_on_train_end and not self._searching and self._buffer_has_moved():
+        if self.settings.triggers.on_train_end and not self._searching and self._buffer_has_moved():
             self._is_last = True
             self._search_as_scheduled()
         if not self._searching and not self._has_ended:
@@ -144,7 +144,7 @@ class MergeRun:
             return None
         self._searching = True
         self._last_artifact = None
-        self._schedule.searched_step = self.step
+        self._triggers.searched_step = self.step
         if not self._can_search():
             self._searching = False
             return None
@@ -157,7 +157,7 @@ class MergeRun:
                 self._skip(str(skip), time.monotonic() - start)
             except Exception as error:
                 self._model.comm.give_up(error)
-                if self.callback.on_error == "raise":
+                if self.settings.raises:
                     raise
                 if not isinstance(error, TraceError):
                     say(self._trainer, f"No merge at step {self.step}: {explain(error)}", rank_zero_warn)
@@ -172,7 +172,7 @@ class MergeRun:
             self._bench_maker.check_traces()
         except TraceError as error:
             self._has_ended = True
-            if self.callback.on_error == "raise":
+            if self.settings.raises:
                 raise
             say(self._trainer, str(error), rank_zero_warn)
 
@@ -227,7 +227,7 @@ class MergeRun:
             "previous": self._previous,
             "curve": self._curve.state_dict(),
             "rates": self._rates.state_dict(),
-            "schedule": self._schedule.state_dict(),
+            "schedule": self._triggers.state_dict(),
             **buffers,
         }
 
@@ -264,7 +264,7 @@ class MergeRun:
 
     def _end(self, error: Exception) -> None:
         """Go on without buffer and searches, on all ranks: no fault of theirs is worth the run."""
-        if self.callback.on_error == "raise":
+        if self.settings.raises:
             raise error
         self._buffer_failed = True
         text = (
@@ -282,7 +282,7 @@ class MergeRun:
                 say(self._trainer, f"The best merge was not compared with the final weights: {skip}")
             except Exception as error:
                 self._model.comm.give_up(error)
-                if self.callback.on_error == "raise":
+                if self.settings.raises:
                     raise
                 if not isinstance(error, TraceError):
                     text = f"The best merge was not compared with the final weights: {explain(error)}"
@@ -310,19 +310,19 @@ class MergeRun:
         trainer = self._trainer
         batches = trainer.num_val_batches
         known = Known(length=length, val_batches=batches, dirpath=self.dirpath, num_ranks=trainer.world_size)
-        self.plan: Plan = make_plan(self.callback, trainer, self._model, known)
+        self.plan: Plan = make_plan(self.settings, trainer, self._model, known)
         say(trainer, render_plan(self.plan))
 
     def _buffer_has_moved(self) -> bool:
-        return self._trainer.global_step > self._schedule.searched_step
+        return self._trainer.global_step > self._triggers.searched_step
 
     def _due_at_step(self, step: int) -> bool:
-        by_clock = self._schedule.train_time_interval is not None and self._model.comm.world_size > 1
-        before, every = self._schedule.step, self.callback.buffer.update_every_n_steps
+        by_clock = self.settings.triggers.train_time_interval is not None and self._model.comm.world_size > 1
+        before, every = self._triggers.step, self.settings.buffer.update_every_n_steps
         if by_clock and step // every == before // every:  # ranks do not talk at each step
-            self._schedule.step = step
+            self._triggers.step = step
             return False
-        due = self._schedule.due_at_step(step, self._clock.training_s)
+        due = self._triggers.due_at_step(step, self._clock.training_s)
         return self._model.comm.exchange(due)[0] if by_clock else due  # clocks differ
 
     def _search_as_scheduled(self) -> None:
@@ -330,10 +330,10 @@ class MergeRun:
         if self._buffer_failed:
             return
         objection = self._objection()
-        if objection is None or self.callback.search.at_low_lr == "search":
+        if objection is None or self.settings.search.at_low_lr == "search":
             self.search()
             return
-        self._schedule.searched_step = self.step
+        self._triggers.searched_step = self.step
         self._skip(f"{objection}. `search.at_low_lr: search` searches all the same.")
 
     def _skip(self, reason: str, seconds: float = 0.0) -> None:
@@ -349,7 +349,7 @@ class MergeRun:
     def _search_and_publish(self) -> None:
         """Everything between two identical states of the run."""
         check_moment(self._trainer)
-        config, is_last = self.callback.search, self._is_last
+        config, is_last = self.settings.search, self._is_last
         self._agree(lambda: self._clock.require(self._needed_s, config, is_last=is_last))
         self._model.ownership.check_frozen()
         with self._standing_still() as job:
@@ -360,7 +360,8 @@ class MergeRun:
         self._last_artifact = artifact
         self._scored = (self.step, outcome.anchors[0].confirm)
         self._curve.add_search(outcome)
-        self._announce(outcome, artifact)
+        self._previous = outcome.best_coordinates or self._previous
+        self._publisher.announce(outcome, artifact, self._clock.searched_s + sum(outcome.cost.seconds.values()))
 
     def _agree(self, check: Callable[[], None]) -> None:
         """Raise on all ranks the ``SkipError`` that ``check`` raises on rank 0."""
@@ -371,10 +372,9 @@ class MergeRun:
     @contextlib.contextmanager
     def _standing_still(self) -> Iterator[SearchJob]:
         """Yield a search's job; the weights and all else are the same afterwards."""
-        sign = 1 if self.callback.mode == "min" else -1
         with (
             self._bench_maker.standing_still(self._snapshots, self.step) as bench,
-            search_progress(self._trainer, self.step, sign) as on_scored,
+            search_progress(self._trainer, self.step, self.settings.objectives[0].sign) as on_scored,
         ):
             yield self._make_job(bench, on_scored)
 
@@ -383,18 +383,13 @@ class MergeRun:
         return self._buffer.snapshots()
 
     def _make_job(self, bench: Bench, on_scored: OnScored) -> SearchJob:
-        callback = self.callback
         objection = self._objection()
-        allowed_s, allowed_by = self._clock.allowance(callback.search, is_last=self._is_last)
+        allowed_s, allowed_by = self._clock.allowance(self.settings.search, is_last=self._is_last)
         return SearchJob(
             name=f"{self._run_id}-step={self.step:09d}",
             step=self.step,
-            monitor=callback.monitor,
-            mode=callback.mode,
-            others=callback.others,
+            settings=self.settings,
             space=self._model.space,
-            config=callback.search,
-            staged=callback.evaluation.staged,
             bench=bench,
             allowed_s=allowed_s,
             allowed_by=allowed_by,
@@ -408,23 +403,8 @@ class MergeRun:
             journal=self.dirpath / "study.journal",
             on_scored=on_scored,
             agree=partial(on_rank_zero, self._model.comm),
-            adapters=self._model.adapters.merge if self._model.adapters is not None else None,
-            tolerant=callback.on_error == "warn",
+            adapters=self._model.adapter_merge,
         )
-
-    def _announce(self, outcome: SearchOutcome, artifact: Artifact) -> None:
-        self._previous = outcome.best_coordinates or self._previous
-        with harmless("What is said of a search", self._trainer):
-            self._say(outcome, artifact)
-        self._publisher.show_run()
-        with harmless("What loggers are told of a search", self._trainer):
-            total_s = self._clock.searched_s + sum(outcome.cost.seconds.values())
-            self._announcer.announce(outcome, artifact, total_s)
-
-    def _say(self, outcome: SearchOutcome, artifact: Artifact) -> None:
-        verdict = outcome.verdict
-        found = f"Merge search at step {outcome.step}: {verdict.sentence} {self._publisher.whereabouts(artifact)}"
-        say(self._trainer, "\n".join([found, *(f"  Note: {warning}" for warning in verdict.warnings)]))
 
 
 def _caught(check: Callable[[], None]) -> tuple[str, float] | None:

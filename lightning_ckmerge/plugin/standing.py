@@ -9,6 +9,7 @@ from lightning_ckmerge.artifact.standing import Standing
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.core.boxes import split_name
 from lightning_ckmerge.core.layout import as_real
+from lightning_ckmerge.core.objectives import sign_of
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.distributed.comm import together
@@ -43,7 +44,7 @@ def compare(
     with bench_maker.standing_still(lambda: [snapshot], step) as bench:
         latest = known if known is not None else bench.evaluate([0.0, 1.0], "confirm")
         merged = bench.evaluate([1.0, 0.0], "confirm")
-    _, interval = score_gain(merged, latest, 1 if manifest["mode"] == "min" else -1)
+    _, interval = score_gain(merged, latest, sign_of(manifest["mode"]))
     return Standing(
         run_id=run_id,
         monitor=manifest["monitor"],

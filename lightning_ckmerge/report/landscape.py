@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_ckmerge.core.objectives import sign_of
 from lightning_ckmerge.report.charts import Mark, Shape, is_winner, look, mark, short, value_axis
 from lightning_ckmerge.report.frame import BOTTOM, TOP, Axis, Tick, horizontal, vertical
 from lightning_ckmerge.report.surrogate import BAND, Array, Surrogate, fit_surrogate
@@ -80,7 +81,7 @@ def draw_landscape(manifest: Manifest) -> Landscape | None:
         return None
     names = list(scored[0]["coordinates"])
     axes_D = [_axis([c["coordinates"][n] for c in scored]) for n in names]
-    sign = 1 if manifest["mode"] == "min" else -1
+    sign = sign_of(manifest["mode"])
     centre = _centre(manifest, scored, sign)
     x_ND = np.array([[a.share(c["coordinates"][n]) for a, n in zip(axes_D, names, strict=True)] for c in scored])
     # As on the other charts, what is off the scale counts as lying on its rim: one wild value would drown all others.

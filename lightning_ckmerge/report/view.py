@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_ckmerge.core.objectives import sign_of
 from lightning_ckmerge.report.text import (
     MISSING,
     Manifest,
@@ -283,7 +284,7 @@ def _hashes(snapshot: dict[str, Any]) -> str:
 
 
 def _candidates(manifest: Manifest) -> list[CandidateRow]:
-    verdict, sign = manifest["verdict"], 1 if manifest["mode"] == "min" else -1
+    verdict, sign = manifest["verdict"], sign_of(manifest["mode"])
     by_name = {c["name"]: c for c in [*manifest["anchors"], *manifest["trials"]]}
     latest = by_name.get("latest", {})
 

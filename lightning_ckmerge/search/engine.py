@@ -27,9 +27,9 @@ MAX_SHOWN = 5
 T = TypeVar("T")
 
 
-def most_confirmed(*, has_others: bool) -> int:
+def most_confirmed(*, of_front: bool) -> int:
     """Return how many candidates are confirmed at most: three for one metric, and those of a front that are shown."""
-    return 3 + MAX_SHOWN * has_others
+    return 3 + MAX_SHOWN * of_front
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Search:
     @property
     def front(self) -> list[Trial]:
         """The Pareto front on the search half, by the first metric; empty for one metric."""
-        if not self.problem.others:
+        if not self.problem.has_several:
             return []
         front = self._front([*self.anchors, *self.trials])
         return sorted(front, key=lambda t: self._losses(t)[0])
@@ -266,7 +266,7 @@ class Search:
     def _race(self, min_promise: float = MIN_PROMISE) -> Race | None:
         # A constraint is compared with the latest weights' value over all batches; those that a dropped candidate did
         # not see may be all that a metric is logged on. And what loses by one metric may lie on the front by another.
-        if not self.problem.staged or self.problem.constraints or self.problem.others:
+        if not self.problem.staged or self.problem.constraints or self.problem.has_several:
             return None
         if not self.anchors or self.winner.search.values_B is None:
             return None
@@ -285,8 +285,7 @@ class Search:
                     f"Logged are: {', '.join(sorted(before))}."
                 )
         return {
-            c.monitor: (1 if c.mode == "min" else -1) * (after[c.monitor] - before[c.monitor]) - c.allowance
-            for c in self.problem.constraints
+            c.monitor: c.sign * (after[c.monitor] - before[c.monitor]) - c.allowance for c in self.problem.constraints
         }
 
     def _replace(self, old: Trial, new: Trial) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, Constraint
-from lightning_ckmerge.core.objectives import Mode, Objective
+from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Coefficients, Score
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
@@ -38,16 +38,16 @@ class Problem:
     """What to search.
 
     Args:
+        objectives: The metrics to search by, at least one; of several the Pareto front is searched.
         segments_K: K segments, oldest first; the last is the latest weights.
         previous: Coordinates of the previous search's optimum.
-        others: More metrics to search by than the first, whose mode is ``mode``: the search is for the Pareto front.
         n_trials: The sampler's proposals.
         anchors: Names of known merges to score first, beside the latest weights.
         max_added: Candidates that may be added to the sampler's, at most.
         staged: Whether to drop losers early, where no constraint needs all batches.
     """
 
-    mode: Mode
+    objectives: tuple[Objective, ...]
     space: Space
     segments_K: tuple[Segment, ...]
     n_trials: int
@@ -56,14 +56,18 @@ class Problem:
     staged: bool = True
     constraints: tuple[Constraint, ...] = ()
     previous: Mapping[str, float] | None = None
-    others: tuple[Objective, ...] = ()
 
     @property
     def signs(self) -> tuple[int, ...]:
         """1 for each metric of which lower values are better, -1 for the others."""
-        return (self.sign, *(o.sign for o in self.others))
+        return tuple(o.sign for o in self.objectives)
 
     @property
     def sign(self) -> int:
-        """1 if lower values are better, -1 if higher ones are."""
-        return 1 if self.mode == "min" else -1
+        """The first metric's: 1 if lower values are better, -1 if higher ones are."""
+        return self.objectives[0].sign
+
+    @property
+    def has_several(self) -> bool:
+        """Whether the search is for a Pareto front."""
+        return len(self.objectives) > 1

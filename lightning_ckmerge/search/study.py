@@ -27,7 +27,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
-from lightning_ckmerge.core.objectives import Mode, Objective
+from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
 from lightning_ckmerge.errors import ConfigError, SearchError
@@ -46,9 +46,7 @@ class SearchStudy:
         name: Name of the study; taken again only if ``fingerprint`` is that of the stored one, else ``name-v1``, ...
         sampler: Proposes coordinates; copied, so that it starts each search alike.
         intervals: The D coordinates and their ranges.
-        monitor: The metric's name, for people who look at the study.
-        mode: Whether lower or higher values are better.
-        others: More metrics to search by.
+        objectives: The metrics to search by, at least one.
         fingerprint: Identifies weights, data and settings. Equal ones mean that an interrupted search goes on.
     """
 
@@ -59,9 +57,7 @@ class SearchStudy:
         *,
         sampler: BaseSampler,
         intervals: Mapping[str, Interval],
-        monitor: str,
-        mode: Mode,
-        others: Sequence[Objective] = (),
+        objectives: Sequence[Objective],
         fingerprint: str,
     ) -> None:
         self._distributions = {n: _distribution(i) for n, i in intervals.items()}
@@ -72,13 +68,13 @@ class SearchStudy:
             self._study = optuna.create_study(
                 storage=backend,
                 study_name=self._name(backend, name, fingerprint),
-                directions=[directions[m] for m in (mode, *(o.mode for o in others))],
+                directions=[directions[o.mode] for o in objectives],
                 # Without a sampler Optuna would take up a stored study with TPE, whatever it was begun with.
                 sampler=copy.deepcopy(sampler),
                 load_if_exists=True,
             )
             self._study.set_user_attr("fingerprint", fingerprint)
-            self._name_metrics([monitor, *(o.monitor for o in others)])
+            self._name_metrics([o.monitor for o in objectives])
             self._clear()
 
     @property

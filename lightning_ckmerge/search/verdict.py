@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lightning_ckmerge.core.objectives import Mode, Objective
+from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Gain, Status, Trial, Verdict
 from lightning_ckmerge.search.interval import score_gain
 from lightning_ckmerge.search.sentence import verdict_told
@@ -18,9 +18,7 @@ def reach_verdict(
     latest: Trial,
     best_anchor: Trial,
     *,
-    monitor: str,
-    mode: Mode,
-    others: Sequence[Objective] = (),
+    objectives: Sequence[Objective],
     front: Sequence[Trial] = (),
     progress: Progress | None = None,
     warnings: tuple[str, ...] = (),
@@ -33,15 +31,12 @@ def reach_verdict(
         winner: The best candidate on the search half.
         latest: The latest weights.
         best_anchor: The best on the search half of the known merges, the latest weights included.
-        monitor: The metric's name, for the sentence.
-        mode: Whether lower or higher values are better.
-        others: The other monitored metrics. A gain in one must be certain, and a loss in none; the intervals of all
-            together hold 95 %.
-        front: The Pareto front, where there are others.
+        objectives: The monitored metrics, at least one. Of several, a gain in one must be certain, and a loss in none;
+            the intervals of all together hold 95 %.
+        front: The Pareto front, where there are several.
         progress: The run so far, from which a gain is told in training steps.
         warnings: What else people should know.
     """
-    objectives = (Objective(monitor, mode), *others)
     gains = [_gain(winner, latest, i, objectives) for i in range(len(objectives))]
     first = gains[0]
     anchor_gain, anchor_interval = paired_gain(winner, best_anchor, objectives[0].sign, num_intervals=len(objectives))

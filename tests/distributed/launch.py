@@ -17,8 +17,8 @@ from tests.distributed.trainers import fit, make_merge, points
 
 def main(strategy: str, root: str) -> None:
     # No `dirpath`: it depends on the logger's version, which only the ranks find out.
-    merge = make_merge(root, dirpath=None, evaluation=EvaluationConfig(), every_n_train_steps=6)
-    val = DataLoader(points(643), batch_size=8)  # enough to accept a merge
+    merge = make_merge(root, dirpath=None, evaluation=EvaluationConfig(), every_n_train_steps=24)
+    val = DataLoader(points(1283), batch_size=16)  # enough to accept a merge
     run = fit(strategy, root, merge, logger=CSVLogger(root, name="logs"), max_epochs=4, val=val)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print("steps", run.trainer.global_step)

@@ -143,7 +143,8 @@ def both_plans(root: Path, trainer: dict[str, Any], merge: dict[str, Any], modul
     """Train, and return the plan, which must have been the same without a run."""
     made, callback = make(root, trainer, merge)
     before = forecast(
-        Configured(trainer=made, module=module(), datamodule=PointsData(unsized), callbacks=[callback]), callback
+        Configured(trainer=made, module=module(), datamodule=PointsData(unsized), callbacks=[callback]),
+        callback.settings,
     )
     made, _ = make(root, trainer, merge)
     with warnings.catch_warnings():
@@ -189,6 +190,8 @@ def test_a_loader_without_a_length_is_planned_as_such(tmp_path: Path, unsized: s
 def test_the_text_tells_of_the_last_search(tmp_path: Path) -> None:
     """600 steps with a search every 400 are two searches, the second at the end."""
     trainer, callback = make(tmp_path, {"max_steps": 600}, {"every_n_train_steps": 400})
-    plan = forecast(Configured(trainer=trainer, module=Tiny(), datamodule=PointsData(), callbacks=[callback]), callback)
+    plan = forecast(
+        Configured(trainer=trainer, module=Tiny(), datamodule=PointsData(), callbacks=[callback]), callback.settings
+    )
     assert "searches                    2: every 400 steps and at the end" in render_plan(plan)
     assert plan.interval == 400

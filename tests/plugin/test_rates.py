@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckmerge import SearchConfig
-from lightning_ckmerge.plugin.rates import LearningRates, rates_of
+from lightning_ckmerge.plugin.triggers import LearningRates, rates_of
 from tests.plugin.models import TinyGPT, TwoOptimizers, tokens_loader
 from tests.plugin.runs import NUM_TRIALS, Case, fit, make_merge, manifests, merges_dir
 

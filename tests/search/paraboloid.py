@@ -10,6 +10,7 @@ from typing import Any
 
 from optuna.samplers import BaseSampler
 
+from lightning_ckmerge.core.objectives import Mode, Objective
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Decay, Space
@@ -92,10 +93,18 @@ def make_search(
     budget: Budget | None = None,
     fingerprint: str = "",
     name: str = "search",
+    mode: Mode = "min",
+    others: Sequence[Objective] = (),
     **problem: Any,
 ) -> Search:
     """Return a search over ``SEGMENTS`` that has not run yet."""
-    options = {"mode": "min", "segments_K": SEGMENTS, "n_trials": 12, "space": space or Decay(), **problem}
+    options = {
+        "objectives": (Objective("loss", mode), *others),
+        "segments_K": SEGMENTS,
+        "n_trials": 12,
+        "space": space or Decay(),
+        **problem,
+    }
     posed = Problem(**options)
 
     def open_study(latest: Score) -> SearchStudy:
@@ -104,9 +113,7 @@ def make_search(
             name,
             sampler=make_sampler(sampler, 0),
             intervals=posed.space.coordinates(posed.segments_K),
-            monitor="loss",
-            mode=posed.mode,
-            others=posed.others,
+            objectives=posed.objectives,
             fingerprint=f"{latest.value}{fingerprint}",
         )
 

@@ -13,6 +13,7 @@ import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
+from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
 from lightning_ckmerge.search import shared
@@ -26,8 +27,7 @@ def open_shared(storage: Path | str, n_trials: int = 4, seed: int = 0, fingerpri
         n_trials=n_trials,
         sampler=RandomSampler(seed=seed),
         intervals={"x": Interval(low=0, high=1)},
-        monitor="loss",
-        mode="min",
+        objectives=[Objective("loss", "min")],
         fingerprint=fingerprint,
     )
 

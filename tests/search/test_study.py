@@ -14,6 +14,7 @@ import pytest
 import torch
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 
+from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
 from lightning_ckmerge.search.stopping import MIN_TRIALS, Stopping
@@ -45,7 +46,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Recording:
 
 def open_study(storage: Path | str, fingerprint: str = "a", **options: Any) -> SearchStudy:
     chosen: dict[str, Any] = {"sampler": RandomSampler(seed=0), "intervals": {"x": Interval(low=0, high=1)}, **options}
-    return SearchStudy(storage, "search", monitor="loss", mode="min", fingerprint=fingerprint, **chosen)
+    return SearchStudy(storage, "search", objectives=[Objective("loss", "min")], fingerprint=fingerprint, **chosen)
 
 
 def study_names(journal: Path) -> list[str]:

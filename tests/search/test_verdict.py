@@ -37,7 +37,7 @@ def trial(name: str, confirm: Score | None, search: float = 0.0) -> Trial:
 
 
 def verdict(winner: Trial, latest: Trial, anchor: Trial | None = None, mode: str = "min") -> Verdict:
-    return reach_verdict(winner, latest, anchor or latest, monitor="val_loss", mode=mode)
+    return reach_verdict(winner, latest, anchor or latest, objectives=[Objective("val_loss", mode)])
 
 
 def noisy(level: float, jitter: float = 0.01, num_batches: int = 12, seed: int = 0) -> Score:
@@ -135,7 +135,7 @@ FALLING = Progress(900, ([(700, 5.0), (800, 4.5), (900, 4.0)],))
 
 def test_a_gain_is_told_in_training_steps() -> None:
     latest, winner = trial("latest", noisy(3.0)), trial("trial-4", noisy(2.5))
-    found = reach_verdict(winner, latest, latest, monitor="val_loss", mode="min", progress=FALLING)
+    found = reach_verdict(winner, latest, latest, objectives=[Objective("val_loss", "min")], progress=FALLING)
     assert found.equivalent_steps == pytest.approx(100, abs=5)
     told = f" About {found.equivalent_steps} further training steps at the current slope would gain as much."
     assert found.sentence.endswith(told)
@@ -145,12 +145,12 @@ def test_a_gain_is_told_in_training_steps() -> None:
 
 def test_a_gain_that_is_not_confirmed_is_worth_no_steps() -> None:
     latest, winner = trial("latest", noisy(3.0)), trial("trial-4", noisy(3.2))
-    found = reach_verdict(winner, latest, latest, monitor="val_loss", mode="max", progress=FALLING)
+    found = reach_verdict(winner, latest, latest, objectives=[Objective("val_loss", "max")], progress=FALLING)
     assert found.equivalent_steps is None  # the metric falls, though it should rise
-    found = reach_verdict(winner, latest, latest, monitor="val_loss", mode="min", progress=FALLING)
+    found = reach_verdict(winner, latest, latest, objectives=[Objective("val_loss", "min")], progress=FALLING)
     assert (found.status, found.equivalent_steps) == ("rejected", None)
     close = trial("trial-4", noisy(3.0, jitter=0.1))
-    found = reach_verdict(close, latest, latest, monitor="val_loss", mode="min", progress=FALLING)
+    found = reach_verdict(close, latest, latest, objectives=[Objective("val_loss", "min")], progress=FALLING)
     assert (found.status, found.equivalent_steps) == ("unconfirmed", None)
 
 
@@ -303,7 +303,7 @@ def test_the_best_anchor_is_told_where_another_merge_won() -> None:
 
 def test_warnings_are_kept() -> None:
     latest = trial("latest", noisy(3.0))
-    assert reach_verdict(latest, latest, latest, monitor="a", mode="min", warnings=("b",)).warnings == ("b",)
+    assert reach_verdict(latest, latest, latest, objectives=[Objective("a", "min")], warnings=("b",)).warnings == ("b",)
 
 
 OTHERS = (Objective("val_acc", "max"),)
@@ -315,7 +315,12 @@ def both(name: str, loss: Score, accuracy: Score) -> Trial:
 
 def verdict_of_both(winner: Trial, latest: Trial) -> Verdict:
     return reach_verdict(
-        winner, latest, latest, monitor="val_loss", mode="min", others=OTHERS, front=[winner], progress=FALLING
+        winner,
+        latest,
+        latest,
+        objectives=[Objective("val_loss", "min"), *OTHERS],
+        front=[winner],
+        progress=FALLING,
     )
 
 
@@ -364,7 +369,7 @@ def test_the_intervals_of_several_metrics_hold_together() -> None:
         winner, latest = (
             trial(n, replace(s[0], others=tuple(s[1:]))) for n, s in (("trial-0", ours), ("latest", theirs))
         )
-        found = reach_verdict(winner, latest, latest, monitor="m", mode="min", others=others)
+        found = reach_verdict(winner, latest, latest, objectives=[Objective("m", "min"), *others])
         intervals = [found.interval, *(g.interval for g in found.others)]
         held += all(i is not None and i[0] <= 0 <= i[1] for i in intervals)
     assert held / NUM_DRAWS > 0.9
