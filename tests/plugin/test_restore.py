@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -17,9 +18,11 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
+from lightning_ckmerge import CheckpointMergeCallback
 from lightning_ckmerge.plugin.restore.memory import Allowance, Memory
 from lightning_ckmerge.plugin.restore.run_state import run_weights
 
@@ -150,22 +153,30 @@ def test_a_generator_of_the_operating_system_is_left_alone() -> None:
     assert not memory.changed()
 
 
-def test_the_run_itself_is_not_looked_into() -> None:
-    """Goes red if a Trainer or callback of the user's own class is put back: it has moved on for good reason."""
-
-    class OwnTrainer(pl.Trainer):
-        pass
-
-    class OwnCallback(pl.Callback):
-        pass
-
+@pytest.mark.parametrize("kind", [pl.Trainer, RichProgressBar, CheckpointMergeCallback])
+def test_what_has_moved_on_for_good_reason_is_not_looked_into(kind: Any) -> None:
+    """Goes red if a Trainer, what shows a search, or what searches is put back."""
+    options = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"} if kind is pl.Trainer else {}
     module = pl.LightningModule()
-    trainer, callback = OwnTrainer(logger=False, enable_checkpointing=False, accelerator="cpu"), OwnCallback()
-    module._trainer, module.friend = trainer, callback
+    module.friend = friend = type("Own", (kind,), {})(**options)
     memory = remember(module)
-    trainer.note = callback.note = "new"
+    friend.note = "new"
     memory.put_back()
-    assert trainer.note == callback.note == "new"
+    assert friend.note == "new"
+
+
+def test_a_callback_is_looked_into() -> None:
+    """The user's own, and Lightning's, but not those whose threads may change them."""
+    own, threaded, stopping = type("Own", (pl.Callback,), {})(), pl.Callback(), EarlyStopping("val_loss")
+    with ThreadPoolExecutor(1) as threaded.pool:
+        memory = remember([own, threaded, stopping])
+        own.note = threaded.note = "new"
+        stopping.wait_count += 1
+        stopping.best_score.mul_(2)
+        assert not memory.put_back()
+        assert (hasattr(own, "note"), threaded.note, stopping.wait_count) == (False, "new", 0)
+        assert not memory.changed()
+        assert "it[1]" in memory.left_out
 
 
 class Prefetcher:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections import ChainMap, UserDict, UserList
+from collections import ChainMap, UserDict, UserList, deque
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -264,6 +267,52 @@ class Switches(Small):
         self.losses.append({"highest": 1.0, "high": 2.0, "medium": 3.0}[torch.get_float32_matmul_precision()])
 
 
+class Tally(pl.Callback):
+    """Keeps state of all kinds, in objects of its own as well."""
+
+    def __init__(self) -> None:
+        self.count, self.best, self.since = 0, None, datetime(2000, 1, 1)
+        self.history, self.table = [0], {"n": deque([0])}
+        self.total, self.sums = torch.zeros(2), np.zeros(2)
+        self.mean, self.inner = torchmetrics.SumMetric(), SimpleNamespace(n=0, callback=Searching(None))
+
+    def grow(self) -> None:
+        self.count += 1
+        self.best = float(self.count)
+        self.since += timedelta(days=1)
+        self.history.append(self.count)
+        self.table["n"].append(self.count)
+        self.total.add_(1)
+        self.sums += 1
+        self.mean.update(1.0)
+        self.inner.n += 1
+        self.inner.callback.merge = self.count
+
+    def value(self) -> float:
+        parts = [self.count, self.best, self.since.toordinal() - 730120, len(self.history), len(self.table["n"])]
+        parts += [self.total.sum(), self.sums.sum(), self.mean.compute(), self.inner.n, self.inner.callback.merge]
+        return sum(float(part or 0) for part in parts)
+
+
+class Tallies(Small):
+    """Writes to other callbacks, among them one that averages weights."""
+
+    def configure_callbacks(self) -> Any:
+        return [Tally(), EMAWeightAveraging(decay=0.9)]
+
+    def callback(self, cls: type) -> Any:
+        return next(c for c in self.trainer.callbacks if type(c) is cls)
+
+    def loss(self, batch: Any) -> Tensor:
+        mean = self.callback(EMAWeightAveraging)._average_model.module.factor.detach()
+        return super().loss(batch) * (1 + 0.01 * self.callback(Tally).value() + mean)
+
+    def on_validation_epoch_end(self) -> None:
+        self.callback(Tally).grow()
+        with torch.no_grad():
+            self.callback(EMAWeightAveraging)._average_model.module.factor.mul_(0.9)
+
+
 class Searching(pl.Callback):
     """Searches in the middle of an epoch, before the run's own validation."""
 
@@ -313,6 +362,7 @@ CASES: dict[str, tuple[type[Small], dict[str, Any]]] = {
     "containers and arrays": (Containers, {}),
     "gradients": (Backward, {"accumulate_grad_batches": 4}),
     "switches": (Switches, {}),
+    "other callbacks": (Tallies, {}),
 }
 
 

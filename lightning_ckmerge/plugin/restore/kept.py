@@ -255,11 +255,11 @@ class Watched(Kept):
         self._look = look
         self._seen = look()
 
+    def put_back(self) -> None:
+        """Leave it as it is: nothing is left of it as it was."""
+
     def _differs(self) -> bool:
         return not is_same_state(self._look(), self._seen)
-
-    def _write(self) -> None:
-        pass  # nothing is left of it as it was
 
 
 class Generator(Kept):

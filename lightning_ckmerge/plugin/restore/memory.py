@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -45,6 +44,7 @@ from lightning_ckmerge.plugin.restore.reach import (
     MAX_OBJECTS,
     OPAQUE_PACKAGES,
     attributes_of,
+    has_workers,
     held_by_other_threads,
     is_atom,
     is_inert,
@@ -69,10 +69,12 @@ class Allowance:
     Args:
         each: Bytes of one tensor or array.
         total: Bytes of all; ``None``: likewise.
+        buffers: Of modules' own buffers; ``None``: they count as others do.
     """
 
-    def __init__(self, each: int, total: int | None = None) -> None:
+    def __init__(self, each: int, total: int | None = None, buffers: Allowance | None = None) -> None:
         self._each, self._left = each, each if total is None else total
+        self.buffers = buffers or self
 
     def grants(self, num_bytes: int) -> bool:
         """Whether so many bytes may be copied; they count as spent if so."""
@@ -138,8 +140,10 @@ class Memory:
 
     def _is_at_work(self, value: Any, cls: type) -> bool:
         """Whether another thread may change it at any time. Of modules and optimizers none is likely to."""
+        if issubclass(cls, OF_THE_RUN):
+            return False
         is_for_threads = issubclass(cls, Queue) and bool(self._shared)
-        return is_for_threads or (id(value) in self._shared and not issubclass(cls, OF_THE_RUN))
+        return is_for_threads or id(value) in self._shared or has_workers(value)
 
     def _attempt(self, where: str, take: Callable[[], None]) -> None:
         try:
@@ -180,10 +184,7 @@ class Memory:
             if name in ("_parameters", "_buffers"):
                 self.kept.append(Items(where, value))
                 for key, tensor in value.items():
-                    # A module's buffers are copied whatever they take.
-                    self.take(
-                        tensor, f"{where}.{key}", allowance if name == "_parameters" else Allowance(sys.maxsize), 1
-                    )
+                    self.take(tensor, f"{where}.{key}", allowance if name == "_parameters" else allowance.buffers, 1)
             elif name == "_modules":
                 self.kept.append(Items(f"{where}, its submodules", value))
             elif is_somebodys or name in MODULE_INTERNALS:
@@ -191,7 +192,7 @@ class Memory:
 
     def _moving(self, module: nn.Module, where: str) -> list[str]:
         """Names of a module's attributes that another thread may change."""
-        if id(module) not in self._shared:
+        if id(module) not in self._shared and not has_workers(module):
             return []
         own = {name: type(value) for name, value in vars(module).items() if name not in MODULE_INTERNALS}
         self.left_out[where] = "another thread may change its numbers, names and lists"

@@ -2,11 +2,11 @@
 
 In reach are instances of anybody's own classes, by their ``__dict__`` and ``__slots__``, never through their methods;
 containers, functions by what they close over, modules, tensors, arrays and generators of random numbers; and of torch
-and Lightning what a run changes as it goes: optimizers, schedulers, loaders, datasets and samplers.
+and Lightning what a run changes as it goes: optimizers, schedulers, loaders, datasets, samplers and callbacks.
 
 Out of reach is what nobody can take back or nobody can find: files and sockets, globals and class attributes, the
-memory of C extensions, iterators and running generators, the Trainer's other callbacks and its loggers, whatever
-lies more than ``MAX_DEPTH`` objects deep, and what another thread works on, which changes for good reason.
+memory of C extensions, the Trainer's loggers, whatever lies more than ``MAX_DEPTH`` objects deep, and what changes for
+good reason: the callbacks of this package, progress bars, and what another thread works on.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import dataclasses
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from enum import Enum
 from functools import partial
+from multiprocessing.pool import Pool
 from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
@@ -34,6 +36,8 @@ LIGHTNING = {"lightning", "pytorch_lightning"}
 # Objects of these packages are not looked into: they hold threads, files, or the run itself.
 OPAQUE_PACKAGES = {"torch", *LIGHTNING, "lightning_ckmerge", "optuna", "numpy"}
 OPAQUE_PACKAGES |= {"aim", "clearml", "comet_ml", "mlflow", "neptune", "tensorboard", "tensorboardX", "wandb"}
+# These show a search as it goes.
+OPAQUE_PACKAGES |= {"rich", "tqdm"}
 STATEFUL = (Dataset, Sampler, DataLoader, Optimizer, LRScheduler, torch.amp.GradScaler, SimpleNamespace)
 # Of the standard library, what holds other people's state.
 OPEN_STDLIB = {"__main__", "argparse", "collections", "queue", "types"}
@@ -58,11 +62,25 @@ def is_looked_into(cls: type) -> bool:
         return True
     if package_of(cls) in sys.stdlib_module_names - OPEN_STDLIB:
         return False
-    # A Trainer or callback of the user's own is the run itself; a datamodule, which hands out loaders, is not. Nor are
-    # Lightning's records of progress, settings and optimizers.
+    # Of Lightning, these are state: records of progress, settings and optimizers, and whatever hands out loaders.
     if package_of(cls) in LIGHTNING and dataclasses.is_dataclass(cls):
         return True
-    return hasattr(cls, "val_dataloader") or not any(package_of(base) in OPAQUE_PACKAGES for base in cls.__mro__)
+    if hasattr(cls, "val_dataloader"):
+        return True
+    packages = {package_of(base) for base in cls.__mro__}
+    of_lightning = {base.__name__ for base in cls.__mro__ if package_of(base) in LIGHTNING}
+    if "Callback" in of_lightning:
+        return "ProgressBar" not in of_lightning and "lightning_ckmerge" not in packages
+    return packages.isdisjoint(OPAQUE_PACKAGES)
+
+
+def has_workers(value: Any) -> bool:
+    """Whether an object holds threads, or others that work for it, and may change it at any time."""
+    held = (attributes_of(value) or {}).values()
+    return any(
+        issubclass(type(item), (Executor, Pool)) or (issubclass(type(item), threading.Thread) and item.is_alive())
+        for item in held
+    )
 
 
 def held_by_other_threads() -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
@@ -61,7 +62,8 @@ class Standstill:
         self._metrics = [m for m in module.modules() if isinstance(m, torchmetrics.Metric)]
         self._random = random_state()
         self._memory = Memory(run_weights(module))
-        self._memory.take(module, "module", Allowance(*MODULE_ALLOWANCE))
+        # The module's buffers are copied whatever they take.
+        self._memory.take(module, "module", Allowance(*MODULE_ALLOWANCE, buffers=Allowance(sys.maxsize)))
         self._allowance = Allowance(*OTHER_ALLOWANCE)
         keep_run(trainer, self._memory, self._allowance)
         self._gradients = Gradients(module)
