@@ -133,7 +133,7 @@ class Archive:
             self._warnings.append(
                 f"Snapshots must be where the checkpoint says, got no whole file for {len(missing)} of {len(wanted)}, "
                 f"{missing[0].stored.name} the first. Resume with the `dirpath` of the run; until then, "
-                f"{'; '.join(lost(e.segment) for e in missing)}."
+                f"{lost(*(e.segment for e in missing))}."
             )
         kept = {e.stored.name for e in self.entries} | ({state.file.name} if usable and state.file else set())
         self._retired = found.keys() - kept
@@ -171,7 +171,13 @@ class Archive:
             self._warnings.append(f"The buffer must be able to delete its files, got {error}. Remove {name} yourself.")
 
 
-def lost(segment: Segment) -> str:
-    """Say which steps the buffer has lost."""
-    first, last = segment.first_step, segment.last_step
-    return f"merges do without {f'step {last}' if first == last else f'steps {first} to {last}'}"
+def lost(*segments: Segment) -> str:
+    """Say which steps the buffer has lost, whose segments are given oldest first."""
+    spans: list[tuple[int, int]] = []
+    for segment in segments:
+        follows = spans and spans[-1][1] + 1 == segment.first_step
+        first = spans.pop()[0] if follows else segment.first_step
+        spans.append((first, segment.last_step))
+    told = ", ".join(str(last) if first == last else f"{first} to {last}" for first, last in spans)
+    noun = "step" if len(spans) == 1 and spans[0][0] == spans[0][1] else "steps"
+    return f"merges do without {noun} {told}"

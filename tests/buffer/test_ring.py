@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_ckmerge.buffer.archive import lost
 from lightning_ckmerge.buffer.ring import Drop, Pool, decide, pooled, size_class
 from lightning_ckmerge.core.segments import Segment
 
@@ -120,3 +121,15 @@ def test_a_pool_stands_for_both(kind: str, num_updates: int) -> None:
     older = Segment(kind=kind, first_step=26, last_step=50, num_updates=n)
     newer = Segment(kind=kind, first_step=51, last_step=100, num_updates=1 if kind == "point" else 50)
     assert pooled(older, newer) == Segment(kind=kind, first_step=26, last_step=100, num_updates=num_updates)
+
+
+@pytest.mark.parametrize(
+    ("spans", "told"),
+    [
+        ([(3, 3)], "merges do without step 3"),
+        ([(1, 4), (5, 8)], "merges do without steps 1 to 8"),
+        ([(1, 4), (5, 5), (9, 9)], "merges do without steps 1 to 5, 9"),
+    ],
+)
+def test_lost_steps_are_told_in_one_breath(spans: list[tuple[int, int]], told: str) -> None:
+    assert lost(*(Segment(kind="mean", first_step=first, last_step=last) for first, last in spans)) == told
