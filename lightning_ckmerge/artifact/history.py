@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_ckmerge.artifact.files import MANIFEST_NAME, inside
 from lightning_ckmerge.artifact.load import best_target
-from lightning_ckmerge.artifact.manifest import Manifest, read_manifest
+from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
 from lightning_ckmerge.artifact.runs import find_run
 from lightning_ckmerge.artifact.standing import Standing, read_standing
 from lightning_ckmerge.artifact.timeline import SKIPPED, TIMELINE_NAME, read_timeline
 from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.tensorfiles.durable import inside
 
 NEEDED = {"step", "monitor", "mode", "gain", "interval", "winner", "values", "artifact", "cost", "validation"}
 

@@ -11,29 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_ckmerge.artifact.files import (
-    BEST_NAME,
-    MANIFEST_NAME,
-    POINTER_NAME,
-    WEIGHTS_NAME,
-    file_record,
-    inside,
-)
-from lightning_ckmerge.artifact.manifest import Manifest, read_manifest
+from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
 from lightning_ckmerge.artifact.notebook import describe, render_card
-from lightning_ckmerge.artifact.runs import find_run, is_first, run_of, tell_choice
+from lightning_ckmerge.artifact.runs import BEST_NAME, POINTER_NAME, find_run, is_first, run_of, tell_choice
 from lightning_ckmerge.artifact.standing import read_standing
 from lightning_ckmerge.artifact.timeline import read_timeline
+from lightning_ckmerge.core.wording import listed
 from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.tensorfiles.durable import file_record, inside
+from lightning_ckmerge.tensorfiles.writer import WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lightning_ckmerge.artifact.stored import StoredWeights
+    from lightning_ckmerge.tensorfiles.reader import StoredWeights
 
 RECIPE_NAME = "recipe.json"
 CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
-NUM_LISTED = 5
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,20 +96,20 @@ class Artifact:
                 f"({verdict['sentence']}). Load another artifact, or go on with the latest weights."
             )
         # Reviewing artifacts needs no torch, which takes seconds to import.
-        from lightning_ckmerge.artifact.stored import StoredWeights
+        from lightning_ckmerge.tensorfiles.reader import StoredWeights
 
         names = sorted(name for name in self.manifest["files"] if WEIGHTS_NAME.fullmatch(name))
         return StoredWeights([inside(self.path, name) for name in names])
 
     def check_files(self, *, verify: bool = True) -> None:
         """Raise ``ArtifactError`` unless every listed file lies inside the directory, whole; ``verify`` hashes them."""
-        for name, listed in self.manifest["files"].items():
+        for name, recorded in self.manifest["files"].items():
             path = inside(self.path, name)
             if not path.is_file():
                 found: object = "no such file"
-            elif path.stat().st_size != listed["bytes"]:
-                found = f"{path.stat().st_size} bytes instead of {listed['bytes']}"
-            elif verify and file_record(path) != listed:
+            elif path.stat().st_size != recorded["bytes"]:
+                found = f"{path.stat().st_size} bytes instead of {recorded['bytes']}"
+            elif verify and file_record(path) != recorded:
                 found = "another SHA-256"
             else:
                 continue
@@ -139,7 +133,7 @@ class MergedFiles:
 
     def tensors(self) -> StoredWeights:
         """Return the weights by name, tied ones under each of their names; a tensor is read when it is asked for."""
-        from lightning_ckmerge.artifact.stored import StoredWeights
+        from lightning_ckmerge.tensorfiles.reader import StoredWeights
 
         if self.path.is_file():
             return StoredWeights([self.path])
@@ -304,9 +298,4 @@ def _is_extra_state(name: str) -> bool:
 
 
 def _described(names: Mapping[str, Sequence[str]]) -> str:
-    return "; ".join(f"{what}: {_listed(items)}" for what, items in names.items() if items)
-
-
-def _listed(items: Sequence[str]) -> str:
-    rest = f" and {len(items) - NUM_LISTED} more" if len(items) > NUM_LISTED else ""
-    return ", ".join(items[:NUM_LISTED]) + rest
+    return "; ".join(f"{what}: {listed(items)}" for what, items in names.items() if items)

@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from lightning_ckmerge.artifact.files import MANIFEST_NAME
 from lightning_ckmerge.artifact.software import software
 from lightning_ckmerge.core.objectives import sign_of
 from lightning_ckmerge.core.outcome import Score, SearchOutcome, SnapshotRecord, Trial, Verdict
 from lightning_ckmerge.errors import ArtifactError
 
+MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 
 Manifest = dict[str, Any]

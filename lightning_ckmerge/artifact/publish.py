@@ -6,35 +6,25 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning_ckmerge.artifact.files import (
-    BEST_NAME,
-    POINTER_NAME,
-    TEMPORARY_NAME,
-    FileRecord,
-    file_record,
-    fsync,
-    fsync_tree,
-    list_files,
-    replace_json,
-    temporary,
-)
 from lightning_ckmerge.artifact.load import Artifact, best_target
 from lightning_ckmerge.artifact.manifest import Manifest, read_manifest, write_manifest
-from lightning_ckmerge.artifact.runs import LATER_RUN, find_run, is_alive
+from lightning_ckmerge.artifact.runs import BEST_NAME, LATER_RUN, POINTER_NAME, find_run, is_alive
 from lightning_ckmerge.artifact.standing import STANDING_NAME, Standing, write_standing
 from lightning_ckmerge.artifact.timeline import Validated, append_timeline, timeline_record
 from lightning_ckmerge.artifact.weights import Weights, write_weights
 from lightning_ckmerge.core.objectives import Mode, sign_of
 from lightning_ckmerge.distributed.comm import Alone, Comm, on_rank_zero
 from lightning_ckmerge.errors import ArtifactError, PeerError
+from lightning_ckmerge.tensorfiles.durable import FileRecord, fsync, fsync_tree, records, replace_json, temporary
 
 ARTIFACT_NAME = re.compile(r"step=(\d{9,})(?:-v(\d+))?")
-
+# A crash may leave these.
+TEMPORARY_NAME = re.compile(r"\.tmp-(step=\d{9,}(-v\d+)?|best|(best|run|standing)\.json|report\.(html|md))-[0-9a-f]{8}")
 REPORT_NAMES = ("report.html", "report.md")
 
 Extra = Callable[[Path, Manifest], None]
@@ -183,7 +173,7 @@ class ArtifactStore:
         for extra in extras:
             extra(staging, {**manifest, "files": files})
             comm.exchange(None)  # all have written
-            files = on_rank_zero(comm, partial(_records, staging, files))
+            files = on_rank_zero(comm, partial(records, staging, files))
         return {**manifest, "files": files}
 
     def _move(self, staging: Path, step: str, complete: Manifest, validation: Sequence[Validated]) -> Path:
@@ -308,10 +298,6 @@ def _same_batches(one: Manifest, other: Manifest) -> bool:
 def _measured(manifest: Manifest) -> tuple[str | None, str, str]:
     """Return what two artifacts share if one can be better than the other: run, metric and mode."""
     return manifest.get("run_id"), manifest["monitor"], manifest["mode"]
-
-
-def _records(staging: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-    return {name: known.get(name) or file_record(staging / name) for name in list_files(staging)}
 
 
 @contextlib.contextmanager

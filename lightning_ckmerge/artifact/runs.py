@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from lightning_ckmerge.artifact.files import BEST_NAME, POINTER_NAME, replace_json
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
+from lightning_ckmerge.tensorfiles.durable import replace_json
 
 if sys.platform == "win32":
     import msvcrt
@@ -28,6 +28,8 @@ else:
     import fcntl
 
 RUN_NAME = "run.json"
+BEST_NAME = "best"
+POINTER_NAME = "best.json"  # stands for it where links are refused
 LOCK_NAME = "run.lock"
 FIRST_RUN = "run=1"
 LATER_RUN = re.compile(r"run=([2-9]|[1-9]\d+)")

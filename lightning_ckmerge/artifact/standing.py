@@ -7,8 +7,8 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lightning_ckmerge.artifact.files import replace_json
 from lightning_ckmerge.core.objectives import Mode, sign_of
+from lightning_ckmerge.tensorfiles.durable import replace_json
 
 STANDING_NAME = "standing.json"
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from lightning_ckmerge.artifact.files import SINGLE_NAME, FileRecord
-from lightning_ckmerge.artifact.shards import Described, ShardWriter, plan_shards, write_index
+from lightning_ckmerge.core.layout import raw_bytes
 from lightning_ckmerge.distributed.comm import Alone, Comm
+from lightning_ckmerge.tensorfiles.durable import FileRecord
+from lightning_ckmerge.tensorfiles.writer import SINGLE_NAME, Described, ShardWriter, plan_shards, write_index
 
 
 class Weights(Described, Protocol):
@@ -74,8 +74,8 @@ def _write_wave(
     with contextlib.ExitStack() as stack:
         output: ShardWriter | None = None
         if own is not None:
-            patient = comm.world_size > 1
-            output = ShardWriter(directory / own, weights, shards[own], metadata, patient=patient)
+            defer_errors = comm.world_size > 1
+            output = ShardWriter(directory / own, weights, shards[own], metadata, defer_errors=defer_errors)
             stack.enter_context(output)
         for row in itertools.zip_longest(*shards.values()):
             for file, name in zip(shards, row, strict=True):
@@ -86,8 +86,3 @@ def _write_wave(
                     output.write(raw_bytes(tensor))
                 del tensor
     return {own: output.record} if output is not None and own is not None else {}
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """Return a tensor's bytes, whatever its device and strides."""
-    return tensor.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_ckmerge.buffer.snapshot_file import check_digest
+from lightning_ckmerge.buffer.storage import check_digest
 from lightning_ckmerge.core.boxes import Box, split_name, whole
 from lightning_ckmerge.core.layout import DTYPE_NAMES, DTYPES
 from lightning_ckmerge.errors import SnapshotError

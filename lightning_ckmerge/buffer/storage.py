@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.buffer.snapshot_file import check_file, map_file, write_file
-from lightning_ckmerge.core.layout import Flats, TensorLayout
+from lightning_ckmerge.core.layout import Flats, TensorLayout, raw_bytes, tensor_spec
 from lightning_ckmerge.errors import SnapshotError
+from lightning_ckmerge.tensorfiles.durable import file_record, replacing
+from lightning_ckmerge.tensorfiles.writer import HashedFile, encode_header
+
+# A multiple of every itemsize, and a cache line: mapped tensors are aligned as allocated ones are.
+ALIGNMENT = 64
 
 FILE_NAME = re.compile(r"[0-9a-f]{8}-\d{9,}-\d{9,}-(?:mean|point|open)\.safetensors(?:\.tmp)?")
 
@@ -149,3 +155,103 @@ class MemoryStorage:
     def contents(self, run_id: str) -> dict[str, int]:
         """Return nothing: memory does not survive."""
         return {}
+
+
+def write_file(path: Path, layout: TensorLayout, blocks: Iterable[Tensor]) -> tuple[int, str]:
+    """Write a snapshot to a temporary name beside ``path``, flush it to the disk, and rename it: all or nothing.
+
+    The data region of the file is the snapshot's flat memory, so it can be mapped instead of read.
+
+    Args:
+        path: Its final name; an older file of that name is replaced.
+        layout: The snapshot's tensors.
+        blocks: The snapshot's flat memory in order, in one-dimensional pieces of the stored dtypes, on any device.
+
+    Returns:
+        Size in bytes, and SHA-256 in hexadecimal.
+
+    Raises:
+        OSError: The file system refuses; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, path.with_name(path.name + ".tmp")) as staged, HashedFile(staged) as output:
+        output.write(header_bytes(layout))
+        for block in blocks:
+            output.write(raw_bytes(block))
+    return output.record["bytes"], output.record["sha256"]
+
+
+def map_file(path: Path, layout: TensorLayout) -> Flats:
+    """Return the file's data region as flat tensors. Nothing is read yet; writes to them go nowhere."""
+    if not layout.num_bytes:
+        return layout.allocate()
+    data = torch.from_numpy(
+        np.memmap(path, np.uint8, mode="c", offset=len(header_bytes(layout)), shape=layout.num_bytes)
+    )
+    flats, start = {}, 0
+    for dtype, numel in layout.sizes.items():
+        stop = start + numel * dtype.itemsize
+        flats[dtype] = data[start:stop].view(dtype)
+        start = stop
+    return flats
+
+
+def check_file(path: Path, layout: TensorLayout, sha256: str) -> None:
+    """Read the whole file once.
+
+    Raises:
+        SnapshotError: It is not the file that was written, or holds other tensors than ``layout``.
+        OSError: It cannot be read.
+    """
+    check_digest(path, sha256)
+    with path.open("rb") as file:
+        expected = header_bytes(layout)
+        found = file.read(len(expected))
+        if found != expected:
+            file.seek(0)
+            entries = _entries(file.read(8 + int.from_bytes(found[:8], "little")))
+            raise SnapshotError(
+                f"a snapshot must hold the model's tensors, got {path.name}, which differs in "
+                f"{_first_difference(entries, _entries(expected))}. "
+                "Use another `dirpath` after changing the model or `buffer.dtype`."
+            )
+
+
+def check_digest(path: Path, sha256: str) -> None:
+    """Read the whole file once.
+
+    Raises:
+        SnapshotError: It is not the file that was written.
+        OSError: It cannot be read.
+    """
+    found = file_record(path)["sha256"]
+    if found != sha256:
+        raise SnapshotError(
+            f"a snapshot's SHA-256 must be the recorded {sha256[:12]}..., got {found[:12]}... for "
+            f"{path.name}. Something else wrote to the file; check the disk."
+        )
+
+
+def header_bytes(layout: TensorLayout) -> bytes:
+    """Return what stands before the data: one entry a slot, in the order of the data."""
+    specs = {slot.name: tensor_spec(slot.shape, slot.dtype) for slot in layout.slots}
+    return encode_header(specs, {}, alignment=ALIGNMENT, separators=(",", ":"))
+
+
+def _entries(header: bytes) -> dict[str, Any]:
+    entries: dict[str, Any] = json.loads(header[8:])
+    return entries
+
+
+def _first_difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
+    """Name the first tensor that two headers describe differently, with what each says."""
+    for name in (*expected, *found):
+        is_, should_be = _described(found.get(name)), _described(expected.get(name))
+        if is_ != should_be:
+            return f"{name!r}: {is_} instead of {should_be}"
+    return "the order of the tensors"
+
+
+def _described(entry: dict[str, Any] | None) -> str:
+    """Return a header entry's dtype and shape."""
+    return f"{entry.get('dtype')} {entry.get('shape')}" if entry else "nothing"

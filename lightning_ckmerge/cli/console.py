@@ -106,7 +106,7 @@ def progress(label: str, total: int | None, *, is_bytes: bool = False) -> Iterat
 
 def hash_files(paths: Sequence[Path], label: str) -> dict[Path, dict[str, Any]]:
     """Return bytes and SHA-256 of each file, hashed side by side, with a bar."""
-    from lightning_ckmerge.artifact.files import file_record
+    from lightning_ckmerge.tensorfiles.durable import file_record
 
     stopped = threading.Event()
     with progress(label, sum(path.stat().st_size for path in paths), is_bytes=True) as advance:

@@ -14,7 +14,7 @@ from lightning_ckmerge.cli.console import console, print_json, progress, tell_ch
 from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out, require_absent
 
 if TYPE_CHECKING:
-    from lightning_ckmerge.artifact.sources import Source
+    from lightning_ckmerge.checkpoints.formats import Source
 
 NUM_LISTED = 5
 
@@ -46,11 +46,10 @@ def export(
       ckmerge export runs/gpt/merges/best --to hf --config-from gpt2-small/ --out exported
       ckmerge export last.ckpt --to hf --config-from gpt2-small/ --prefix model. --out exported
     """
-    from lightning_ckmerge.artifact.files import list_files
-    from lightning_ckmerge.artifact.hub import HubWeights, side_files, write_hub
-    from lightning_ckmerge.artifact.offline import new_directory
-    from lightning_ckmerge.artifact.sources import SourceWeights, open_source
+    from lightning_ckmerge.checkpoints.formats import SourceWeights, open_source
+    from lightning_ckmerge.checkpoints.hugging_face import HubWeights, side_files, write_hub
     from lightning_ckmerge.checks import parse_size
+    from lightning_ckmerge.tensorfiles.durable import list_files, new_directory
 
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     require_absent(out)
@@ -97,8 +96,7 @@ def _checked_prefix(source: Source, prefix: str | None) -> str | None:
 
 def _verdict(source: Source) -> str | None:
     """Return how the search ended whose artifact this is; ``None`` if no search made it."""
-    from lightning_ckmerge.artifact.files import MANIFEST_NAME
-    from lightning_ckmerge.artifact.manifest import read_manifest
+    from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, read_manifest
 
     if not (source.path / MANIFEST_NAME).is_file():
         return None
@@ -108,8 +106,7 @@ def _verdict(source: Source) -> str | None:
 
 def _adapters_of(source: Source) -> dict[str, Any] | None:
     """What the manifest says about adapters, where the source is an artifact that holds them alone."""
-    from lightning_ckmerge.artifact.files import MANIFEST_NAME
-    from lightning_ckmerge.artifact.manifest import read_manifest
+    from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, read_manifest
 
     return read_manifest(source.path).get("adapters") if (source.path / MANIFEST_NAME).is_file() else None
 
@@ -118,11 +115,10 @@ def _export_adapters(
     source: Source, adapters: dict[str, Any], out: Path, choice: dict[str, str], as_json: bool
 ) -> None:
     """Config and names are in the manifest."""
-    from lightning_ckmerge.artifact.files import list_files
-    from lightning_ckmerge.artifact.hub import write_adapters
-    from lightning_ckmerge.artifact.offline import new_directory
-    from lightning_ckmerge.artifact.sources import SourceWeights
+    from lightning_ckmerge.checkpoints.formats import SourceWeights
+    from lightning_ckmerge.checkpoints.hugging_face import write_adapters
     from lightning_ckmerge.errors import ArtifactError
+    from lightning_ckmerge.tensorfiles.durable import list_files, new_directory
 
     exported = adapters["peft"]
     if not exported:
@@ -149,7 +145,7 @@ def _resolved(path: Path) -> Path:
 
 
 def _config_directory(source: Source, given: Path | None) -> Path:
-    from lightning_ckmerge.artifact.hub import CONFIG_NAME, find_config
+    from lightning_ckmerge.checkpoints.hugging_face import CONFIG_NAME, find_config
     from lightning_ckmerge.errors import ConfigError
 
     found = given if given is not None else find_config(source.path)
@@ -163,7 +159,7 @@ def _config_directory(source: Source, given: Path | None) -> Path:
 
 def _find_model(source: Source, config_dir: Path, prefix: str | None) -> tuple[str, Sequence[str] | None]:
     """Return the prefix, and the names that the file must hold, where the config's model is known."""
-    from lightning_ckmerge.artifact.hub import CONFIG_NAME, find_prefix
+    from lightning_ckmerge.checkpoints.hugging_face import CONFIG_NAME, find_prefix
     from lightning_ckmerge.cli.pretrained import expected_tensors
     from lightning_ckmerge.errors import ArtifactError, ConfigError
 
@@ -188,9 +184,8 @@ def _find_model(source: Source, config_dir: Path, prefix: str | None) -> tuple[s
 
 
 def _card(source: Source) -> str:
-    from lightning_ckmerge.artifact.files import MANIFEST_NAME
     from lightning_ckmerge.artifact.load import RECIPE_NAME
-    from lightning_ckmerge.artifact.manifest import read_manifest
+    from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, read_manifest
     from lightning_ckmerge.report.card import render_card, render_merge_card, render_source_card
 
     if (source.path / MANIFEST_NAME).is_file():

@@ -12,8 +12,8 @@ from lightning_ckmerge.cli.console import console, hash_files, print_json, progr
 from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out, require_absent
 
 if TYPE_CHECKING:
-    from lightning_ckmerge.artifact.offline import MergedWeights, Method, Recipe
-    from lightning_ckmerge.artifact.sources import Source
+    from lightning_ckmerge.checkpoints.formats import Source
+    from lightning_ckmerge.checkpoints.merge import MergedWeights, Method, Recipe
 
 
 def merge(
@@ -53,8 +53,8 @@ def merge(
       ckmerge merge old/ new/ --weights 0.4,0.6 --out merged.safetensors
       ckmerge merge old.ckpt new.ckpt --schedule slerp:0.5 --out merged
     """
-    from lightning_ckmerge.artifact.offline import MergedWeights, build_recipe
-    from lightning_ckmerge.artifact.sources import open_sources
+    from lightning_ckmerge.checkpoints.formats import open_sources
+    from lightning_ckmerge.checkpoints.merge import MergedWeights, build_recipe
     from lightning_ckmerge.checks import parse_size
 
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
@@ -80,7 +80,7 @@ def _in_order(sources_K: list[Source], weights: str | None, schedule: str | None
     """Return the checkpoints oldest first, and how they are merged, each with its own weight."""
     from dataclasses import replace
 
-    from lightning_ckmerge.artifact.sources import oldest_first
+    from lightning_ckmerge.checkpoints.formats import oldest_first
 
     method = _method(weights, schedule, len(sources_K))
     order = oldest_first(sources_K)
@@ -91,7 +91,7 @@ def _in_order(sources_K: list[Source], weights: str | None, schedule: str | None
 
 
 def _write(out: Path, merged: MergedWeights, recipe: Recipe, sources_K: list[Source], shard_bytes: int) -> Recipe:
-    from lightning_ckmerge.artifact.offline import newest_lightning, write_checkpoint, write_merge
+    from lightning_ckmerge.checkpoints.merge import newest_lightning, write_checkpoint, write_merge
 
     if out.suffix == ".ckpt":
         return write_checkpoint(out, merged, recipe, newest_lightning(sources_K))
@@ -114,7 +114,7 @@ def _print_merge(out: Path, merged: MergedWeights, complete: Recipe, sources_K: 
 
 
 def _method(weights: str | None, schedule: str | None, num_checkpoints: int) -> Method:
-    from lightning_ckmerge.artifact.offline import Method
+    from lightning_ckmerge.checkpoints.merge import Method
     from lightning_ckmerge.core.schedules import parse_schedule
     from lightning_ckmerge.errors import ConfigError
 
@@ -134,6 +134,6 @@ def _method(weights: str | None, schedule: str | None, num_checkpoints: int) -> 
 
 def _side_files(source: Source) -> list[Path]:
     """What `from_pretrained` wants beside the weights, where the newest checkpoint has it."""
-    from lightning_ckmerge.artifact.hub import side_files
+    from lightning_ckmerge.checkpoints.hugging_face import side_files
 
     return side_files(source.path) if source.kind == "huggingface" else []

@@ -93,7 +93,7 @@ def search(
         --storage sqlite:///study.db --worker
     """
     with _quietly():
-        from lightning_ckmerge.artifact.sources import run_sources
+        from lightning_ckmerge.checkpoints.formats import run_sources
         from lightning_ckmerge.plugin.offline import ALONE, search_sources
 
         configured = _build(config, model_class, data_class, ALONE)

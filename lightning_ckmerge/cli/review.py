@@ -49,8 +49,8 @@ def show(artifact: ArtifactPath, as_json: Json = False) -> None:
       ckmerge show runs/gpt/merges
       ckmerge show runs/gpt/merges/step=000002000
     """
-    from lightning_ckmerge.artifact.files import MANIFEST_NAME
     from lightning_ckmerge.artifact.load import Artifact
+    from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
     from lightning_ckmerge.artifact.runs import find_run, help_on
     from lightning_ckmerge.errors import ArtifactError
     from lightning_ckmerge.report.view import build_view
@@ -100,7 +100,7 @@ def report(
       ckmerge report runs/gpt/merges --open
       ckmerge report runs/gpt/merges/best > merge.md
     """
-    from lightning_ckmerge.artifact.files import MANIFEST_NAME
+    from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
     from lightning_ckmerge.artifact.runs import is_first, run_of
 
     is_artifact = (directory / MANIFEST_NAME).is_file() or run_of(directory) != directory or is_first(directory.parent)
@@ -201,9 +201,9 @@ def _search_report(directory: Path) -> tuple[str, Path]:
 
 def _run_report(directory: Path) -> tuple[str, Path]:
     """Write the report of a run beside its artifacts, which may have changed since it was last written."""
-    from lightning_ckmerge.artifact.files import replace_text
     from lightning_ckmerge.artifact.history import read_history
     from lightning_ckmerge.report.run import render_run_html, render_run_markdown
+    from lightning_ckmerge.tensorfiles.durable import replace_text
 
     history = read_history(directory)
     found = (history.timeline, history.manifests, history.best, history.dirpath, history.standing)

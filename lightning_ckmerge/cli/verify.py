@@ -70,7 +70,7 @@ def verify(
 
 def _check_files(artifact: Artifact) -> dict[str, str]:
     """Return what each listed file is: ``ok``, ``missing``, ``another size`` or ``another SHA-256``."""
-    from lightning_ckmerge.artifact.files import inside
+    from lightning_ckmerge.tensorfiles.durable import inside
 
     listed = artifact.manifest["files"]
     paths = {name: inside(artifact.path, name) for name in listed}
@@ -88,8 +88,8 @@ def _check_files(artifact: Artifact) -> dict[str, str]:
 
 
 def _rebuild(artifact: Artifact, latest: Path | None, checkpoints: Path | None, key: str | None) -> dict[str, Any]:
-    from lightning_ckmerge.artifact.rebuild import rebuild
-    from lightning_ckmerge.artifact.sources import find_sources, open_source
+    from lightning_ckmerge.checkpoints.formats import find_sources, open_source
+    from lightning_ckmerge.checkpoints.rebuild import rebuild
     from lightning_ckmerge.errors import SnapshotError
 
     weights = open_source(latest, key).weights if latest else None

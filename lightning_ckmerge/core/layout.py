@@ -147,3 +147,8 @@ def find_aliases(weights: Mapping[str, Tensor]) -> dict[str, str]:
         if first != name:
             aliases[name] = first
     return aliases
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes, whatever its device and strides."""
+    return tensor.detach().cpu().resolve_conj().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -6,12 +6,13 @@ The words follow the change itself, ``less`` or ``more``, and never the sign of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lightning_ckmerge.core.objectives import Mode
 
 # From here on Python's own exponents read better.
 SMALLEST, LARGEST = 1e-4, 1e7
+MOST_LISTED = 5
 
 
 def change_told(
@@ -92,3 +93,13 @@ def _number(value: float, change: float, widest: float | None = None) -> str:
 
 def _exponent(value: float) -> int:
     return math.floor(math.log10(abs(value)))
+
+
+def listed(names: Collection[str]) -> str:
+    """Return the first few of some names by alphabet, and how many more there are.
+
+    >>> listed({"b", "a"}), listed("gfedcba")
+    ('a, b', 'a, b, c, d, e and 2 more')
+    """
+    rest = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return ", ".join(sorted(names)[:MOST_LISTED]) + rest

@@ -20,17 +20,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
-from lightning_ckmerge.artifact.files import file_record
 from lightning_ckmerge.artifact.load import Artifact
-from lightning_ckmerge.artifact.offline import listed
 from lightning_ckmerge.artifact.runs import Place
-from lightning_ckmerge.artifact.sources import Source, run_sources
 from lightning_ckmerge.buffer.rolling import Snapshot
+from lightning_ckmerge.checkpoints.formats import Source, run_sources
 from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import ArtifactConfig, BufferConfig, EvaluationConfig, MergeSettings, SearchConfig
 from lightning_ckmerge.core.layout import as_real
 from lightning_ckmerge.core.objectives import Mode, make_objectives
 from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.core.wording import listed
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.errors import ArtifactError, ConfigError
 from lightning_ckmerge.pipeline import Bench, SearchJob, join_search, run_search
@@ -38,6 +37,7 @@ from lightning_ckmerge.plugin.bench import BenchMaker
 from lightning_ckmerge.plugin.progress import OnScored
 from lightning_ckmerge.plugin.publisher import Publisher
 from lightning_ckmerge.plugin.rank_model import RankModel
+from lightning_ckmerge.tensorfiles.durable import file_record
 
 # One process, one device: more of them share the trials of one storage.
 ALONE: dict[str, Any] = {

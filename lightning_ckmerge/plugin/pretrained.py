@@ -13,9 +13,9 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lightning_ckmerge.artifact.hub import HubWeights, write_adapters, write_hub
 from lightning_ckmerge.artifact.manifest import Manifest
 from lightning_ckmerge.artifact.weights import Weights
+from lightning_ckmerge.checkpoints.hugging_face import HubWeights, write_adapters, write_hub
 from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import ArtifactConfig
 from lightning_ckmerge.distributed.comm import Comm

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_ckmerge.artifact.files import replace_text
 from lightning_ckmerge.artifact.history import read_history
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
 from lightning_ckmerge.report.run import render_run_html, render_run_markdown, summarize
 from lightning_ckmerge.report.text import ReportPlace
+from lightning_ckmerge.tensorfiles.durable import replace_text
 
 
 def write_search_report(path: Path, manifest: dict[str, Any], place: ReportPlace) -> None:

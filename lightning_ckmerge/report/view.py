@@ -21,9 +21,9 @@ from lightning_ckmerge.report.text import (
     steps,
     steps_worth,
 )
+from lightning_ckmerge.tensorfiles.writer import WEIGHTS_NAME
 
 SHORT_HASH = 12
-WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 LOAD_MERGED = """\
 from lightning_ckmerge import load_merged

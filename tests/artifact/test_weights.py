@@ -9,11 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_ckmerge.artifact.files import file_record
-from lightning_ckmerge.artifact.stored import StoredWeights
 from lightning_ckmerge.artifact.weights import write_weights
 from lightning_ckmerge.core.layout import DTYPES
 from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.tensorfiles.durable import file_record
+from lightning_ckmerge.tensorfiles.reader import StoredWeights
 from tests.artifact.outcomes import LocalWeights
 
 LARGE = 1 << 30

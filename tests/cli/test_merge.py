@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_ckmerge import load_merged
-from lightning_ckmerge.artifact.sources import open_source
+from lightning_ckmerge.checkpoints.formats import open_source
 from lightning_ckmerge.core.native.mixing import load_mix_kernel
 from lightning_ckmerge.errors import ArtifactError
 from tests.artifact.conftest import tensors_of
@@ -186,7 +186,7 @@ def test_memory_stays_at_a_few_blocks(tmp_path: Path) -> None:
     program = f"""
 import sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
-import lightning_ckmerge.artifact.sources, lightning_ckmerge.artifact.offline
+import lightning_ckmerge.checkpoints.formats, lightning_ckmerge.checkpoints.merge
 from lightning_ckmerge.cli.main import app
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()

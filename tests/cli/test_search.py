@@ -17,9 +17,9 @@ import yaml
 from safetensors.torch import save_file
 
 from lightning_ckmerge import EvaluationConfig, SearchConfig, load_merged, search_checkpoints
-from lightning_ckmerge.artifact.files import file_record
-from lightning_ckmerge.artifact.sources import find_sources, open_source
+from lightning_ckmerge.checkpoints.formats import find_sources, open_source
 from lightning_ckmerge.errors import ArtifactError, ConfigError, MonitorError
+from lightning_ckmerge.tensorfiles.durable import file_record
 from tests.cli.commands import ckmerge, ckmerge_json
 from tests.cli.postgres import PG_CTL, postgres
 from tests.cli.runs import EVERY, NUM_STEPS, PointsData, Wandering, train, write_config

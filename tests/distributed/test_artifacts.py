@@ -19,14 +19,14 @@ from torch.utils.data import DataLoader
 
 from lightning_ckmerge import ArtifactConfig, EvaluationConfig, SearchConfig, load_merged
 from lightning_ckmerge.artifact.load import Artifact
-from lightning_ckmerge.artifact.rebuild import rebuild
-from lightning_ckmerge.artifact.shards import ShardWriter
 from lightning_ckmerge.artifact.weights import write_weights
+from lightning_ckmerge.checkpoints.rebuild import rebuild
 from lightning_ckmerge.core.spaces import Grouped
 from lightning_ckmerge.distributed.comm import Ranks
 from lightning_ckmerge.distributed.gather import GatheredWeights
 from lightning_ckmerge.distributed.scatter import scatter
 from lightning_ckmerge.errors import PeerError
+from lightning_ckmerge.tensorfiles.writer import ShardWriter
 from tests.artifact.outcomes import LocalWeights
 from tests.distributed.trainers import Classifier, fit, make_merge, points, published
 from tests.ranks import RankPool

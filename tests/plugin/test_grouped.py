@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch.utils.data import DataLoader
 
 from lightning_ckmerge import Artifact, BufferConfig, CheckpointMergeCallback, SearchConfig
-from lightning_ckmerge.artifact.rebuild import rebuild
+from lightning_ckmerge.checkpoints.rebuild import rebuild
 from lightning_ckmerge.core.spaces import Grouped, Space, SpaceName
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown

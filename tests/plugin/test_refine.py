@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_ckmerge import ArtifactConfig, BufferConfig, CheckpointMergeCallback, SearchConfig
 from lightning_ckmerge.artifact.manifest import read_manifest
-from lightning_ckmerge.artifact.rebuild import rebuild
+from lightning_ckmerge.checkpoints.rebuild import rebuild
 from lightning_ckmerge.core.spaces import Grouped
 from lightning_ckmerge.errors import ConfigError, SearchError
 from lightning_ckmerge.report.html import render_html

@@ -8,9 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_ckmerge.artifact.files import FileRecord, inside
 from lightning_ckmerge.core.specs import TensorSpec
+from lightning_ckmerge.core.wording import listed
 from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.tensorfiles.durable import FileRecord, inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,6 @@ ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 # Small files that belong to a model and hold no weights: config, tokenizer, processor, chat template, remote code.
 SIDE_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
 NOT_COPIED = {"recipe.json", "manifest.json"}
-NUM_LISTED = 5
 
 
 class HubWeights:
@@ -156,8 +156,7 @@ def find_prefix(names: Collection[str], required: Collection[str]) -> str:
         )
     missing = min((sorted(r for r in required if f"{p}{r}" not in names) for p in {*prefixes, ""}), key=len)
     raise ArtifactError(
-        f"the weights must hold every tensor of the config's model, got none called {', '.join(missing[:NUM_LISTED])}"
-        f"{f' and {len(missing) - NUM_LISTED} more' if len(missing) > NUM_LISTED else ''}. "
+        f"the weights must hold every tensor of the config's model, got none called {listed(missing)}. "
         "Name the config of the model that was trained."
     )
 

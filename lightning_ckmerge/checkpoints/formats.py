@@ -14,18 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lightning_ckmerge.artifact.files import (
-    INDEX_NAME,
-    MANIFEST_NAME,
-    METADATA_NAME,
-    SINGLE_NAME,
-    WEIGHTS_NAME,
-    FileRecord,
-    inside,
-)
-from lightning_ckmerge.artifact.stored import StoredWeights
+from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
 from lightning_ckmerge.core.specs import TensorSpec
 from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.tensorfiles.durable import FileRecord, inside
+from lightning_ckmerge.tensorfiles.reader import METADATA_NAME, StoredWeights
+from lightning_ckmerge.tensorfiles.writer import INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +106,7 @@ class WholeReader:
     def read_into(self, name: str, start: int, block: memoryview) -> None:
         """Fill a block with a tensor's bytes from ``start`` on."""
         if self._last is None or self._last[0] != name:
-            from lightning_ckmerge.artifact.weights import raw_bytes
+            from lightning_ckmerge.core.layout import raw_bytes
 
             self._last = None
             self._last = name, raw_bytes(self._weights[name])
@@ -315,7 +309,7 @@ def _open_safetensors(path: Path, kind: str, files: Sequence[Path], step: int | 
 
 
 def _open_distributed(path: Path, key: str | None) -> Source:
-    from lightning_ckmerge.artifact.distcp import DistributedWeights
+    from lightning_ckmerge.checkpoints.distributed import DistributedWeights
 
     # Lightning writes what is no tensor beside the shards.
     is_lightning = (path / "meta.pt").is_file()

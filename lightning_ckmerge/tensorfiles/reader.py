@@ -17,6 +17,8 @@ from lightning_ckmerge.errors import ArtifactError
 if TYPE_CHECKING:
     from torch import Tensor
 
+METADATA_NAME = ".metadata"  # of a distributed checkpoint
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:

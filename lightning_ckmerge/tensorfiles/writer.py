@@ -12,14 +12,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Protocol
+from types import TracebackType
+from typing import IO, Any, Protocol, TypeVar
 
-from lightning_ckmerge.artifact.files import INDEX_NAME, SINGLE_NAME, FileRecord, file_record
 from lightning_ckmerge.core.specs import TENSOR_TYPES, TensorSpec
 from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.tensorfiles.durable import FileRecord, file_record
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 class Described(Protocol):
@@ -107,15 +113,90 @@ def write_index(directory: Path, weights: Described, shards: Mapping[str, Sequen
     return {INDEX_NAME: file_record(directory / INDEX_NAME)}
 
 
-class ShardWriter:
-    """One safetensors file, written and hashed piece by piece, in the order of ``names``.
+def encode_header(
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, str],
+    *,
+    alignment: int = 8,
+    separators: tuple[str, str] | None = None,
+) -> bytes:
+    """Return what stands before the tensors' bytes in a safetensors file, its own length included.
+
+    Args:
+        specs: The tensors that the file holds, in the order of their bytes.
+        metadata: Texts for people and tools.
+        alignment: The first tensor begins at a multiple of it, a multiple of 8.
+        separators: Between the items of the JSON, and between key and value.
+
+    Source:
+        https://huggingface.co/docs/safetensors (8 bytes of header length, JSON, data without gaps).
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
+    for name, spec in specs.items():
+        end = offset + spec.nbytes
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, ensure_ascii=False, separators=separators).encode()
+    text += b" " * (-(8 + len(text)) % alignment)
+    return len(text).to_bytes(8, "little") + text
+
+
+class HashedFile:
+    """A new file, written and hashed piece by piece; hashing runs beside the writing.
+
+    Args:
+        path: The file; an older one is overwritten.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+        self._num_bytes = 0
+        self._sha256 = hashlib.sha256()
+        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="ckmerge-hash")
+
+    def __enter__(self: F) -> F:
+        self._file = self._path.open("wb", buffering=0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hashing.shutdown()
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, piece: bytes | memoryview) -> None:
+        """Append the next bytes; they are no longer needed when this returns."""
+        assert self._file is not None
+        hashed = self._hashing.submit(self._sha256.update, piece)
+        try:
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        finally:
+            hashed.result()
+        self._num_bytes += len(piece)
+
+    @property
+    def record(self) -> FileRecord:
+        """Bytes and SHA-256 of what has been written."""
+        return {"bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}
+
+
+F = TypeVar("F", bound=HashedFile)
+
+
+class ShardWriter(HashedFile):
+    """One safetensors file; the tensors' bytes follow in the order of ``names``.
 
     Args:
         path: The file.
         weights: What the header says of the tensors.
         names: The tensors that it holds.
         metadata: Texts for the header.
-        patient: Let ``record`` raise what went wrong before: other ranks need this one to go on gathering.
+        defer_errors: Raise write errors from ``record``, so that other ranks can finish gathering.
     """
 
     def __init__(
@@ -125,72 +206,43 @@ class ShardWriter:
         names: Sequence[str],
         metadata: Mapping[str, str],
         *,
-        patient: bool = False,
+        defer_errors: bool = False,
     ) -> None:
-        self._path = path
-        self._patient = patient
-        self._file: IO[bytes] | None = None
+        super().__init__(path)
+        self._defer_errors = defer_errors
         self._failure: Exception | None = None
         held = set(names)
         left_out = {alias: kept for alias, kept in weights.aliases.items() if kept in held}
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata, **left_out}}
-        offset = 0
-        for name in names:
-            spec = weights.specs[name]
-            end = offset + spec.nbytes
-            header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._prefix = len(text).to_bytes(8, "little") + text
-        self._num_bytes = len(self._prefix) + offset
-        self._sha256 = hashlib.sha256()
-        self._hashing = ThreadPoolExecutor(1, thread_name_prefix="ckmerge-hash")
+        self._header = encode_header({name: weights.specs[name] for name in names}, {**metadata, **left_out})
 
     def __enter__(self) -> ShardWriter:
-        with self._patience():
-            self._file = self._path.open("wb", buffering=0)
-            self._append(self._prefix)
+        with self._deferred():
+            super().__enter__()
+            super().write(self._header)
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hashing.shutdown()
-        if self._file is not None:
-            self._file.close()
 
     def write(self, piece: bytes | memoryview) -> None:
         """Append the next bytes; they are no longer needed when this returns."""
-        if self._failure is not None:
-            return
-        with self._patience():
-            self._append(piece)
+        if self._failure is None:
+            with self._deferred():
+                super().write(piece)
 
     @property
     def record(self) -> FileRecord:
         """Bytes and SHA-256 of the complete file.
 
         Raises:
-            Exception: What writing has raised.
+            Exception: Writing has failed, with this error.
         """
         if self._failure is not None:
             raise self._failure
-        return {"bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}
-
-    def _append(self, piece: bytes | memoryview) -> None:
-        assert self._file is not None
-        hashed = self._hashing.submit(self._sha256.update, piece)
-        try:
-            rest = memoryview(piece)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        finally:
-            hashed.result()
+        return super().record
 
     @contextlib.contextmanager
-    def _patience(self) -> Iterator[None]:
+    def _deferred(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if not self._patient:
+            if not self._defer_errors:
                 raise
             self._failure = error

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from lightning_ckmerge.artifact.files import METADATA_NAME
 from lightning_ckmerge.core.layout import tensor_spec
 from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.tensorfiles.reader import METADATA_NAME
 
 ALLOWED = {
     "collections": {"OrderedDict"},

@@ -1,27 +1,20 @@
-"""Files that survive a crash, and names that stay inside their directory."""
+"""Files that survive a crash, their hashes, and names that stay inside their directory."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import re
+import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from lightning_ckmerge.errors import ArtifactError
 
 CHUNK_BYTES = 1 << 18
-MANIFEST_NAME = "manifest.json"
-BEST_NAME = "best"
-POINTER_NAME = "best.json"  # stands for it where links are refused
-METADATA_NAME = ".metadata"  # of a distributed checkpoint
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-TEMPORARY_NAME = re.compile(r"\.tmp-(step=\d{9,}(-v\d+)?|best|(best|run|standing)\.json|report\.(html|md))-[0-9a-f]{8}")
 
 FileRecord = dict[str, Any]
 
@@ -43,6 +36,11 @@ def file_record(path: Path, on_bytes: Callable[[int], None] = lambda num_bytes: 
             total += num_bytes
             on_bytes(num_bytes)
     return {"bytes": total, "sha256": sha256.hexdigest()}
+
+
+def records(directory: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
+    """Return bytes and SHA-256 of all files in ``directory``; ``known`` ones are not read again."""
+    return {name: known.get(name) or file_record(directory / name) for name in list_files(directory)}
 
 
 def list_files(directory: Path) -> list[str]:
@@ -84,7 +82,7 @@ def inside(directory: Path, name: str) -> Path:
 
 
 def temporary(directory: Path, name: str) -> Path:
-    """Return a fresh path for what will be called ``name``; ``TEMPORARY_NAME`` recognises it after a crash."""
+    """Return a fresh path for the file or directory that will be called ``name``."""
     return directory / f".tmp-{name}-{uuid.uuid4().hex[:8]}"
 
 
@@ -95,13 +93,48 @@ def replace_json(path: Path, value: object) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a small file in one rename."""
-    staged = temporary(path.parent, path.name)
-    try:
+    with replacing(path, temporary(path.parent, path.name)) as staged:
         staged.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: Path, staged: Path) -> Iterator[Path]:
+    """Yield ``staged``, whose file becomes ``path`` by one rename; whatever goes wrong, it is removed instead."""
+    try:
+        yield staged
         fsync(staged)
         os.replace(staged, path)
     finally:
-        staged.unlink(missing_ok=True)
+        if staged.is_file():
+            staged.unlink()
+
+
+@contextlib.contextmanager
+def new_directory(out: Path, *, only: str | None = None) -> Iterator[Path]:
+    """Yield a temporary directory that becomes ``out`` by one rename; whatever goes wrong, it is removed instead.
+
+    Args:
+        out: What there will be.
+        only: Name of a file in the directory that becomes ``out`` alone, in the directory's place.
+
+    Raises:
+        ArtifactError: ``out`` exists.
+    """
+    if os.path.lexists(out):
+        raise ArtifactError(f"the output must not exist yet, got {out}. Name another directory, or remove this one.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = temporary(out.parent, out.name)
+    staging.mkdir()
+    try:
+        yield staging
+        fsync_tree(staging)
+        os.rename(staging / only if only else staging, out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    if only:
+        staging.rmdir()
+    fsync(out.parent)
 
 
 def fsync_tree(directory: Path) -> None:

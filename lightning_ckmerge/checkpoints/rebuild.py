@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.artifact.files import file_record
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import coefficients_of
-from lightning_ckmerge.artifact.sources import Source
 from lightning_ckmerge.buffer.parts import Shapes, SnapshotParts
+from lightning_ckmerge.checkpoints.formats import Source
 from lightning_ckmerge.core.adapters import fits, side_of, stack
 from lightning_ckmerge.core.boxes import whole
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.errors import SnapshotError
+from lightning_ckmerge.tensorfiles.durable import file_record
 
 
 @dataclass(frozen=True, kw_only=True)

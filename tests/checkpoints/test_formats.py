@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_ckmerge.artifact.sources import find_sources, open_source
+from lightning_ckmerge.checkpoints.formats import find_sources, open_source
 from lightning_ckmerge.core.layout import tensor_spec
 from lightning_ckmerge.errors import ArtifactError
 from tests.artifact.conftest import Publish, tensors_of

@@ -5,32 +5,29 @@ Letters: K checkpoints, oldest first.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import os
 import shutil
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_ckmerge.artifact.files import SINGLE_NAME, FileRecord, file_record, fsync, fsync_tree, list_files
 from lightning_ckmerge.artifact.load import RECIPE_NAME
-from lightning_ckmerge.artifact.shards import write_blocks
 from lightning_ckmerge.artifact.software import software
-from lightning_ckmerge.artifact.sources import Source, read_torch
+from lightning_ckmerge.checkpoints.formats import Source, read_torch
 from lightning_ckmerge.core.blockwise import mix_blocks, prepare_to_mix
 from lightning_ckmerge.core.specs import TENSOR_TYPES, TensorSpec
+from lightning_ckmerge.core.wording import listed
 from lightning_ckmerge.errors import ArtifactError, ConfigError
+from lightning_ckmerge.tensorfiles.durable import FileRecord, file_record, new_directory, records
+from lightning_ckmerge.tensorfiles.writer import SINGLE_NAME, write_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RECIPE_KEY = "ckmerge_recipe"
-NUM_LISTED = 5
 BLOCK_BYTES = 1 << 20
 # Of a Lightning checkpoint: what a merge has no use for, and which belongs to no weights but the newest.
 STATE_OF_TRAINING = {"optimizer_states", "lr_schedulers", "callbacks", "loops", "MixedPrecision", "amp_scaling_state"}
@@ -149,8 +146,7 @@ class MergedWeights:
     def _whole(self, name: str) -> memoryview:
         import torch
 
-        from lightning_ckmerge.artifact.weights import raw_bytes
-        from lightning_ckmerge.core.layout import DTYPES
+        from lightning_ckmerge.core.layout import DTYPES, raw_bytes
         from lightning_ckmerge.core.mixing import mix_tensors, slerp_tensors
 
         tensors_K = [s.weights[name] for s in self._sources_K]
@@ -242,7 +238,7 @@ def newest_lightning(sources_K: Sequence[Source]) -> Source:
             return source
     raise ConfigError(
         "a .ckpt takes its hyper-parameters from the newest Lightning .ckpt among the checkpoints, got "
-        f"{', '.join(source.path.name for source in sources_K[:NUM_LISTED])}. Write a .safetensors file or a directory."
+        f"{listed([source.path.name for source in sources_K])}. Write a .safetensors file or a directory."
     )
 
 
@@ -286,39 +282,6 @@ def _notes(source: Source) -> list[str]:
     ]
 
 
-def records(directory: Path, known: Mapping[str, FileRecord]) -> dict[str, FileRecord]:
-    """Return bytes and SHA-256 of all files in ``directory``; those that are ``known`` are not read again."""
-    return {name: known.get(name) or file_record(directory / name) for name in list_files(directory)}
-
-
-@contextlib.contextmanager
-def new_directory(out: Path, *, only: str | None = None) -> Iterator[Path]:
-    """Yield a temporary directory that becomes ``out`` by one rename; whatever goes wrong, it is removed instead.
-
-    Args:
-        out: What there will be.
-        only: Name of a file in the directory that becomes ``out`` alone, in the directory's place.
-
-    Raises:
-        ArtifactError: ``out`` exists.
-    """
-    if os.path.lexists(out):
-        raise ArtifactError(f"the output must not exist yet, got {out}. Name another directory, or remove this one.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.parent / f".tmp-{out.name}-{uuid.uuid4().hex[:8]}"
-    staging.mkdir()
-    try:
-        yield staging
-        fsync_tree(staging)
-        os.rename(staging / only if only else staging, out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    if only:
-        staging.rmdir()
-    fsync(out.parent)
-
-
 def _check_weights(method: Method, num_checkpoints: int) -> None:
     if len(method.weights_K) != num_checkpoints:
         raise ConfigError(
@@ -354,9 +317,3 @@ def _check_alike(source: Source, newest: Source) -> None:
         raise ArtifactError(
             f"checkpoints must hold the same tensors, got {'; '.join(found)}. Merge checkpoints of one model."
         )
-
-
-def listed(names: set[str]) -> str:
-    """Return the first few names."""
-    rest = f" and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else ""
-    return ", ".join(sorted(names)[:NUM_LISTED]) + rest

@@ -1,0 +1,1 @@
+"""Other people's checkpoints: opened in several formats, merged on disk, and written for Hugging Face."""
