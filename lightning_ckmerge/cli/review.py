@@ -53,6 +53,7 @@ def show(artifact: ArtifactPath, as_json: Json = False) -> None:
     from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
     from lightning_ckmerge.artifact.runs import find_run, help_on
     from lightning_ckmerge.errors import ArtifactError
+    from lightning_ckmerge.report.text import ReportPlace
     from lightning_ckmerge.report.view import build_view
 
     if not (artifact / MANIFEST_NAME).is_file() and (hint := help_on(find_run(artifact))):
@@ -62,7 +63,7 @@ def show(artifact: ArtifactPath, as_json: Json = False) -> None:
     if as_json:
         print_json({**opened.manifest, **choice})
         return
-    view = build_view(opened.manifest)
+    view = build_view(opened.manifest, ReportPlace(path=opened.path))
     out = console()
     out.print(f"{view.title}, {opened.path}\n", style="bold")
     out.print(verdict_text(opened.manifest["verdict"]))

@@ -110,7 +110,7 @@ def test_show_prints_the_verdict_first_and_the_manifest_as_json(publish: Publish
     text = ckmerge("show", merges).output
     assert text.splitlines()[2].rstrip() == "Accepted: The verdict on val_loss is: accepted."
     assert "A larger window may gain more." in text
-    assert "load_merged" in text
+    assert f'load_merged("{(merges / "best").resolve().as_posix()}", model)' in text
     assert all(a["name"] in text for a in artifact.manifest["anchors"])
 
 
