@@ -126,7 +126,8 @@ class BenchMaker:
         if left_out and not self._has_said:
             self._has_said = True
             named = "; ".join(f"{where}: {reason}" for where, reason in islice(left_out.items(), MAX_NAMED))
-            rank_zero_info(f"A search does not look after {len(left_out)} things, such as {named}.")
+            more = f"; and {len(left_out) - MAX_NAMED} more" if len(left_out) > MAX_NAMED else ""
+            rank_zero_info(f"Should validation change these, a search does not put them back: {named}{more}.")
 
     def _make_validation(self, standstill: Standstill, candidate: Candidate) -> Validation:
         config = self._settings.evaluation
