@@ -14,7 +14,7 @@ from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.search import interval
-from lightning_ckmerge.search.slope import CONFIDENCE
+from lightning_ckmerge.search.verdict import CONFIDENCE
 
 NUM_DRAWS = 20_000
 # Of each cell, against the verdict's own function.

@@ -1,4 +1,4 @@
-"""Draws the figures of ``how-it-works.md`` with the package's own ring and spaces, into ``docs/figures/``.
+"""Draws the figures of ``how-it-works.md`` with the package's own retention policy and spaces, into ``docs/figures/``.
 
 python -m docs.figures
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lightning_ckmerge.buffer.ring import Drop, decide, pooled
+from lightning_ckmerge.buffer.retention import Drop, decide, pooled
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Decay, exponential_kernel
 

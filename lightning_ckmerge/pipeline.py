@@ -18,15 +18,12 @@ from lightning_ckmerge.core.outcome import Coefficients, Cost, EvaluationRecord,
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import ArtifactError, SkipError
 from lightning_ckmerge.search.anchors import candidate_at
-from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.engine import Search, T, most_confirmed
 from lightning_ckmerge.search.problem import Evaluate, Half, KeepGoing, Problem
 from lightning_ckmerge.search.refine import MAX_REFINED, Differentiate, refine
-from lightning_ckmerge.search.shared import SharedStudy
-from lightning_ckmerge.search.slope import Point, Progress
-from lightning_ckmerge.search.stopping import NEVER, Stopping
-from lightning_ckmerge.search.study import SearchStudy, make_sampler
-from lightning_ckmerge.search.verdict import reach_verdict
+from lightning_ckmerge.search.stopping import NEVER, Budget, Stopping
+from lightning_ckmerge.search.study import SearchStudy, SharedStudy, make_sampler
+from lightning_ckmerge.search.verdict import Point, Progress, reach_verdict
 
 
 class Validation(Protocol):

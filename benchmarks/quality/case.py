@@ -23,18 +23,17 @@ from torch import Tensor
 from torch.nn.utils import vector_to_parameters
 
 from benchmarks.quality.data import CONTEXT, eval_batches, train_batches
-from lightning_ckmerge.buffer.ring import Drop, decide, pooled
+from lightning_ckmerge.buffer.retention import Drop, decide, pooled
 from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, SearchConfig
 from lightning_ckmerge.core.merge_plan import MergePlan
 from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Coefficients, Score, Trial
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
-from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.problem import Half, KeepGoing, Problem
 from lightning_ckmerge.search.refine import FORWARDS_PER_GRADIENT, refine
-from lightning_ckmerge.search.stopping import Stopping
+from lightning_ckmerge.search.stopping import Budget, Stopping
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
 
 OBJECTIVES = (Objective("loss", "min"),)

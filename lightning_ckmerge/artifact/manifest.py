@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from collections.abc import Callable
 from functools import cache, lru_cache
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from lightning_ckmerge.artifact.software import software
 from lightning_ckmerge.core.objectives import sign_of
 from lightning_ckmerge.core.outcome import Score, SearchOutcome, SnapshotRecord, Trial, Verdict
 from lightning_ckmerge.errors import ArtifactError
@@ -22,6 +22,13 @@ MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 
 Manifest = dict[str, Any]
+DISTRIBUTIONS = {
+    "lightning_ckmerge": "lightning-ckmerge",
+    "torch": "torch",
+    "lightning": "lightning",
+    "optuna": "optuna",
+    "safetensors": "safetensors",
+}
 
 
 def build_manifest(outcome: SearchOutcome) -> Manifest:
@@ -219,3 +226,15 @@ def _refuse_constant(name: str) -> NoReturn:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
+
+
+def software() -> dict[str, str | None]:
+    """Return the versions of what an artifact depends on; ``None`` for what is not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name, distribution in DISTRIBUTIONS.items():
+        try:
+            versions[name] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            # Run from a source tree, or beside the `pytorch_lightning` package instead of `lightning`.
+            versions[name] = None
+    return versions

@@ -1,4 +1,4 @@
-"""The snapshots that the buffer keeps, and the files behind them: carries out what the ring decides.
+"""The snapshots that the buffer keeps, and the files behind them: carries out the decisions of ``retention``.
 
 A file goes when what replaces it is complete and the last checkpoint does not need it. So a crash at any moment leaves
 a checkpoint with all that it names.
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from lightning_ckmerge.buffer.blocks import pool_blocks
-from lightning_ckmerge.buffer.ring import Drop, decide, pooled
+from lightning_ckmerge.buffer.retention import Drop, decide, pooled
 from lightning_ckmerge.buffer.state import BufferState, Entry
 from lightning_ckmerge.buffer.storage import Storage, Stored
 from lightning_ckmerge.config import BufferConfig
@@ -22,7 +22,7 @@ from lightning_ckmerge.errors import SnapshotError
 
 
 class Archive:
-    """The ring's snapshots. One thread at a time.
+    """The kept snapshots. One thread at a time.
 
     Args:
         config: How many, and laid out how.
@@ -77,7 +77,7 @@ class Archive:
         """Return a snapshot's memory.
 
         Raises:
-            SnapshotError: It is missing or damaged, and no longer in the ring.
+            SnapshotError: It is missing or damaged, and no longer kept.
         """
         try:
             return self._storage.read(entry.stored, self._layout)
@@ -86,7 +86,7 @@ class Archive:
             raise SnapshotError(f"{error} Until then, {lost(entry.segment)}.") from error
 
     def remove(self, entry: Entry) -> None:
-        """Take a snapshot out of the ring."""
+        """Give up a snapshot."""
         self.entries.remove(entry)
         self.retire(entry.stored.name)
 
@@ -122,7 +122,7 @@ class Archive:
 
         Args:
             state: That state.
-            usable: Whether its snapshots may enter this ring; otherwise they are kept for the checkpoint's sake only.
+            usable: Whether its snapshots may enter this buffer; otherwise they are kept for the checkpoint's sake only.
         """
         self.run_id = state.run_id
         found = self._storage.contents(state.run_id)
@@ -147,7 +147,7 @@ class Archive:
             try:
                 stored = self._write(segment, pool_blocks(old, new, share_of_newer, self._layout))
             except SnapshotError as error:
-                # Both cannot stay, or the ring would outgrow its capacity; the newer one is worth more.
+                # Both cannot stay, or the buffer would outgrow its capacity; the newer one is worth more.
                 self.remove(older)
                 raise SnapshotError(f"{error} Of these, steps from {newer.segment.first_step} on are kept.") from error
         self.entries[index : index + 2] = [Entry(segment=segment, stored=stored)]
@@ -172,7 +172,7 @@ class Archive:
 
 
 def lost(*segments: Segment) -> str:
-    """Say which steps the buffer has lost, whose segments are given oldest first."""
+    """Return a phrase naming the lost steps, from their segments, oldest first."""
     spans: list[tuple[int, int]] = []
     for segment in segments:
         follows = spans and spans[-1][1] + 1 == segment.first_step

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from lightning_ckmerge.buffer.archive import Archive, lost
-from lightning_ckmerge.buffer.beside import beside_training, reached
 from lightning_ckmerge.buffer.blocks import cast_blocks, fill_nonfinite, with_dtype
 from lightning_ckmerge.buffer.segment_mean import SegmentMean
 from lightning_ckmerge.buffer.state import BufferState, Progress
 from lightning_ckmerge.buffer.storage import Storage, Stored
-from lightning_ckmerge.buffer.writer import Writer
+from lightning_ckmerge.buffer.writer import Writer, beside_training, reached
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.layout import Flats, TensorLayout
 from lightning_ckmerge.core.segments import Segment
@@ -101,8 +100,8 @@ class RollingBuffer:
     def num_bytes_on_disk(self) -> int:
         """Bytes that the buffer holds at most on the disk, up to a few KB of headers.
 
-        The ring with one snapshot too many and what these two are pooled into, all that the last checkpoint needs, and
-        the segment in progress of the last two checkpoints.
+        The kept snapshots, one too many, the one that a pair is pooled into, all that the last checkpoint needs,
+        and the segment in progress of the last two checkpoints.
         """
         if not self._storage.durable:
             return 0
@@ -169,7 +168,7 @@ class RollingBuffer:
             self._finish_segment(weights)
 
     def snapshots(self) -> list[Snapshot]:
-        """Return what can be merged, oldest first: the ring, and the mean of the segment in progress if it has begun.
+        """Return the kept snapshots, oldest first, and the mean of the segment in progress if it has begun.
 
         A damaged snapshot is dropped, with a warning.
         """

@@ -15,7 +15,7 @@ from lightning_ckmerge.errors import SnapshotError
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A snapshot in the ring. A thinned point's segment reaches further back than its name says."""
+    """A snapshot that is kept. A thinned point's segment reaches further back than its name says."""
 
     segment: Segment
     stored: Stored
@@ -62,7 +62,7 @@ class BufferState:
         snapshot: Kind of its snapshots.
         durable: Whether they are on disk; otherwise ``entries`` is empty.
         segment_steps: Length of the finest segment.
-        entries: The ring, oldest first.
+        entries: The kept snapshots, oldest first.
         progress: The segment in progress.
         saved: Whether resuming goes on with that segment; otherwise it starts again.
         file: The mean of that segment, where there is one and it could be saved.

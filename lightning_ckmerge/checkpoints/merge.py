@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ckmerge.artifact.load import RECIPE_NAME
-from lightning_ckmerge.artifact.software import software
+from lightning_ckmerge.artifact.manifest import software
 from lightning_ckmerge.checkpoints.formats import Source, read_torch
 from lightning_ckmerge.core.blockwise import mix_blocks, prepare_to_mix
 from lightning_ckmerge.core.specs import TENSOR_TYPES, TensorSpec

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import coefficients_of
-from lightning_ckmerge.buffer.parts import Shapes, SnapshotParts
+from lightning_ckmerge.buffer.sharded_snapshot import Shapes, SnapshotParts
 from lightning_ckmerge.checkpoints.formats import Source
 from lightning_ckmerge.core.adapters import fits, side_of, stack
 from lightning_ckmerge.core.boxes import whole

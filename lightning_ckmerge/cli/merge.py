@@ -115,7 +115,7 @@ def _print_merge(out: Path, merged: MergedWeights, complete: Recipe, sources_K: 
 
 def _method(weights: str | None, schedule: str | None, num_checkpoints: int) -> Method:
     from lightning_ckmerge.checkpoints.merge import Method
-    from lightning_ckmerge.core.schedules import parse_schedule
+    from lightning_ckmerge.core.coefficient_schedules import parse_schedule
     from lightning_ckmerge.errors import ConfigError
 
     if (weights is None) == (schedule is None):

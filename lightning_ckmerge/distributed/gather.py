@@ -1,6 +1,8 @@
-"""A model's ``state_dict`` whose tensors are spread over ranks, whole again a tensor at a time."""
+"""A model's ``state_dict`` whose tensors are spread over ranks: made whole a tensor at a time, and dealt out again."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from lightning_ckmerge.core.layout import find_aliases, is_dense, tensor_spec
 from lightning_ckmerge.core.specs import TensorSpec
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.flat_shards import clean_name, flat_shards
-from lightning_ckmerge.distributed.ownership import local_part
+from lightning_ckmerge.distributed.ownership import local_part, shard_box
 
 
 class GatheredWeights:
@@ -66,3 +68,25 @@ def entries(module: nn.Module, *, has_flat: bool) -> dict[str, Tensor]:
             if buffer is not None and name not in submodule._non_persistent_buffers_set:
                 entries[clean_name(f"{path}.{name}" if path else name)] = buffer
     return entries
+
+
+@torch.no_grad()
+def scatter(module: nn.Module, whole: Mapping[str, Tensor]) -> None:
+    """Copy this rank's parts of ``whole``, the tensors of the module's ``state_dict``, into place. No collective.
+
+    Args:
+        module: Changed in place; its shards are in place.
+        whole: Read a tensor at a time. What it lacks, such as the frozen base of adapters, stays as it is.
+    """
+    flat = {s.name: s for s in flat_shards(module)}
+    for name, tensor in entries(module, has_flat=bool(flat)).items():
+        if name not in whole:
+            continue
+        source = whole[name]
+        if name in flat:
+            tensor.copy_(source.reshape(-1)[flat[name].start : flat[name].stop].view(tensor.shape))
+        elif isinstance(tensor, DTensor):
+            box = shard_box(name, tensor)
+            tensor.to_local().copy_(source[tuple(slice(*r) for r in box.ranges_D)])
+        else:
+            tensor.copy_(source)

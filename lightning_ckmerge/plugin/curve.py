@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from lightning_ckmerge.core.outcome import SearchOutcome
-from lightning_ckmerge.search.slope import RECENT_SHARE, Point
+from lightning_ckmerge.search.verdict import RECENT_SHARE, Point
 
 
 class Curve:

@@ -15,8 +15,8 @@ from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.core.spaces import Space, SpaceName, make_space
 from lightning_ckmerge.distributed.comm import connect, together
+from lightning_ckmerge.distributed.gather import scatter
 from lightning_ckmerge.distributed.ownership import Ownership
-from lightning_ckmerge.distributed.scatter import scatter
 from lightning_ckmerge.plugin.adapters import Load, find_adapters
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckmerge.artifact.runs import Place
-from lightning_ckmerge.buffer.reshard import NewRank, reshard
 from lightning_ckmerge.buffer.rolling import RollingBuffer
+from lightning_ckmerge.buffer.sharded_snapshot import NewRank, reshard
 from lightning_ckmerge.buffer.state import BufferState
 from lightning_ckmerge.buffer.storage import DiskStorage
 from lightning_ckmerge.core.layout import TensorLayout

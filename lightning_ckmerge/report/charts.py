@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_ckmerge.report.frame import LEFT, RIGHT, TOP, Axis, Tick, horizontal, nice_ticks, vertical
+from lightning_ckmerge.report.axes import LEFT, RIGHT, TOP, Axis, Tick, horizontal, nice_ticks, vertical
 from lightning_ckmerge.report.text import Manifest, count, number, steps
 
 MIN_BAR = 4.0

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from lightning_ckmerge.report import charts, frame
+from lightning_ckmerge.report import axes, charts
 from lightning_ckmerge.report.landscape import draw_landscape
 from lightning_ckmerge.report.text import Manifest, ReportPlace
 from lightning_ckmerge.report.view import build_view
@@ -48,7 +48,7 @@ def render_html(manifest: Manifest, place: ReportPlace | None = None) -> str:
 
 def render_page(name: str, **values: Any) -> str:
     """Return a template, filled in."""
-    return _template(name).render(frame=frame, shapes=SHAPES, **values)
+    return _template(name).render(frame=axes, shapes=SHAPES, **values)
 
 
 @cache

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from lightning_ckmerge.core.objectives import sign_of
+from lightning_ckmerge.report.axes import BOTTOM, TOP, Axis, Tick, horizontal, vertical
 from lightning_ckmerge.report.charts import Mark, Shape, is_winner, look, mark, short, value_axis
-from lightning_ckmerge.report.frame import BOTTOM, TOP, Axis, Tick, horizontal, vertical
 from lightning_ckmerge.report.surrogate import BAND, Array, Surrogate, fit_surrogate
 from lightning_ckmerge.report.text import Manifest, number
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_ckmerge.report.axes import Axis, Tick, horizontal, vertical
 from lightning_ckmerge.report.charts import Shape, short
-from lightning_ckmerge.report.frame import Axis, Tick, horizontal, vertical
 from lightning_ckmerge.report.landscape import path
 from lightning_ckmerge.report.text import count, gain_text, number
 

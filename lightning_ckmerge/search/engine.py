@@ -14,11 +14,10 @@ from typing import TypeVar
 from lightning_ckmerge.core.outcome import Candidate, Score, Trial
 from lightning_ckmerge.errors import MonitorError, SearchError
 from lightning_ckmerge.search.anchors import candidate_at, is_known_merge, make_anchors, most_derived, next_anchor
-from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.pareto import knee, pareto_front, spread
 from lightning_ckmerge.search.problem import Evaluate, Problem
 from lightning_ckmerge.search.racing import MIN_PROMISE, Race
-from lightning_ckmerge.search.stopping import NEVER, Stopping
+from lightning_ckmerge.search.stopping import NEVER, Budget, Stopping
 from lightning_ckmerge.search.study import SearchStudy
 
 # Each merge of a front that is published costs a confirmation, and a model on the disk.

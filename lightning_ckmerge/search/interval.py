@@ -17,8 +17,8 @@ from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.search.racing import paired_difference
-from lightning_ckmerge.search.slope import CONFIDENCE
 
+CONFIDENCE = 0.95
 # With fewer paired differences the t quantile alone (2.8 at 4 degrees of freedom) makes an interval worthless.
 MIN_CONFIRM_BATCHES = 5
 # A sample hides its tail, and so its skewness: it is stretched by the first, and moved by so many standard errors.

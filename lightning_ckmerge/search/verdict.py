@@ -1,16 +1,28 @@
-"""The verdict: does the merge gain on data that the search did not see?"""
+"""The verdict: whether the merge gains on unseen data, in words, and how many training steps the gain is worth.
+
+All numbers of its sentences stand in the manifest. Letters: N points of a curve of validation.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+
+from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Gain, Status, Trial, Verdict
-from lightning_ckmerge.search.interval import score_gain
-from lightning_ckmerge.search.sentence import verdict_told
-from lightning_ckmerge.search.slope import Progress
+from lightning_ckmerge.core.wording import change_told, value_told
+from lightning_ckmerge.search.interval import CONFIDENCE, MIN_CONFIRM_BATCHES, MOST_TIMES, batches_needed, score_gain
+
+Point = tuple[int, float]
+# The slope is that of a line through the last third of the run. Curves of training bend, so the line is steeper than
+# the curve's end, and a gain is worth more steps than it says.
+RECENT_SHARE = 1 / 3
+MIN_POINTS = 3
+# Half the interval's width, as a share of the slope: beyond it, "about 300 steps" would be anything from 200 to 600.
+MAX_MARGIN = 0.5
 
 
 def reach_verdict(
@@ -105,3 +117,173 @@ def _num_differences(winner: Trial, latest: Trial) -> int | None:
     if winner is latest or winner.confirm is None or latest.confirm is None or not winner.confirm.values_B:
         return None
     return len(winner.confirm.values_B)
+
+
+def verdict_told(verdict: Verdict, gains: Sequence[Gain], winner: Trial, latest: Trial, best_anchor: Trial) -> str:
+    """Return the sentences of a verdict.
+
+    Args:
+        verdict: All of it but the sentence.
+        gains: One for each monitored metric.
+        winner: The best candidate on the search half.
+        latest: The latest weights.
+        best_anchor: The best of the known merges on the search half.
+    """
+    name = winner.candidate.name
+    if winner is latest:
+        return _nothing_found(gains, latest)
+    if broken := [g.monitor for g in gains if not math.isfinite(g.value)]:
+        return f"Merging does not help: {broken[0]} of {name} is not finite on unseen batches."
+    changes = _changes(gains, winner, latest) + _place(verdict, winner, latest)
+    if verdict.status == "rejected":
+        return f"Merging does not help: {name} {changes}."
+    if verdict.status == "unconfirmed":
+        return f"Unconfirmed: merging {changes}. {_what_would_decide(verdict, gains, winner, latest)}"
+    of_front = f" The merge is {name}, of a Pareto front of {len(verdict.front)}." if verdict.others else ""
+    return f"Merging {changes}.{_steps_worth(verdict)}{of_front}{_anchor(verdict, winner, best_anchor)}"
+
+
+def _nothing_found(gains: Sequence[Gain], latest: Trial) -> str:
+    values = [f"{g.monitor} of {value_told(o.value)}" for g, o in zip(gains, latest.search.objectives, strict=True)]
+    found = "no candidate beats" if len(gains) == 1 else "no merge is a better compromise than"
+    return f"Merging does not help: {found} the latest weights' {' and '.join(values)} on the search half."
+
+
+def _changes(gains: Sequence[Gain], winner: Trial, latest: Trial) -> str:
+    told = [_change(g, i, winner, latest) for i, g in enumerate(gains)]
+    if len(told) == 1:
+        change, interval = told[0]
+        return f"{change}; 95 % interval {interval}" if interval else change
+    parts = [f"{change} ({interval})" if interval else change for change, interval in told]
+    together = ", 95 % intervals for all together" if any(interval for _, interval in told) else ""
+    return " and ".join(parts) + together
+
+
+def _change(gain: Gain, index: int, winner: Trial, latest: Trial) -> tuple[str, str]:
+    both = winner.confirm is not None and latest.confirm is not None
+    after, before = ((t.confirm if both and t.confirm else t.search).objectives[index] for t in (winner, latest))
+    # A metric that is negative on some batches lies around zero: a share of it says nothing.
+    by_share = min(before.values_B or (0.0,)) >= 0
+    return change_told(gain.monitor, gain.mode, before.value, after.value, gain.interval, by_share=by_share)
+
+
+def _place(verdict: Verdict, winner: Trial, latest: Trial) -> str:
+    if winner.confirm is None or latest.confirm is None:
+        return ", on the batches that chose it"
+    if verdict.num_differences is None:
+        return ", on unseen batches"
+    of_blocks = "blocks of " if _in_blocks(latest, 0) else ""
+    return f", on {verdict.num_differences} {of_blocks}unseen batches"
+
+
+def _steps_worth(verdict: Verdict) -> str:
+    if verdict.equivalent_steps is None:
+        return ""
+    what = "the first" if verdict.others else "as much"
+    return f" About {verdict.equivalent_steps} further training steps at the current slope would gain {what}."
+
+
+def _anchor(verdict: Verdict, winner: Trial, best_anchor: Trial) -> str:
+    """What one could have had without a search, where that is a merge."""
+    is_news = best_anchor is not winner and best_anchor.candidate.name != "latest"
+    if not is_news or best_anchor.confirm is None or verdict.others:
+        return ""
+    return f" The best anchor, {best_anchor.candidate.name}, comes to {value_told(best_anchor.confirm.value)}."
+
+
+def _what_would_decide(verdict: Verdict, gains: Sequence[Gain], winner: Trial, latest: Trial) -> str:
+    missing = [i for i, g in enumerate(gains) if g.interval is None]
+    if missing:
+        return _why_no_interval(gains[missing[0]].monitor, winner, latest, missing[0])
+    assert verdict.num_differences is not None
+    needed = [batches_needed(verdict.num_differences, g.gain, g.interval) for g in gains if g.interval is not None]
+    known = [n for n in needed if n is not None]
+    if not known:
+        return f"So small a difference would take more than {MOST_TIMES} times as much validation data to tell."
+    if _in_blocks(latest, 0):
+        return f"About {min(known) / verdict.num_differences:.2g} times as many batches would decide at this spread."
+    return f"About {min(known)} such batches would decide at this spread."
+
+
+def _why_no_interval(monitor: str, winner: Trial, latest: Trial, index: int) -> str:
+    if winner.confirm is None or latest.confirm is None:
+        return "No validation batches are left to confirm it. Use more or smaller batches."
+    ours_B, theirs_B = (c.objectives[index].values_B for c in (winner.confirm, latest.confirm))
+    if ours_B is None or theirs_B is None:
+        return f"There are no values by batch for an interval. Log {monitor} on every validation batch."
+    if len(ours_B) != len(theirs_B):
+        return f"It was measured on {len(ours_B)} and {len(theirs_B)} batches. Log {monitor} on every one."
+    if len(ours_B) >= MIN_CONFIRM_BATCHES:
+        return f"{monitor} of the latest weights is not finite on every batch: look at the training run first."
+    if _in_blocks(latest, index):
+        return (
+            f"{monitor} is no mean over batches, and {len(ours_B)} blocks are too few for an interval: at least "
+            f"{MIN_CONFIRM_BATCHES} are needed, each of a batch or more on every rank. Use more or smaller batches."
+        )
+    return (
+        f"{len(ours_B)} are too few for an interval: at least {MIN_CONFIRM_BATCHES} are needed in the "
+        "confirmation half, and those that ranks evaluate side by side count as one. Use more or smaller batches."
+    )
+
+
+def _in_blocks(latest: Trial, index: int) -> bool:
+    """Whether the metric is no mean over batches, and was computed on blocks of them."""
+    return latest.search.objectives[index].values_B is None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The monitored metric over a run.
+
+    Args:
+        step: Optimizer steps taken so far.
+        curves: Steps and values of weights on the way, those of one curve measured on the same batches; the first curve
+            that tells a slope counts.
+    """
+
+    step: int
+    curves: tuple[Sequence[Point], ...] = ()
+
+    def steps_worth(self, gain: float, sign: int) -> int | None:
+        """Return how many further steps at the current slope gain as much, to two digits.
+
+        Args:
+            gain: Improvement, in the metric's unit.
+            sign: 1 if lower values are better, -1 if higher ones are.
+
+        Returns:
+            ``None`` where the slope is not well known, the run no longer improves, or the steps would be more than have
+            been taken: no line holds that far.
+        """
+        slopes = (current_slope(curve, self.step) for curve in self.curves)
+        slope = next((s for s in slopes if s is not None), math.nan)
+        steps = gain / (-sign * slope) if slope else math.nan
+        if not 1 <= steps <= self.step:
+            return None
+        return int(float(f"{steps:.2g}"))
+
+
+def current_slope(curve: Sequence[Point], step: int) -> float | None:
+    """Return the change of a metric a step, over the last third of the first ``step`` steps.
+
+    >>> round(current_slope([(600, 9.0), (700, 2.3), (800, 2.2), (900, 2.1)], 900), 6)
+    -0.001
+
+    Args:
+        curve: Steps and values; of a step that was trained again, the last one counts.
+        step: Steps so far.
+
+    Returns:
+        ``None`` for fewer than three points, or where its 95 % interval is wider than itself.
+    """
+    recent = sorted({s: v for s, v in curve if (1 - RECENT_SHARE) * step < s <= step}.items())
+    num = len(recent)
+    if num < MIN_POINTS:
+        return None
+    x_mean, y_mean = (math.fsum(column) / num for column in zip(*recent, strict=True))
+    spread = math.fsum((x - x_mean) ** 2 for x, _ in recent)
+    slope = math.fsum((x - x_mean) * (y - y_mean) for x, y in recent) / spread
+    residual = math.fsum((y - y_mean - slope * (x - x_mean)) ** 2 for x, y in recent)
+    standard_error = math.sqrt(residual / (num - 2) / spread)
+    margin = float(stdtrit(num - 2, (1 + CONFIDENCE) / 2)) * standard_error
+    return slope if margin <= MAX_MARGIN * abs(slope) else None

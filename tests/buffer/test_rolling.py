@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from lightning_ckmerge.buffer import DiskStorage, MemoryStorage, RollingBuffer, Storage
-from lightning_ckmerge.buffer.ring import Pool, decide, pooled
+from lightning_ckmerge.buffer.retention import Pool, decide, pooled
 from lightning_ckmerge.buffer.storage import Stored
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.layout import OwnedTensor, TensorLayout

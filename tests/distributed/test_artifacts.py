@@ -23,8 +23,7 @@ from lightning_ckmerge.artifact.weights import write_weights
 from lightning_ckmerge.checkpoints.rebuild import rebuild
 from lightning_ckmerge.core.spaces import Grouped
 from lightning_ckmerge.distributed.comm import Ranks
-from lightning_ckmerge.distributed.gather import GatheredWeights
-from lightning_ckmerge.distributed.scatter import scatter
+from lightning_ckmerge.distributed.gather import GatheredWeights, scatter
 from lightning_ckmerge.errors import PeerError
 from lightning_ckmerge.tensorfiles.writer import ShardWriter
 from tests.artifact.outcomes import LocalWeights

@@ -14,9 +14,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.distributed.comm import Ranks
-from lightning_ckmerge.distributed.gather import GatheredWeights
+from lightning_ckmerge.distributed.gather import GatheredWeights, scatter
 from lightning_ckmerge.distributed.ownership import Ownership
-from lightning_ckmerge.distributed.scatter import scatter
 from tests.ranks import RankPool
 
 

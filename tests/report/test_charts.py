@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.core.outcome import Score
+from lightning_ckmerge.report.axes import BOTTOM, LEFT, RIGHT, TOP, Axis, log_ticks, nice_ticks
 from lightning_ckmerge.report.charts import MIN_BAR, coefficient_chart, history_chart
-from lightning_ckmerge.report.frame import BOTTOM, LEFT, RIGHT, TOP, Axis, log_ticks, nice_ticks
 from tests.artifact.outcomes import make_outcome
 
 

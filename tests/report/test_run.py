@@ -10,7 +10,7 @@ import pytest
 from lightning_ckmerge.artifact.history import History, read_history
 from lightning_ckmerge.artifact.timeline import append_timeline, skip_record
 from lightning_ckmerge.errors import ArtifactError
-from lightning_ckmerge.report.frame import BOTTOM, TOP
+from lightning_ckmerge.report.axes import BOTTOM, TOP
 from lightning_ckmerge.report.run import render_run_html, render_run_markdown, summarize
 from lightning_ckmerge.report.run_charts import gain_chart, validation_chart, validation_curve
 from lightning_ckmerge.report.view import NEXT

@@ -14,9 +14,9 @@ from lightning_ckmerge.core.objectives import Mode, Objective
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Decay, Space
-from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.problem import Half, KeepGoing, Problem
+from lightning_ckmerge.search.stopping import Budget
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
 from tests.core.runs import means, with_latest
 

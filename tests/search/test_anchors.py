@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckmerge.config import AnchorName
+from lightning_ckmerge.core.coefficient_schedules import Schedule
 from lightning_ckmerge.core.outcome import Candidate, Score, Trial
-from lightning_ckmerge.core.schedules import Schedule
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Auto, Decay, Pairwise, Simplex, Space, Window
 from lightning_ckmerge.search.anchors import make_anchors, most_anchors, next_anchor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_ckmerge.search.budget import Budget
+from lightning_ckmerge.search.stopping import Budget
 
 
 class Clock:

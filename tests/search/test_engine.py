@@ -17,9 +17,9 @@ from lightning_ckmerge.core.outcome import Score, Trial
 from lightning_ckmerge.core.spaces import Decay, Pairwise, Window
 from lightning_ckmerge.errors import MonitorError, SearchError
 from lightning_ckmerge.search import engine
-from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.problem import Half, KeepGoing
 from lightning_ckmerge.search.racing import MIN_BATCHES
+from lightning_ckmerge.search.stopping import Budget
 from tests.core.runs import means, with_latest
 from tests.search.paraboloid import OPTIMUM, SEGMENTS, Paraboloid, make_search
 

@@ -18,10 +18,10 @@ from lightning_ckmerge.core.spaces import Decay, Grouped, Space
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search import engine
 from lightning_ckmerge.search import refine as refine_module
-from lightning_ckmerge.search.budget import Budget
 from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.problem import Half, KeepGoing
 from lightning_ckmerge.search.refine import FORWARDS_PER_GRADIENT, MAX_REFINED, NUM_STEPS, refine
+from lightning_ckmerge.search.stopping import Budget
 from tests.search.paraboloid import SEGMENTS, make_search
 
 K, NUM_WEIGHTS, NUM_BATCHES = len(SEGMENTS), 40, 10

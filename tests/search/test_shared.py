@@ -16,8 +16,8 @@ from optuna.trial import TrialState
 from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
-from lightning_ckmerge.search import shared
-from lightning_ckmerge.search.shared import SharedStudy
+from lightning_ckmerge.search import study as study_module
+from lightning_ckmerge.search.study import SharedStudy
 
 
 def open_shared(storage: Path | str, n_trials: int = 4, seed: int = 0, fingerprint: str = "f" * 64) -> SharedStudy:
@@ -75,7 +75,7 @@ def test_processes_share_the_trials_and_each_learns_all(storage: Path | str) -> 
 
 
 def test_a_process_waits_for_what_another_is_doing(storage: Path | str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "POLL_S", 0.01)
+    monkeypatch.setattr(study_module, "POLL_S", 0.01)
     a, b = open_shared(storage, n_trials=1), open_shared(storage, n_trials=1)
     z, known = a.begin("trial-0")
     assert known is None
@@ -118,7 +118,7 @@ def test_nobody_waits_for_ever_for_a_process_elsewhere(storage: Path | str, monk
         waiting = pool.submit(study.begin, "trial-0")
         time.sleep(0.3)
         assert not waiting.done()
-        monkeypatch.setattr(shared, "MIN_PATIENCE_S", 0)
+        monkeypatch.setattr(study_module, "MIN_PATIENCE_S", 0)
         assert waiting.result(timeout=30)[1] is None
     lost.tell("trial-0", score_of(z), {})  # too late, and no error
     assert [t.state for t in stored(study)] == [TrialState.FAIL, TrialState.RUNNING]

@@ -13,8 +13,7 @@ import pytest
 from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Candidate, Score, Trial, Verdict
 from lightning_ckmerge.search.interval import MIN_CONFIRM_BATCHES, serial_inflation
-from lightning_ckmerge.search.slope import Progress
-from lightning_ckmerge.search.verdict import paired_gain, reach_verdict
+from lightning_ckmerge.search.verdict import Progress, paired_gain, reach_verdict
 
 NUM_DRAWS = 400
 

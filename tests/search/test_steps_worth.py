@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckmerge.search.slope import Progress, current_slope
+from lightning_ckmerge.search.verdict import Progress, current_slope
 
 STEP = 900
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckmerge.buffer.archive import lost
-from lightning_ckmerge.buffer.ring import Drop, Pool, decide, pooled, size_class
+from lightning_ckmerge.buffer.retention import Drop, Pool, decide, pooled, size_class
 from lightning_ckmerge.core.segments import Segment
 
 FINEST = 25

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckmerge.core.schedules import parse_schedule
+from lightning_ckmerge.core.coefficient_schedules import parse_schedule
 from lightning_ckmerge.errors import ConfigError
 
 TEXTS = st.sampled_from(["uniform", "linear", "minus-sqrt", "ema:0.5", "ema:40", "power:0", "power:-0.5", "power:6"])

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_ckmerge.buffer.reshard import NewRank, reshard
 from lightning_ckmerge.buffer.rolling import RollingBuffer
+from lightning_ckmerge.buffer.sharded_snapshot import NewRank, reshard
 from lightning_ckmerge.buffer.state import BufferState
 from lightning_ckmerge.buffer.storage import DiskStorage
 from lightning_ckmerge.config import BufferConfig

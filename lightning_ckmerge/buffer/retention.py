@@ -31,7 +31,7 @@ class Pool:
 
 
 def decide(segments_K: Sequence[Segment], *, capacity: int, layout: Layout, finest: int) -> Drop | Pool | None:
-    """Return what to do about a ring that may be too full; ``None`` once it is not. Ask again after doing it.
+    """Return the step that makes room where there are too many snapshots, else ``None``. Ask again after it.
 
     ``geometric`` drops the oldest snapshot when the others still stand for 60 % of the run. Otherwise it pools the two
     oldest neighbours of the smallest size class with three members, else with two, else the two oldest snapshots.
