@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import queue
 import random
 import threading
 import weakref
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -138,13 +140,95 @@ def remember(value: Any, *, each: int = 1 << 20, weights: Any = ()) -> Memory:
 def test_state_is_found_and_put_back(name: str) -> None:
     holder, advance = cases()[name]
     memory = remember(holder)
+    memory.lend()
     first = advance()
     assert memory.changed()
     assert advance() != first
     for _ in range(2):
         assert not memory.put_back()
         assert not memory.changed()
+        memory.lend()
         assert advance() == first
+
+
+def moved(make: Callable[[], Any], num_steps: int) -> Any:
+    """Something to call ``next`` on, after some steps."""
+    made = make()
+    for _ in range(num_steps):
+        next(made)
+    return made
+
+
+ITERATORS: dict[str, Callable[[], Any]] = {
+    "range": lambda: iter(range(9)),
+    "list": lambda: iter([1, 2, 3, 4, 5, 6]),
+    "reversed": lambda: reversed((1, 2, 3, 4, 5, 6)),
+    "dict": lambda: iter(dict.fromkeys(range(9))),
+    "deque": lambda: iter(deque(range(9))),
+    "count": lambda: itertools.count(1.5, 2),
+    "cycle": lambda: itertools.cycle("abc"),
+    "chain": lambda: itertools.chain([1, 2], range(9)),
+    "islice": lambda: itertools.islice(itertools.count(), 1, None, 2),
+    "zip": lambda: zip(itertools.count(), itertools.cycle("abcd"), strict=False),
+    "enumerate": lambda: enumerate(reversed(range(9))),
+    "map": lambda: map(str, itertools.count()),
+    "product": lambda: itertools.product("ab", repeat=5),
+    "accumulate": lambda: itertools.accumulate(itertools.count(1)),
+    "tee": lambda: itertools.tee(range(9))[1],
+    "sentinel": lambda: iter(itertools.count().__next__, -1),
+}
+HOLDERS: dict[str, Callable[[Any], tuple[Any, Callable[[], Any]]]] = {
+    "attribute": lambda it: (space := SimpleNamespace(it=it), lambda: next(space.it)),
+    "list item": lambda it: (held := [it], lambda: next(held[0])),
+    "dict value": lambda it: (held := {"a": it}, lambda: next(held["a"])),
+    "tuple": lambda it: (held := [(1, it)], lambda: next(held[0][1])),
+    "slot": lambda it: (held := Slotted(it), lambda: next(held.value)),
+    "closure": lambda it: (function := lambda: next(it), function),
+    "partial": lambda it: (held := [partial(next, it)], lambda: held[0]()),
+    "method": lambda it: (held := [it.__next__], lambda: held[0]()),
+    "two": lambda it: (held := [it, [it]], lambda: (next(held[0]), next(held[1][0]))),
+    "default": lambda it: (held := defaultdict(it.__next__), lambda: [held[len(held)] for _ in range(2)]),
+}
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 4])
+@pytest.mark.parametrize("name", [*ITERATORS, *HOLDERS])
+def test_an_iterator_is_where_it_was(name: str, num_steps: int) -> None:
+    """Goes red if calling ``next`` in a search, once or past the end of a first round, moves the run's own iterator."""
+    kind, holder = (name, "attribute") if name in ITERATORS else ("count", name)
+    expected = [next(it) for it in [moved(ITERATORS[kind], num_steps)] for _ in range(2)]
+    value, advance = HOLDERS[holder](moved(ITERATORS[kind], num_steps))
+    memory = remember(value)
+    for num_calls in (1, 2, 4):
+        memory.lend()
+        with contextlib.suppress(StopIteration):
+            for _ in range(num_calls):
+                advance()
+        assert not memory.put_back()
+        assert not memory.changed()
+    assert advance() in (expected[0], tuple(expected), expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (i for i in range(9)),
+        lambda: map(str, (i for i in range(9))),
+        lambda: iter(DataLoader(range(9))),
+        lambda: itertools.cycle(DataLoader(range(9))),
+    ],
+)
+@pytest.mark.parametrize("num_steps", [0, 1, 3])
+def test_what_cannot_be_moved_back_is_named(make: Callable[[], Any], num_steps: int) -> None:
+    holder = SimpleNamespace(stream=moved(make, num_steps))
+    memory = remember(holder)
+    memory.lend()
+    assert not memory.put_back()
+    assert not memory.changed()
+    memory.lend()
+    next(holder.stream)
+    memory.put_back()
+    assert any(where.startswith("it.stream") for where in memory.changed())
 
 
 def test_a_generator_of_the_operating_system_is_left_alone() -> None:

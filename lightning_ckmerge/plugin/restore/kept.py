@@ -43,6 +43,9 @@ class Kept:
         if self._differs():
             self._write()
 
+    def lend(self, copy_of: Callable[[Any], Any]) -> None:
+        """Put copies in the place of what it holds, where ``copy_of`` has one; ``put_back`` takes them away."""
+
     def _differs(self) -> bool:
         raise NotImplementedError
 
@@ -70,6 +73,12 @@ class Items(Kept):
         for key, value in zip(self._keys, self._values, strict=True):  # `Counter.update` would add
             if self._dict.get(self._target, key, MISSING) is not value:
                 self._dict.__setitem__(self._target, key, value)
+
+    def lend(self, copy_of: Callable[[Any], Any]) -> None:
+        """Lend a copy of each value that has one."""
+        for key, value in zip(self._keys, self._values, strict=True):
+            if (copy := copy_of(value)) is not value:
+                self._dict.__setitem__(self._target, key, copy)
 
     def _has_other_keys(self) -> bool:
         return not _all_same(self._dict.keys(self._target), self._keys)
@@ -100,6 +109,12 @@ class Attributes(Kept):
             if self._target.get(name, MISSING) is not value:
                 self._target[name] = value
 
+    def lend(self, copy_of: Callable[[Any], Any]) -> None:
+        """Lend a copy of each value that has one."""
+        for name, value in self.saved.items():
+            if (copy := copy_of(value)) is not value:
+                self._target[name] = copy
+
     def _now(self) -> dict[str, Any]:
         return {name: value for name, value in self._target.items() if name not in self._moving}
 
@@ -122,6 +137,12 @@ class Elements(Kept):
     def _write(self) -> None:
         self._type.clear(self._target)
         (self._type.update if self._type is set else self._type.extend)(self._target, self._elements)
+
+    def lend(self, copy_of: Callable[[Any], Any]) -> None:
+        """Lend a copy of each element that has one. A set would not know them again."""
+        for i, element in enumerate(self._elements if self._type is not set else ()):
+            if (copy := copy_of(element)) is not element:
+                self._type.__setitem__(self._target, i, copy)
 
     def _now(self) -> list[Any]:
         return list(self._type.__iter__(self._target))
@@ -304,6 +325,11 @@ class Setting(Kept):
 
     def _write(self) -> None:
         self._erase() if self.value is MISSING else self._assign(self.value)
+
+    def lend(self, copy_of: Callable[[Any], Any]) -> None:
+        """Lend a copy of the value, if it has one."""
+        if (copy := copy_of(self.value)) is not self.value:
+            self._assign(copy)
 
     def _now(self) -> Any:
         try:

@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from queue import Queue
-from types import FunctionType, MappingProxyType, MethodType
+from types import BuiltinMethodType, FunctionType, MappingProxyType, MethodType, MethodWrapperType
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_ckmerge.errors import explain
 from lightning_ckmerge.plugin.restore.bits import checksum
+from lightning_ckmerge.plugin.restore.iterators import CARRIERS, Copies, Position, described, is_iterator, look_at
 from lightning_ckmerge.plugin.restore.kept import (
     Array,
     Attributes,
@@ -100,6 +101,7 @@ class Memory:
         self.kept: list[Kept] = []
         self.generators: list[Any] = []
         self.left_out: dict[str, str] = {}
+        self._lent: dict[int, Any] = {}  # iterators, and what carries them
         self._weights = {id(w) for w in weights}
         self._seen: dict[int, Any] = {}
         self._shared = {id(held): held for held in held_by_other_threads()}
@@ -125,8 +127,21 @@ class Memory:
 
     def release(self) -> None:
         """Let go of everything."""
-        for held in (self.kept, self.generators, self._seen, self._shared):
+        for held in (self.kept, self.generators, self._lent, self._seen, self._shared):
             held.clear()
+
+    def lend(self) -> None:
+        """Give whoever holds an iterator a copy of it, until all is put back."""
+        if not self._lent:
+            return
+        copies = Copies()
+        lent = {i: copies.get(value) for i, value in self._lent.items()}
+
+        def copy_of(value: Any) -> Any:
+            return lent.get(id(value), value)
+
+        for kept in self.kept:
+            kept.lend(copy_of)
 
     def forget_writes(self) -> None:
         """Let graphs that wait for their backward pass go on: all memory is as it was."""
@@ -168,8 +183,17 @@ class Memory:
             self._take_raw(value, where, allowance)
         elif issubclass(cls, (list, deque, dict, set)):
             self.kept.append(Items(where, value) if issubclass(cls, dict) else Elements(where, value))
+        elif is_iterator(cls):
+            self.kept.append(Position(where, value))
+            self._lent[id(value)] = value
+        elif (seen := look_at(value, where)) is not None:
+            self.kept.append(seen)
         for name, part in _parts(value, cls):
             self.take(part, f"{where}{name}", allowance, depth + 1)
+            if id(part) in self._lent and cls in CARRIERS:
+                self._lent[id(value)] = value
+        if issubclass(cls, defaultdict):
+            self._take_slot(value, f"{where}.default_factory", vars(defaultdict)["default_factory"], allowance, depth)
         if issubclass(cls, FunctionType):
             self._take_closure(value, where, allowance, depth)
         elif is_looked_into(cls) or (issubclass(cls, BUILT_IN) and cls not in PLAIN_TYPES):
@@ -205,9 +229,12 @@ class Memory:
             for name, item in list(own.items()):
                 self.take(item, f"{where}.{name}", allowance, depth + 1)
         for name, descriptor in slots_of(cls):
-            kept = slot(f"{where}.{name}", value, descriptor)
-            self.kept.append(kept)
-            self.take(kept.value, kept.where, allowance, depth + 1)
+            self._take_slot(value, f"{where}.{name}", descriptor, allowance, depth)
+
+    def _take_slot(self, value: Any, where: str, descriptor: Any, allowance: Allowance, depth: int) -> None:
+        kept = slot(where, value, descriptor)
+        self.kept.append(kept)
+        self.take(kept.value, where, allowance, depth + 1)
 
     def _take_tensor(self, tensor: Tensor, where: str, allowance: Allowance) -> None:
         if is_lazy(tensor) or tensor.is_meta:  # no memory, until it is materialized as another class
@@ -278,10 +305,14 @@ def _parts(value: Any, cls: type) -> Iterator[tuple[str, Any]]:
         items = enumerate(np.asarray(value).ravel().tolist())
     elif issubclass(cls, partial):
         items = [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
-    elif issubclass(cls, MethodType):
+    elif issubclass(cls, (MethodType, MethodWrapperType, BuiltinMethodType)):
         items = [("__self__", value.__self__)]
     elif issubclass(cls, FunctionType):
         items = [("defaults", value.__defaults__), ("defaults", value.__kwdefaults__)]
+    elif is_iterator(cls):
+        _, args, state = described(value)
+        # In lists lies what has been gone over, or copies of what has not.
+        items = enumerate(p for p in (*args, *(state if type(state) is tuple else ())) if type(p) is not list)
     items = list(itertools.islice(items, MAX_CONTAINER_LENGTH + 1))
     if len(items) <= MAX_CONTAINER_LENGTH:
         yield from ((f"[{k if type(k) in (int, str) else i}]", v) for i, (k, v) in enumerate(items) if not is_inert(v))

@@ -98,6 +98,7 @@ class Standstill:
         """Bring all but the weights to where the standstill began, so that a value depends on the weights alone."""
         self._ownership.settle()
         self._restore()
+        self._memory.lend()
         for metric in self._metrics:
             metric.reset()
 
