@@ -39,7 +39,7 @@ HOMES = {
     "markupsafe": {"report"},
     "matplotlib": {"report"},
     "numpy": {"buffer", "plugin", "report", "search"},
-    "optuna": {"config", "search"},
+    "optuna": {"config", "report", "search"},
     "rich": {"cli"},
     "safetensors": {"buffer", "tensorfiles"},
     "scipy": {"search"},

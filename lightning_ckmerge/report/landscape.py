@@ -8,15 +8,17 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lightning_ckmerge.core.objectives import sign_of
 from lightning_ckmerge.report.axes import BOTTOM, TOP, Axis, Tick, horizontal, vertical
 from lightning_ckmerge.report.charts import Mark, Shape, is_winner, look, mark, short, value_axis
-from lightning_ckmerge.report.surrogate import BAND, Array, Surrogate, fit_surrogate
 from lightning_ckmerge.report.text import Manifest, number
+
+if TYPE_CHECKING:
+    from lightning_ckmerge.search.gaussian_process import Array, GaussianProcess
 
 NUM_POINTS = 61
 NUM_COLUMNS, NUM_ROWS = 48, 28
@@ -25,6 +27,8 @@ NUM_LEVELS = 10
 LOG_RATIO = 20
 # With more coordinates a slice through one point says little about the rest.
 MAX_FITTED = 2
+# Half the width of a 95 % band, in standard deviations.
+BAND = 1.96
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +87,10 @@ def draw_landscape(manifest: Manifest) -> Landscape | None:
     axes_D = [_axis([c["coordinates"][n] for c in scored]) for n in names]
     sign = sign_of(manifest["mode"])
     centre = _centre(manifest, scored, sign)
-    x_ND = np.array([[a.share(c["coordinates"][n]) for a, n in zip(axes_D, names, strict=True)] for c in scored])
+    z_ND = np.array([[c["coordinates"][n] for n in names] for c in scored])
     # As on the other charts, what is off the scale counts as lying on its rim: one wild value would drown all others.
     y_N = np.clip([c["search"]["value"] for c in scored], values.low, values.high)
-    process = fit_surrogate(x_ND, y_N) if len(names) <= MAX_FITTED else None
+    process = _fit(axes_D, z_ND, y_N, sign) if len(names) <= MAX_FITTED else None
     z_D = [centre["coordinates"][n] for n in names]
     at_D = np.array([a.share(z) for a, z in zip(axes_D, z_D, strict=True)])
     return Landscape(
@@ -96,6 +100,27 @@ def draw_landscape(manifest: Manifest) -> Landscape | None:
         else None,
         fixed=", ".join(f"{n} {number(z, '.4g')}" for n, z in zip(names, z_D, strict=True)),
     )
+
+
+def _fit(axes_D: list[Axis], z_ND: Array, y_N: Array, sign: int) -> GaussianProcess | None:
+    """Return the process that the sampler fits to such values; ``None`` for too few or equal ones."""
+    # A page without a process needs neither Optuna nor PyTorch.
+    from optuna.distributions import BaseDistribution, FloatDistribution
+    from optuna.trial import create_trial
+
+    from lightning_ckmerge.search.gaussian_process import GaussianProcess
+
+    num, dims = z_ND.shape
+    if num < dims + 3 or np.ptp(y_N) == 0:
+        return None
+    distributions: dict[str, BaseDistribution] = {
+        str(d): FloatDistribution(axis.low, axis.high, log=axis.log) for d, axis in enumerate(axes_D)
+    }
+    trials = [
+        create_trial(params={str(d): float(z) for d, z in enumerate(z_D)}, distributions=distributions, value=float(y))
+        for z_D, y in zip(z_ND, y_N, strict=True)
+    ]
+    return GaussianProcess(trials, distributions, sign)
 
 
 def _axis(values: list[float]) -> Axis:
@@ -120,7 +145,7 @@ def _slice(
     axis: Axis,
     y: Axis,
     scored: list[dict[str, Any]],
-    process: Surrogate | None,
+    process: GaussianProcess | None,
     at_D: Array,
     manifest: Manifest,
 ) -> SliceChart:
@@ -148,7 +173,7 @@ def _map(
     names: tuple[str, str],
     axes_D: list[Axis],
     scored: list[dict[str, Any]],
-    process: Surrogate,
+    process: GaussianProcess,
     sign: int,
     manifest: Manifest,
 ) -> MapChart:

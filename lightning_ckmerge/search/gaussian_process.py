@@ -4,7 +4,7 @@ Tested with Optuna 5.0: ``optuna._gp.gp.fit_kernel_params`` and ``GPRegressor.po
 (``LogEI``, ``LogPI``, ``UCB``), ``optuna._gp.optim_mixed.optimize_acqf_mixed``, ``optuna._gp.prior`` and
 ``optuna._gp.search_space.SearchSpace``.
 
-Letters: N trials; D coordinates, each scaled to [0, 1]. Values are standardised, and higher ones are better.
+Letters: N trials; M points; D coordinates, each scaled to [0, 1]. Values are standardised, and higher ones are better.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from optuna._gp import acqf, gp, optim_mixed, prior
 from optuna._gp.search_space import SearchSpace
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, create_trial
 
+Array = NDArray[np.float64]
 Acquisition = Literal["ei", "pi", "ucb"]
 
 # scikit-optimize's defaults for its `gp_hedge`.
@@ -41,8 +43,9 @@ class GaussianProcess:
         self._space = SearchSpace(self._distributions)
         x_ND = self._space.get_normalized_params(list(trials))
         values_N = np.array([-sign * float(t.value or 0.0) for t in trials])
-        self._scale = float(values_N.std()) or 1.0
-        y_N = (values_N - values_N.mean()) / self._scale
+        self._sign = sign
+        self._mean, self._scale = float(values_N.mean()), float(values_N.std()) or 1.0
+        y_N = (values_N - self._mean) / self._scale
         self._best_y = float(y_N.max())
         self._best_x_D = x_ND[int(y_N.argmax())]
         with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
@@ -67,6 +70,13 @@ class GaussianProcess:
         )
         with torch.no_grad():
             return float(self._process.posterior(torch.from_numpy(x_1D))[0])
+
+    def predict(self, x_MD: Array) -> tuple[Array, Array]:
+        """Return the posterior mean and standard deviation at M points of the unit cube, in the metric's unit."""
+        with torch.no_grad():
+            y_M, variance_M = self._process.posterior(torch.from_numpy(x_MD))
+        mean_M = -self._sign * (self._mean + self._scale * y_M.numpy())
+        return mean_M, self._scale * variance_M.clamp_min(0.0).sqrt().numpy()
 
     def expected_improvement(self, rng: np.random.RandomState) -> float:
         """Return the highest expected improvement over the best trial, in the metric's unit."""

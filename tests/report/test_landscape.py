@@ -76,6 +76,18 @@ def test_three_coordinates_are_shown_without_a_process() -> None:
     assert "Gaussian process" not in render_html(data)
 
 
+@pytest.mark.parametrize("keep", [3, 16])
+def test_too_few_or_equal_values_are_shown_without_a_process(keep: int) -> None:
+    data = manifest(1)
+    data["trials"] = data["trials"][: keep - 1]
+    if keep == 16:
+        for scored in (*data["trials"], data["anchors"][2]):
+            scored["search"] = {**scored["search"], "value": 2.0}
+    landscape = draw_landscape(data)
+    assert landscape is not None
+    assert [(s.line, s.band) for s in landscape.slices] == [("", "")]
+
+
 def test_nothing_inside_the_space_gives_no_landscape() -> None:
     data = {**manifest(2), "trials": []}
     assert draw_landscape(data) is None
