@@ -45,10 +45,11 @@ def plan(
       ckmerge plan run.yaml
     """
     with _quietly():
-        from lightning_ckmerge.plugin.forecast import forecast
+        from lightning_ckmerge.plugin.plan import forecast
 
         configured = _build(config, model_class, data_class)
-        plans = [forecast(configured, settings) for settings in _settings(configured, config)]
+        run = (configured.trainer, configured.module, configured.datamodule)
+        plans = [forecast(settings, *run) for settings in _settings(configured, config)]
     if as_json:
         print_json({"config": str(config), "ok": not any(p.faults for p in plans), "plans": [asdict(p) for p in plans]})
     else:
@@ -94,7 +95,7 @@ def search(
     """
     with _quietly():
         from lightning_ckmerge.checkpoints.formats import run_sources
-        from lightning_ckmerge.plugin.offline import ALONE, search_sources
+        from lightning_ckmerge.plugin.offline_search import ALONE, search_sources
 
         configured = _build(config, model_class, data_class, ALONE)
         settings = _monitoring(_settings(configured, config)[0], monitor, mode)

@@ -24,11 +24,11 @@ from lightning_ckmerge.config import (
 )
 from lightning_ckmerge.core.objectives import Mode, make_objectives
 from lightning_ckmerge.errors import CkmergeError, ConfigError
-from lightning_ckmerge.plugin.evaluation import directions, logged_names
-from lightning_ckmerge.plugin.gradients import loss_of
+from lightning_ckmerge.plugin.evaluate.lightning_loop import directions, logged_names
+from lightning_ckmerge.plugin.evaluate.validation import require_logged
+from lightning_ckmerge.plugin.evaluate.weight_gradients import loss_of
 from lightning_ckmerge.plugin.run import MergeRun
 from lightning_ckmerge.plugin.strategies import check_supported
-from lightning_ckmerge.plugin.validation import require_logged
 from lightning_ckmerge.plugin.whereabouts import Stay, Whereabouts, find_fault, resolve_dirpath
 from lightning_ckmerge.search.study import open_storage
 

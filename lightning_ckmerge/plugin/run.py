@@ -22,16 +22,15 @@ from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.errors import SkipError, TraceError, explain
 from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
-from lightning_ckmerge.plugin.bench import BenchMaker
-from lightning_ckmerge.plugin.clock import Clock
-from lightning_ckmerge.plugin.curve import Curve
-from lightning_ckmerge.plugin.interruptions import Interruptions
+from lightning_ckmerge.plugin.clock import Clock, Curve
+from lightning_ckmerge.plugin.evaluate.scorer import BenchMaker
 from lightning_ckmerge.plugin.plan import Known, Plan, make_plan, render_plan
 from lightning_ckmerge.plugin.progress import OnScored, say, search_progress
-from lightning_ckmerge.plugin.publisher import Publisher
-from lightning_ckmerge.plugin.rank_buffer import RankBuffer
-from lightning_ckmerge.plugin.rank_model import RankModel
-from lightning_ckmerge.plugin.standing import compare
+from lightning_ckmerge.plugin.publish.publisher import Publisher
+from lightning_ckmerge.plugin.publish.standing import compare
+from lightning_ckmerge.plugin.rank.buffer import RankBuffer
+from lightning_ckmerge.plugin.rank.model import RankModel
+from lightning_ckmerge.plugin.restore.interruptions import Interruptions
 from lightning_ckmerge.plugin.strategies import check_moment
 from lightning_ckmerge.plugin.triggers import LearningRates, RunLength, TriggerState, length_of_run, rates_of
 from lightning_ckmerge.search.study import keep_warned

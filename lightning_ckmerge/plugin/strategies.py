@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 from lightning_ckmerge.config import Refine
 from lightning_ckmerge.errors import SkipError, UnsupportedError
-from lightning_ckmerge.plugin.evaluation import current_hook
+from lightning_ckmerge.plugin.evaluate.lightning_loop import current_hook
 
 # Where a rank holds the model whole, or shards of it whose places are known. By name: `pytorch_lightning` has classes
 # of its own, and DeepSpeed's may not be importable.

@@ -23,8 +23,10 @@ from lightning_ckmerge.buffer import storage
 from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.distributed import ownership
-from lightning_ckmerge.plugin import evaluation, publisher, reports, validation
-from lightning_ckmerge.plugin.loaders import Stoppable
+from lightning_ckmerge.plugin.evaluate import lightning_loop as evaluation
+from lightning_ckmerge.plugin.evaluate import validation
+from lightning_ckmerge.plugin.evaluate.halves import Stoppable
+from lightning_ckmerge.plugin.publish import publisher, reports
 from lightning_ckmerge.plugin.restore.standstill import Standstill
 from lightning_ckmerge.search.study import SearchStudy
 from tests.distributed.trainers import Classifier, fit, make_merge, same_trail

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 from lightning_ckmerge import SearchConfig
 from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.errors import UnsupportedError
-from lightning_ckmerge.plugin.gradients import GradientRecorder
+from lightning_ckmerge.plugin.evaluate.weight_gradients import GradientRecorder
 from tests.distributed.trainers import Classifier, SearchNow, fit, make_merge, points, published, same_trail
 from tests.plugin.slopes import compare_slopes
 from tests.ranks import RankPool

@@ -20,7 +20,7 @@ from lightning_ckmerge import EvaluationConfig, SearchConfig
 from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.distributed.comm import Alone, Comm, Ranks
-from lightning_ckmerge.plugin.batches import BatchRecorder
+from lightning_ckmerge.plugin.evaluate.batch_values import BatchRecorder
 from lightning_ckmerge.plugin.run import MergeRun
 from tests.distributed.trainers import Classifier, fit, make_merge, points
 from tests.ranks import RankPool

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning_ckmerge import EvaluationConfig
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import build_manifest
-from lightning_ckmerge.plugin.loggers import scalars
+from lightning_ckmerge.plugin.publish.loggers import scalars
 from lightning_ckmerge.report.figure import draw_search
 from tests.artifact.outcomes import make_outcome
 from tests.plugin.models import Classifier, points_loader

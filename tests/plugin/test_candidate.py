@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from lightning_ckmerge import EvaluationConfig
 from lightning_ckmerge.artifact.load import load_merged
 from lightning_ckmerge.errors import ArtifactError, SearchError
-from lightning_ckmerge.plugin.loaders import confirms
+from lightning_ckmerge.plugin.evaluate.halves import confirms
 from tests.plugin.models import NUM_CLASSES, NUM_FEATURES, points_loader
 from tests.plugin.runs import Case, Run, assert_same_run, fit, make_merge, manifests, merges_dir
 

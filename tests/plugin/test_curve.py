@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning_ckmerge import EvaluationConfig
 from lightning_ckmerge.artifact.timeline import read_timeline
-from lightning_ckmerge.plugin.curve import Curve
+from lightning_ckmerge.plugin.clock import Curve
 from lightning_ckmerge.search.verdict import Progress
 from tests.artifact.outcomes import make_outcome
 from tests.plugin.models import Classifier

@@ -14,7 +14,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from lightning_ckmerge import ArtifactConfig, EvaluationConfig
 from lightning_ckmerge.artifact.load import Artifact, load_merged
-from lightning_ckmerge.plugin import loggers, pretrained, reports, run
+from lightning_ckmerge.plugin import run
+from lightning_ckmerge.plugin.publish import loggers, pretrained, reports
 from tests.plugin.models import Classifier
 from tests.plugin.runs import Case, fit, make_merge
 from tests.plugin.test_lifecycle import longer

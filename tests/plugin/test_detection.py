@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_ckmerge.errors import ArtifactError, TraceError
-from lightning_ckmerge.plugin import evaluation
+from lightning_ckmerge.plugin.evaluate import lightning_loop as evaluation
 from lightning_ckmerge.plugin.restore import kept, memory, standstill
 from tests.plugin.models import points_loader
 from tests.plugin.runs import Case, assert_same_run

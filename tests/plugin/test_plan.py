@@ -17,9 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
 from lightning_ckmerge.artifact.timeline import read_timeline
-from lightning_ckmerge.plugin.cli_config import Configured
-from lightning_ckmerge.plugin.forecast import forecast
-from lightning_ckmerge.plugin.plan import Plan, render_plan
+from lightning_ckmerge.plugin.plan import Plan, forecast, render_plan
 from tests.plugin.models import points_loader
 
 # An epoch of the training loader.
@@ -142,10 +140,7 @@ def make(root: Path, trainer: dict[str, Any], merge: dict[str, Any]) -> tuple[pl
 def both_plans(root: Path, trainer: dict[str, Any], merge: dict[str, Any], module: Any, unsized: str = "") -> Plan:
     """Train, and return the plan, which must have been the same without a run."""
     made, callback = make(root, trainer, merge)
-    before = forecast(
-        Configured(trainer=made, module=module(), datamodule=PointsData(unsized), callbacks=[callback]),
-        callback.settings,
-    )
+    before = forecast(callback.settings, made, module(), PointsData(unsized))
     made, _ = make(root, trainer, merge)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -190,8 +185,6 @@ def test_a_loader_without_a_length_is_planned_as_such(tmp_path: Path, unsized: s
 def test_the_text_tells_of_the_last_search(tmp_path: Path) -> None:
     """600 steps with a search every 400 are two searches, the second at the end."""
     trainer, callback = make(tmp_path, {"max_steps": 600}, {"every_n_train_steps": 400})
-    plan = forecast(
-        Configured(trainer=trainer, module=Tiny(), datamodule=PointsData(), callbacks=[callback]), callback.settings
-    )
+    plan = forecast(callback.settings, trainer, Tiny(), PointsData())
     assert "searches                    2: every 400 steps and at the end" in render_plan(plan)
     assert plan.interval == 400

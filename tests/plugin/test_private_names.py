@@ -16,10 +16,10 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 import lightning_ckmerge
-from lightning_ckmerge.plugin.evaluation import PRIVATE_NAMES
+from lightning_ckmerge.plugin.evaluate.lightning_loop import PRIVATE_NAMES
 
 PACKAGE = Path(lightning_ckmerge.__file__).parent
-HOME = "plugin/evaluation.py"
+HOME = "plugin/evaluate/lightning_loop.py"
 
 
 @pytest.fixture

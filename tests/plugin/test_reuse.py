@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ckmerge import ArtifactConfig, CheckpointMergeCallback, SearchConfig, load_merged
 from lightning_ckmerge.artifact.load import Artifact
-from lightning_ckmerge.plugin.loaders import confirms
+from lightning_ckmerge.plugin.evaluate.halves import confirms
 
 WIDTH, BATCH = 8, 16
 

@@ -18,8 +18,8 @@ from lightning_ckmerge import BufferConfig, Constraint, EvaluationConfig, Search
 from lightning_ckmerge.artifact.load import load_merged
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.errors import ConfigError, MonitorError
-from lightning_ckmerge.plugin.loaders import confirms
-from lightning_ckmerge.plugin.validation import Validation
+from lightning_ckmerge.plugin.evaluate.halves import confirms
+from lightning_ckmerge.plugin.evaluate.validation import Validation
 from lightning_ckmerge.report.view import build_view
 from tests.plugin.models import NUM_VAL, Classifier, Points, Stream, TinyGPT, points_loader, tokens_loader
 from tests.plugin.runs import Case, fit, make_merge, manifests, merges_dir

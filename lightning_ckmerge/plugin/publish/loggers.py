@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.core.outcome import SearchOutcome
-from lightning_ckmerge.plugin.evaluation import uploads_checkpoints
+from lightning_ckmerge.plugin.evaluate.lightning_loop import uploads_checkpoints
 from lightning_ckmerge.plugin.progress import say
 from lightning_ckmerge.report.figure import draw_search
 from lightning_ckmerge.tensorfiles.writer import WEIGHTS_NAME

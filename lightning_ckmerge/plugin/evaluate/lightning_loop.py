@@ -17,9 +17,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_ckmerge.plugin.batches import BatchRecorder
-from lightning_ckmerge.plugin.candidate import Candidate
-from lightning_ckmerge.plugin.loaders import length_of, stoppable
+from lightning_ckmerge.plugin.evaluate.batch_values import BatchRecorder
+from lightning_ckmerge.plugin.evaluate.candidate import Candidate
+from lightning_ckmerge.plugin.evaluate.halves import length_of, stoppable
 
 # Private name -> what it is for. Tested on Lightning 2.6.6.
 PRIVATE_NAMES = {

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.plugin.loaders import has_length, length_of
+from lightning_ckmerge.plugin.evaluate.halves import has_length, length_of
 from lightning_ckmerge.plugin.restore.randomness import is_same_state
 
 # Of memory, in bytes: as torch allocates it.

@@ -17,12 +17,12 @@ from lightning_ckmerge.config import EvaluationConfig
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.errors import ConfigError, MonitorError
-from lightning_ckmerge.plugin.batches import BatchRecorder
-from lightning_ckmerge.plugin.cache import BatchCache, Randomness
-from lightning_ckmerge.plugin.candidate import Candidate
-from lightning_ckmerge.plugin.evaluation import evaluate, find_loaders, mode_of, training_loader
-from lightning_ckmerge.plugin.gradients import GradientRecorder
-from lightning_ckmerge.plugin.loaders import Batches, Half, Split, block_sizes, length_of, limited, read_on
+from lightning_ckmerge.plugin.evaluate.batch_cache import BatchCache, Randomness
+from lightning_ckmerge.plugin.evaluate.batch_values import BatchRecorder
+from lightning_ckmerge.plugin.evaluate.candidate import Candidate
+from lightning_ckmerge.plugin.evaluate.halves import Batches, Half, Split, block_sizes, length_of, limited, read_on
+from lightning_ckmerge.plugin.evaluate.lightning_loop import evaluate, find_loaders, mode_of, training_loader
+from lightning_ckmerge.plugin.evaluate.weight_gradients import GradientRecorder
 from lightning_ckmerge.search.problem import KeepGoing
 
 NUM_BLOCKS = 10

@@ -16,8 +16,8 @@ from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.distributed.comm import together
 from lightning_ckmerge.distributed.ownership import listed
-from lightning_ckmerge.plugin.rank_model import RankModel
-from lightning_ckmerge.plugin.resume import Leftovers, buffer_dirpath, fingerprint, resume_buffer
+from lightning_ckmerge.plugin.rank.model import RankModel
+from lightning_ckmerge.plugin.rank.resume import Leftovers, buffer_dirpath, fingerprint, resume_buffer
 from lightning_ckmerge.plugin.triggers import finest_segment
 
 # What tells one fault from another of its kind: steps, file names, sizes.

@@ -33,10 +33,10 @@ from lightning_ckmerge.core.wording import listed
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.errors import ArtifactError, ConfigError
 from lightning_ckmerge.pipeline import Bench, SearchJob, join_search, run_search
-from lightning_ckmerge.plugin.bench import BenchMaker
+from lightning_ckmerge.plugin.evaluate.scorer import BenchMaker
 from lightning_ckmerge.plugin.progress import OnScored
-from lightning_ckmerge.plugin.publisher import Publisher
-from lightning_ckmerge.plugin.rank_model import RankModel
+from lightning_ckmerge.plugin.publish.publisher import Publisher
+from lightning_ckmerge.plugin.rank.model import RankModel
 from lightning_ckmerge.tensorfiles.durable import file_record
 
 # One process, one device: more of them share the trials of one storage.

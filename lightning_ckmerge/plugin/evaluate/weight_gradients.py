@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.errors import SearchError
-from lightning_ckmerge.plugin.batches import BatchRecorder
+from lightning_ckmerge.plugin.evaluate.batch_values import BatchRecorder
 
 # A loss of bfloat16 has 8 bits, and may have been logged by way of another precision.
 MAX_DIFFERENCE = 2e-3

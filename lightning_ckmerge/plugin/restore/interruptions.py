@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.errors import SearchError, SkipError
-from lightning_ckmerge.plugin.evaluation import lightning_package
+from lightning_ckmerge.plugin.evaluate.lightning_loop import lightning_package
 from lightning_ckmerge.plugin.progress import say
 
 T = TypeVar("T")

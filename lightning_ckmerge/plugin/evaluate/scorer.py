@@ -18,13 +18,13 @@ from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.errors import ConfigError, TraceError
 from lightning_ckmerge.pipeline import Bench
-from lightning_ckmerge.plugin.adapters import Load
-from lightning_ckmerge.plugin.candidate import SWAPPED, Candidate, EqualValues
-from lightning_ckmerge.plugin.derivatives import Derivatives
-from lightning_ckmerge.plugin.interruptions import InterruptibleComm
-from lightning_ckmerge.plugin.rank_model import RankModel
+from lightning_ckmerge.plugin.evaluate.candidate import SWAPPED, Candidate, EqualValues
+from lightning_ckmerge.plugin.evaluate.coefficient_gradients import Derivatives
+from lightning_ckmerge.plugin.evaluate.validation import Validation
+from lightning_ckmerge.plugin.rank.model import RankModel
+from lightning_ckmerge.plugin.rank.peft_adapters import Load
+from lightning_ckmerge.plugin.restore.interruptions import InterruptibleComm
 from lightning_ckmerge.plugin.restore.standstill import Standstill
-from lightning_ckmerge.plugin.validation import Validation
 
 # Of what a search cannot put back.
 MAX_NAMED = 5

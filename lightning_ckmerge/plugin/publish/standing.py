@@ -14,8 +14,8 @@ from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.distributed.comm import together
 from lightning_ckmerge.errors import ArtifactError
-from lightning_ckmerge.plugin.bench import BenchMaker
-from lightning_ckmerge.plugin.rank_model import RankModel
+from lightning_ckmerge.plugin.evaluate.scorer import BenchMaker
+from lightning_ckmerge.plugin.rank.model import RankModel
 from lightning_ckmerge.search.interval import score_gain
 
 

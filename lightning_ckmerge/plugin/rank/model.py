@@ -17,7 +17,7 @@ from lightning_ckmerge.core.spaces import Space, SpaceName, make_space
 from lightning_ckmerge.distributed.comm import connect, together
 from lightning_ckmerge.distributed.gather import scatter
 from lightning_ckmerge.distributed.ownership import Ownership
-from lightning_ckmerge.plugin.adapters import Load, find_adapters
+from lightning_ckmerge.plugin.rank.peft_adapters import Load, find_adapters
 
 
 class RankModel:

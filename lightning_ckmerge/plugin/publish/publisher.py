@@ -24,12 +24,12 @@ from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.distributed.gather import GatheredWeights
 from lightning_ckmerge.errors import CkmergeError
 from lightning_ckmerge.pipeline import SearchJob
-from lightning_ckmerge.plugin.evaluation import dump_weights, write_checkpoint
-from lightning_ckmerge.plugin.loggers import Announcer
-from lightning_ckmerge.plugin.pretrained import Pretrained
+from lightning_ckmerge.plugin.evaluate.lightning_loop import dump_weights, write_checkpoint
 from lightning_ckmerge.plugin.progress import harmless, say
-from lightning_ckmerge.plugin.rank_model import RankModel
-from lightning_ckmerge.plugin.reports import summarize_run, write_run_report, write_search_report
+from lightning_ckmerge.plugin.publish.loggers import Announcer
+from lightning_ckmerge.plugin.publish.pretrained import Pretrained
+from lightning_ckmerge.plugin.publish.reports import summarize_run, write_run_report, write_search_report
+from lightning_ckmerge.plugin.rank.model import RankModel
 from lightning_ckmerge.report.text import ReportPlace
 
 FRONT_NAME = "front"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.distributed.comm import together
-from lightning_ckmerge.plugin.adapters import Load
-from lightning_ckmerge.plugin.rank_model import RankModel
+from lightning_ckmerge.plugin.rank.model import RankModel
+from lightning_ckmerge.plugin.rank.peft_adapters import Load
 from lightning_ckmerge.plugin.restore.standstill import Standstill
 
 

@@ -1,0 +1,1 @@
+"""What a search leaves behind: the artifact, its formats, records, reports and what loggers are told."""

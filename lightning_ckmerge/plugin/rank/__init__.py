@@ -1,0 +1,1 @@
+"""What one rank holds of the model, the buffer and the adapters."""
