@@ -125,7 +125,7 @@ def make_merge(root: str, **overrides: Any) -> CheckpointMergeCallback:
         "dirpath": f"{root}/merges",
         "every_n_train_steps": 6,
         "buffer": BufferConfig(every_n_train_steps=2, update_every_n_steps=1),
-        "search": SearchConfig(max_fraction_of_training=None, n_trials=2),
+        "search": SearchConfig(max_fraction_of_training=None, n_trials=2, anchors=["uniform"]),
         # No batch is left to confirm with, so that no search is rejected and each publishes weights.
         "evaluation": EvaluationConfig(confirm_fraction=0.01),
         "artifact": ArtifactConfig(max_shard_size="600B"),

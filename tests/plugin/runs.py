@@ -116,7 +116,7 @@ def merge_callbacks(trainer: pl.Trainer) -> list[CheckpointMergeCallback]:
 def make_merge(**overrides: Any) -> CheckpointMergeCallback:
     """Return a callback that searches often and fails loudly."""
     options: dict[str, Any] = {
-        "search": SearchConfig(n_trials=NUM_TRIALS, max_fraction_of_training=None),
+        "search": SearchConfig(n_trials=NUM_TRIALS, anchors=["uniform"], max_fraction_of_training=None),
         "buffer": BufferConfig(every_n_train_steps=2),
         "on_error": "raise",
         "save_top_k": -1,
