@@ -6,8 +6,9 @@ CkmergeError
 ├── MonitorError       ``monitor`` is not among the metrics that validation logs
 ├── SnapshotError      a snapshot is missing, damaged, or does not fit the model
 ├── SearchError        a search could not be carried out
-│   └── SkipError      nothing is wrong, but there is no search now; all ranks raise it together
-├── TraceError         a search has left a trace in the run, and is the last one
+│   ├── SkipError      nothing is wrong, but there is no search now; all ranks raise it together
+│   └── FinalError     the next search would fare alike, and there is none in this run
+│       └── TraceError a search has left a trace in the run
 ├── PeerError          another rank failed, and this one gives up with it
 └── ArtifactError      an artifact is missing, damaged, or could not be written
 """
@@ -40,10 +41,6 @@ class SearchError(CkmergeError):
     """A search could not be carried out."""
 
 
-class TraceError(CkmergeError):
-    """A search has left a trace in the run."""
-
-
 class SkipError(SearchError):
     """There is no search now, though nothing is wrong. All ranks raise it together.
 
@@ -55,6 +52,14 @@ class SkipError(SearchError):
     def __init__(self, reason: str, *, needed_s: float = 0.0) -> None:
         super().__init__(reason)
         self.needed_s = needed_s
+
+
+class FinalError(SearchError):
+    """A search could not be carried out, and neither could the next one: searching ends for this run."""
+
+
+class TraceError(FinalError):
+    """A search has left a trace in the run."""
 
 
 class PeerError(CkmergeError):

@@ -30,7 +30,7 @@ from lightning_ckmerge.core.layout import OwnedTensor, Role, as_real, is_dense
 from lightning_ckmerge.distributed.buckets import make_buckets
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.flat_shards import FlatShard, clean_name, flat_shards
-from lightning_ckmerge.errors import SnapshotError, UnsupportedError
+from lightning_ckmerge.errors import FinalError, SnapshotError, UnsupportedError
 
 DEFAULT_BUCKET_BYTES = 64 << 20
 # Names in a message.
@@ -153,10 +153,10 @@ class Ownership:
             )
 
     def check_frozen(self) -> None:
-        """Raise ``SnapshotError`` if a base that snapshots do without is being trained."""
+        """Raise ``FinalError`` if a base that snapshots do without is being trained."""
         thawed = [n for n, _, t in self._tensors() if n in self._frozen and t.requires_grad]
         if thawed:
-            raise SnapshotError(
+            raise FinalError(
                 f"the base of an adapter must stay frozen, got {len(thawed)} of its tensors that are trained now, such "
                 f"as {thawed[0]!r}, and are in no snapshot. Thaw them before `fit` starts, so that they are."
             )

@@ -20,7 +20,7 @@ from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.distributed.comm import on_rank_zero
-from lightning_ckmerge.errors import SkipError, TraceError, explain
+from lightning_ckmerge.errors import FinalError, SkipError, TraceError, explain
 from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
 from lightning_ckmerge.plugin.clock import Clock, Curve
 from lightning_ckmerge.plugin.evaluate.scorer import BenchMaker
@@ -71,6 +71,7 @@ class MergeRun:
         self._standing: Standing | None = None
         self._searching = False
         self._has_ended = False
+        self._fault: tuple[type[Exception], str] | None = None  # of the search that is ending
         self._buffer_failed = False
         self._is_last = not settings.triggers.on_train_end
         self._needed_s = 0.0  # by the least of searches, where one was too dear
@@ -158,15 +159,22 @@ class MergeRun:
                 self._model.comm.give_up(error)
                 if self.settings.raises:
                     raise
-                if not isinstance(error, TraceError):
-                    say(self._trainer, f"No merge at step {self.step}: {explain(error)}", rank_zero_warn)
+                self._fault = (type(error), explain(error))
         keep_warned()
         self._searching = False
-        self._end_if_traced()
+        self._conclude(f"No merge at step {self.step}")
         return self._last_artifact
 
-    def _end_if_traced(self) -> None:
-        """Search no more in this run if a search has left a trace in it."""
+    def _conclude(self, outcome: str) -> None:
+        """Say why a search has failed, if it has; search no more in this run if the next would, or a trace is left."""
+        (kind, reason), self._fault = self._fault or (SkipError, ""), None
+        is_final = issubclass(kind, FinalError) and kind is not TraceError
+        finals = [f for f in self._model.comm.exchange(reason if is_final else None) if f is not None]
+        if finals:
+            self._has_ended = True
+            say(self._trainer, f"{outcome}: {finals[0]} Searching has ended for this run.", rank_zero_warn)
+        elif reason and kind is not TraceError:
+            say(self._trainer, f"{outcome}: {reason}", rank_zero_warn)
         try:
             self._bench_maker.check_traces()
         except TraceError as error:
@@ -283,10 +291,8 @@ class MergeRun:
                 self._model.comm.give_up(error)
                 if self.settings.raises:
                     raise
-                if not isinstance(error, TraceError):
-                    text = f"The best merge was not compared with the final weights: {explain(error)}"
-                    say(self._trainer, text, rank_zero_warn)
-        self._end_if_traced()
+                self._fault = (type(error), explain(error))
+        self._conclude("The best merge was not compared with the final weights")
 
     def _measure_best(self) -> Standing | None:
         """Measure the best artifact and the final weights on the same batches, unless a search at this step has."""

@@ -21,7 +21,7 @@ from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.core.groups import assign_groups
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Coordinates, Grouped, Interval, Space
-from lightning_ckmerge.errors import ArtifactError, ConfigError, SnapshotError
+from lightning_ckmerge.errors import ArtifactError, ConfigError, FinalError
 from tests.cli.commands import ckmerge, ckmerge_json
 from tests.cli.transformers_models import Language, gpt2
 from tests.plugin.lora import NUM_TRAINED, RANK, Adapted, adapted, logits, make_merge, train
@@ -246,7 +246,7 @@ class Thawing(pl.Callback):
 
 
 def test_a_base_that_is_thawed_is_not_merged_without(tmp_path: Path) -> None:
-    with pytest.raises(SnapshotError, match="the base of an adapter must stay frozen, got 28 of its tensors"):
+    with pytest.raises(FinalError, match="the base of an adapter must stay frozen, got 28 of its tensors"):
         train(Adapted(), make_merge(tmp_path), callbacks=[Thawing()])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ from torch.nn.functional import cross_entropy
 
 from lightning_ckmerge import EvaluationConfig
 from lightning_ckmerge.artifact.load import load_merged
-from lightning_ckmerge.errors import ArtifactError, SearchError
+from lightning_ckmerge.errors import ArtifactError, FinalError
 from lightning_ckmerge.plugin.evaluate.halves import confirms
 from tests.plugin.models import NUM_CLASSES, NUM_FEATURES, points_loader
 from tests.plugin.runs import Case, Run, assert_same_run, fit, make_merge, manifests, merges_dir
 
 OUT_OF_IT = {"on_validation_epoch_start": "on_validation_epoch_end", "validation_step": "on_validation_epoch_end"}
 FEW = EvaluationConfig(staged=False, limit_batches=8)
+QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+QUIET |= {"enable_progress_bar": False, "enable_model_summary": False}
 # The loss falls, so that, searching for high ones, older weights win; too few batches for a verdict, so weights are
 # published in any case.
 ONE_SEARCH: dict[str, Any] = {"every_n_train_steps": 10, "mode": "max", "check_mode": False, "evaluation": FEW}
@@ -216,7 +219,7 @@ class MovesWhileItRuns(ScheduleFree):
     ids=["forward hook", "batch hook", "pointers in a batch hook", "validation_step"],
 )
 def test_weights_that_move_while_batches_run_end_the_search(model: Any, tmp_path: Path) -> None:
-    with pytest.raises(SearchError, match="must stay in place while validation's batches run"):
+    with pytest.raises(FinalError, match="must stay in place while validation's batches run"):
         searched(model, tmp_path)
 
 
@@ -234,8 +237,21 @@ class Elsewhere(Small):
 
 
 def test_one_value_of_all_candidates_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SearchError, match="Every candidate has the same val_loss"):
+    with pytest.raises(FinalError, match="Every candidate has the same val_loss"):
         searched(Elsewhere, tmp_path)
+
+
+@pytest.mark.parametrize("model", [MovesWhileItRuns, Elsewhere])
+def test_a_search_that_would_fail_again_is_the_last_one(model: Any, tmp_path: Path) -> None:
+    """Goes red if each search is refused anew, at the cost of its evaluations, or told of more than once."""
+    merge = make_merge(on_error="warn", every_n_train_steps=4, search_on_train_end=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = pl.Trainer(**QUIET, callbacks=[merge], default_root_dir=tmp_path, max_steps=16)
+        trainer.fit(model(), points_loader(train=True), points_loader(train=False))
+    (told,) = [str(w.message) for w in caught if "merge" in str(w.message).lower()]
+    assert told.startswith("No merge at step 4: ")
+    assert told.endswith("Searching has ended for this run.")
 
 
 def test_a_metric_that_cannot_tell_candidates_apart_is_named(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.flat_shards import flat_shards
 from lightning_ckmerge.distributed.ownership import Ownership
-from lightning_ckmerge.errors import SearchError
+from lightning_ckmerge.errors import FinalError
 
 NUM_PROBED = 16
 # Fewer different candidates may have one value by chance.
@@ -131,11 +131,11 @@ class Candidate:
         """Check that the candidate is in place still.
 
         Raises:
-            SearchError: It is not.
+            FinalError: It is not.
         """
         self._ownership.settle()
         if self._has_moved():
-            raise SearchError(
+            raise FinalError(
                 "a candidate's weights must stay in place while validation's batches run, but `validation_step`, a "
                 "hook around batches or one of a forward pass has changed them: what is scored would not be what is "
                 "published. Change weights in `on_validation_start` or `on_validation_epoch_start`, which a search "
@@ -229,14 +229,14 @@ class EqualValues:
             score: Its score.
 
         Raises:
-            SearchError: Different candidates have one value on every batch, which is no ratio of small counts.
+            FinalError: Different candidates have one value on every batch, which is no ratio of small counts.
         """
         if self._differ or not all(_differ(weights, other) for other, _ in self._scored):
             return
         self._differ = any(not _are_equal(score, other) for _, other in self._scored)
         self._scored = [] if self._differ else [*self._scored, (weights, score)]
         if self._are_equal() and score.values_B is not None and not all(map(_is_ratio, score.values_B)):
-            raise SearchError(f"{self._message()} Monitor a metric of the module's own weights.")
+            raise FinalError(f"{self._message()} Monitor a metric of the module's own weights.")
 
     def notes(self) -> list[str]:
         """Return what people should know of a metric that cannot tell candidates apart, be it a ratio of counts."""
