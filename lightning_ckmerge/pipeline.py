@@ -14,7 +14,7 @@ from typing import Protocol
 
 from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.config import AdapterMerge, MergeSettings
-from lightning_ckmerge.core.outcome import Coefficients, Cost, EvaluationRecord, Score, SearchOutcome, Trial
+from lightning_ckmerge.core.outcome import Coefficients, Cost, EvaluationRecord, Score, Scored, SearchOutcome
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import ArtifactError, SkipError
 from lightning_ckmerge.search.anchors import candidate_at
@@ -72,7 +72,7 @@ class Bench:
             self.scored(score)
         return score
 
-    def check(self, trial: Trial, read: Callable[[], None]) -> None:
+    def check(self, trial: Scored, read: Callable[[], None]) -> None:
         """Score the merge that ``read`` puts into the live tensors on one batch, which must have its recorded value.
 
         It is the first one of the confirmation half, or of the search half where nothing could be confirmed; a block
@@ -131,7 +131,7 @@ class SearchJob:
     searched: Sequence[Point]
     notes: Sequence[str]
     journal: Path
-    on_scored: Callable[[Trial, int], None]
+    on_scored: Callable[[Scored, int], None]
     agree: Callable[[Callable[[], T]], T]
     shared: bool = False
     adapters: AdapterMerge | None = None
@@ -296,12 +296,12 @@ def _first(score: Score) -> float:
     return score.values_B[0] if score.values_B else score.value
 
 
-def _progress(job: SearchJob, latest: Trial) -> Progress:
+def _progress(job: SearchJob, latest: Scored) -> Progress:
     now = [(job.step, latest.confirm.value)] if latest.confirm is not None else []
     return Progress(job.step, (job.validated, [*job.searched, *now]))
 
 
-def _warnings(job: SearchJob, search: Search, winner: Trial) -> list[str]:
+def _warnings(job: SearchJob, search: Search, winner: Scored) -> list[str]:
     z_D = winner.candidate.coordinates
     found = [*job.notes, *job.bench.notes()]
     if z_D is not None:
@@ -313,7 +313,7 @@ def _warnings(job: SearchJob, search: Search, winner: Trial) -> list[str]:
     return found
 
 
-def _evaluation_record(job: SearchJob, latest: Trial) -> EvaluationRecord:
+def _evaluation_record(job: SearchJob, latest: Scored) -> EvaluationRecord:
     def samples(score: Score | None) -> float | None:
         return sum(score.sizes_B) if score is not None and score.sizes_B is not None else None
 

@@ -27,7 +27,7 @@ from lightning_ckmerge.buffer.retention import Drop, decide, pooled
 from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, SearchConfig
 from lightning_ckmerge.core.merge_plan import MergePlan
 from lightning_ckmerge.core.objectives import Objective
-from lightning_ckmerge.core.outcome import Coefficients, Score, Trial
+from lightning_ckmerge.core.outcome import Coefficients, Score, Scored
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.search.engine import Search
@@ -256,7 +256,7 @@ def run_search(
     stopping: Stopping = DEFAULT_STOPPING,
     make_study: Callable[..., SearchStudy] = SearchStudy,
     **problem: Any,
-) -> tuple[Search, list[Trial]]:
+) -> tuple[Search, list[Scored]]:
     """Run one search, and return it and its candidates in the order in which they were scored.
 
     Args:
@@ -269,7 +269,7 @@ def run_search(
         make_study: Makes the study; its arguments are those of ``SearchStudy``.
         problem: Further fields of ``Problem``.
     """
-    scored: list[Trial] = []
+    scored: list[Scored] = []
 
     def evaluate(c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
         return case.score(merge(c), half, keep_going)
@@ -299,7 +299,7 @@ def run_search(
     return run, scored
 
 
-def batches_until(value: float, run: Search, scored: Sequence[Trial]) -> int:
+def batches_until(value: float, run: Search, scored: Sequence[Scored]) -> int:
     """Return the batch evaluations until a candidate was scored as low as ``value``, all of them if none was.
 
     Args:

@@ -23,8 +23,8 @@ from torch.nn.utils import parameters_to_vector
 
 from benchmarks.quality import RUNS
 from benchmarks.quality.case import Case
-from lightning_ckmerge.core.groups import assign_groups
 from lightning_ckmerge.core.spaces import Decay
+from lightning_ckmerge.core.spaces.groups import assign_groups
 
 START_TAU, START_BETA = 80.0, 0.6
 NUM_ITERATIONS = 12

@@ -21,7 +21,7 @@ from optuna.trial import create_trial
 from benchmarks.quality import RUNS
 from benchmarks.quality.case import NUM_TRIALS, Case, Snapshots, batches_until, run_search
 from benchmarks.quality.report import spread, table
-from lightning_ckmerge.core.outcome import Score, Trial
+from lightning_ckmerge.core.outcome import Score, Scored
 from lightning_ckmerge.core.spaces import Grouped
 from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.stopping import NEVER
@@ -36,7 +36,7 @@ HEADER = (
     f"share after {NUM_TRIALS} trials",
     "evaluations",
 )
-Ran = tuple[Search, list[Trial]]
+Ran = tuple[Search, list[Scored]]
 
 
 class Told(SearchStudy):
@@ -47,7 +47,7 @@ class Told(SearchStudy):
         shift: Is added to their values.
     """
 
-    def __init__(self, *args: Any, known: Sequence[Trial], shift: float, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, known: Sequence[Scored], shift: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         ranges = kwargs["intervals"]
         for trial in known:
@@ -94,7 +94,7 @@ def figures(case: Case, found: Mapping[str, Ran]) -> dict[str, list[float]]:
     latest, branch = (case.score(weights_P, "confirm").value for weights_P in (case.latest_P, case.branch_P))
     space = Grouped().bind([name for name, _ in case.model.named_parameters()])
 
-    def share(winner: Trial) -> float:
+    def share(winner: Scored) -> float:
         merged_P = case.mix(case.buffer.weights_KP, winner.candidate.coefficients, space.group_of)
         return 100 * (latest - case.score(merged_P, "confirm").value) / (latest - branch)
 

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from lightning_ckmerge.core.objectives import sign_of
-from lightning_ckmerge.core.outcome import Score, SearchOutcome, SnapshotRecord, Trial, Verdict
+from lightning_ckmerge.core.outcome import Score, Scored, SearchOutcome, SnapshotRecord, Verdict
 from lightning_ckmerge.errors import ArtifactError
 
 MANIFEST_NAME = "manifest.json"
@@ -38,7 +38,7 @@ def build_manifest(outcome: SearchOutcome) -> Manifest:
     """
     winner = outcome.winner
 
-    def trial(t: Trial) -> dict[str, Any]:
+    def trial(t: Scored) -> dict[str, Any]:
         return _trial(t, outcome.anchors[0], sign_of(outcome.mode))
 
     manifest: Manifest = {
@@ -140,7 +140,7 @@ def _validator() -> Draft202012Validator:
     return Draft202012Validator(json.loads(schema))
 
 
-def _verdict(verdict: Verdict, winner: Trial) -> dict[str, Any]:
+def _verdict(verdict: Verdict, winner: Scored) -> dict[str, Any]:
     return {
         "status": verdict.status,
         "winner": winner.candidate.name,
@@ -162,7 +162,7 @@ def _verdict(verdict: Verdict, winner: Trial) -> dict[str, Any]:
     }
 
 
-def _trial(trial: Trial, latest: Trial, sign: int) -> dict[str, Any]:
+def _trial(trial: Scored, latest: Scored, sign: int) -> dict[str, Any]:
     # Reading manifests needs no SciPy, which takes seconds to import.
     from lightning_ckmerge.search.interval import score_gain
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from lightning_ckmerge.buffer.rolling import Snapshot
-from lightning_ckmerge.core.boxes import split_name
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.merge_plan import MergePlan
 from lightning_ckmerge.core.outcome import Coefficients, SnapshotRecord
 from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.core.specs import split_name
 
 
 class Merger:

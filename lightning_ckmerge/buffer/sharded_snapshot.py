@@ -1,6 +1,6 @@
 """Snapshots that are spread over the files of several ranks: put together again, and dealt out to other ranks.
 
-Every file names its parts by their place in the whole tensor (``core/boxes.py``). A tensor that the parts do not cover
+Every file names its parts by their place in the whole tensor (``core/specs.py``). A tensor that the parts do not cover
 element for element, or that comes from a damaged file, is an error or left out, never guessed.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from lightning_ckmerge.buffer.archive import lost
 from lightning_ckmerge.buffer.state import BufferState, Progress
 from lightning_ckmerge.buffer.storage import DiskStorage, Stored, check_digest
-from lightning_ckmerge.core.boxes import Box, split_name, whole
 from lightning_ckmerge.core.layout import DTYPE_NAMES, DTYPES, TensorLayout
+from lightning_ckmerge.core.specs import Box, split_name, whole
 from lightning_ckmerge.errors import SnapshotError
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -17,8 +17,8 @@ from lightning_ckmerge.artifact.manifest import coefficients_of
 from lightning_ckmerge.buffer.sharded_snapshot import Shapes, SnapshotParts
 from lightning_ckmerge.checkpoints.formats import Source
 from lightning_ckmerge.core.adapters import fits, side_of, stack
-from lightning_ckmerge.core.boxes import whole
 from lightning_ckmerge.core.merge import merge_tensor
+from lightning_ckmerge.core.specs import whole
 from lightning_ckmerge.errors import SnapshotError
 from lightning_ckmerge.tensorfiles.durable import file_record
 

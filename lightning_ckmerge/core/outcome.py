@@ -81,7 +81,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class Scored:
     """A scored candidate, anchor or not.
 
     Args:
@@ -225,14 +225,14 @@ class SearchOutcome:
     mode: Mode
     space: str
     snapshots_K: tuple[SnapshotRecord, ...]
-    winner: Trial
-    anchors: tuple[Trial, ...]
-    trials: tuple[Trial, ...]
+    winner: Scored
+    anchors: tuple[Scored, ...]
+    trials: tuple[Scored, ...]
     verdict: Verdict
     evaluation: EvaluationRecord
     cost: Cost
     group_of: Mapping[str, str] = field(default_factory=dict)
-    front: tuple[tuple[Trial, Verdict], ...] = ()
+    front: tuple[tuple[Scored, Verdict], ...] = ()
 
     @property
     def best_coordinates(self) -> dict[str, float] | None:

@@ -25,8 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lightning_ckmerge.core.adapters import frozen_base
-from lightning_ckmerge.core.boxes import Box, part_name, whole
 from lightning_ckmerge.core.layout import OwnedTensor, Role, as_real, is_dense
+from lightning_ckmerge.core.specs import Box, part_name, whole
 from lightning_ckmerge.distributed.buckets import make_buckets
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.flat_shards import FlatShard, clean_name, flat_shards

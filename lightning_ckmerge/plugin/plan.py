@@ -17,8 +17,8 @@ from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import BufferConfig, MergeSettings
-from lightning_ckmerge.core.groups import describe_groups
 from lightning_ckmerge.core.layout import TensorLayout
+from lightning_ckmerge.core.spaces.groups import describe_groups
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
 from lightning_ckmerge.plugin.clock import MIN_TRAINING_S
 from lightning_ckmerge.plugin.evaluate.halves import Split, length_of, limited

@@ -13,14 +13,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_ckmerge.core.outcome import Trial
+from lightning_ckmerge.core.outcome import Scored
 from lightning_ckmerge.errors import explain
 
 
 class OnScored(Protocol):
     """Told of each scored trial, and of how many are expected in all."""
 
-    def __call__(self, trial: Trial, total: int) -> None:
+    def __call__(self, trial: Scored, total: int) -> None:
         """Show it."""
 
 
@@ -87,7 +87,7 @@ def search_progress(trainer: Trainer, step: int, sign: int) -> Iterator[OnScored
         sign: 1 if lower values are better, -1 if higher ones are.
     """
     bar: Any = trainer.progress_bar_callback
-    best: Trial | None = None
+    best: Scored | None = None
     shows = getattr(bar, "is_enabled", False)  # a bar of the user's own need not have it
     stack, advance = contextlib.ExitStack(), None
     try:
@@ -97,7 +97,7 @@ def search_progress(trainer: Trainer, step: int, sign: int) -> Iterator[OnScored
             elif shows and getattr(bar, "progress", None) is not None:
                 advance = stack.enter_context(_rich(bar))
 
-        def on_scored(trial: Trial, total: int) -> None:
+        def on_scored(trial: Scored, total: int) -> None:
             nonlocal best, advance
             if best is None or (trial.search.complete and sign * (trial.search.value - best.search.value) < 0):
                 best = trial

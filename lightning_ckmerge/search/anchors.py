@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName
-from lightning_ckmerge.core.outcome import Candidate, Trial
+from lightning_ckmerge.core.outcome import Candidate, Scored
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import KernelName, Space, kernel, normalised
 
@@ -56,7 +56,7 @@ def make_anchors(
 
 
 def next_anchor(
-    segments_K: Sequence[Segment], space: Space, names: Sequence[AnchorName], scored: Sequence[Trial], sign: int
+    segments_K: Sequence[Segment], space: Space, names: Sequence[AnchorName], scored: Sequence[Scored], sign: int
 ) -> Candidate | None:
     """Return the next anchor that depends on scores; ``None`` once all of them are scored.
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from lightning_ckmerge.core.outcome import Candidate, Score, Trial
+from lightning_ckmerge.core.outcome import Candidate, Score, Scored
 from lightning_ckmerge.errors import MonitorError, SearchError
 from lightning_ckmerge.search.anchors import candidate_at, is_known_merge, make_anchors, most_derived, next_anchor
 from lightning_ckmerge.search.pareto import knee, pareto_front, spread
@@ -52,9 +52,9 @@ class Search:
     budget: Budget
     agree: Callable[[Callable[[], T]], T]
     stopping: Stopping = NEVER
-    on_scored: Callable[[Trial, int], None] = lambda trial, total: None
-    anchors: list[Trial] = field(default_factory=list)
-    trials: list[Trial] = field(default_factory=list)
+    on_scored: Callable[[Scored, int], None] = lambda trial, total: None
+    anchors: list[Scored] = field(default_factory=list)
+    trials: list[Scored] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("anchors", "trials", "confirm"), 0.0))
     stopped_early: str | None = None
     found_enough: bool = False
@@ -92,7 +92,7 @@ class Search:
                 return
             self.trials.append(self._score_trial(f"trial-{i}"))
 
-    def add(self, candidate: Candidate) -> Trial:
+    def add(self, candidate: Candidate) -> Scored:
         """Score one more candidate, as a trial; it is dropped where it loses, but need not promise more than a draw."""
         race = self._race(min_promise=0)
         self.trials.append(self._score(candidate, "trials", self._evaluate(candidate, "trials", race)))
@@ -117,22 +117,22 @@ class Search:
             self._replace(trial, replace(trial, confirm=score))
 
     @property
-    def latest(self) -> Trial:
+    def latest(self) -> Scored:
         """The latest weights."""
         return self.anchors[0]
 
     @property
-    def best_anchor(self) -> Trial:
+    def best_anchor(self) -> Scored:
         """The best on the search half of what one might do without a search; by its estimate, if it was dropped."""
         return self._best([t for t in self.anchors if is_known_merge(t.candidate)], complete=False)
 
     @property
-    def winner(self) -> Trial:
+    def winner(self) -> Scored:
         """The best of all on the search half; where several metrics are monitored, the knee of the front."""
         return self._best([*self.anchors, *self.trials])
 
     @property
-    def front(self) -> list[Trial]:
+    def front(self) -> list[Scored]:
         """The Pareto front on the search half, by the first metric; empty for one metric."""
         if not self.problem.has_several:
             return []
@@ -140,7 +140,7 @@ class Search:
         return sorted(front, key=lambda t: self._losses(t)[0])
 
     @property
-    def shown(self) -> list[Trial]:
+    def shown(self) -> list[Scored]:
         """Merges along the front, the knee among them, few enough to confirm and publish each."""
         front = self.front
         if not front:
@@ -162,18 +162,18 @@ class Search:
         # What was dropped late and scored to its end after all took more.
         return max(0, sum(full - t.search.num_batches for t in (*self.anchors, *self.trials)))
 
-    def _best(self, trials: Sequence[Trial], *, complete: bool = True) -> Trial:
+    def _best(self, trials: Sequence[Scored], *, complete: bool = True) -> Scored:
         """The first of the best, so that the latest weights win a draw."""
         front = self._front(trials, complete=complete)
         return front[knee([self._losses(t) for t in front])]
 
-    def _front(self, trials: Sequence[Trial], *, complete: bool = True) -> list[Trial]:
+    def _front(self, trials: Sequence[Scored], *, complete: bool = True) -> list[Scored]:
         """Those that no other one beats in every metric; for one metric, the first of the best."""
         losses = {id(t): self._losses(t) for t in trials if t.feasible and (t.search.complete or not complete)}
         eligible = [t for t in trials if all(map(math.isfinite, losses.get(id(t), (math.nan,))))]
         return [eligible[n] for n in pareto_front([losses[id(t)] for t in eligible])]
 
-    def _losses(self, trial: Trial) -> tuple[float, ...]:
+    def _losses(self, trial: Scored) -> tuple[float, ...]:
         return tuple(s * o.value for s, o in zip(self.problem.signs, trial.search.objectives, strict=True))
 
     def _finish(self) -> None:
@@ -222,11 +222,11 @@ class Search:
         problem = self.problem
         return next_anchor(problem.segments_K, problem.space, problem.anchors, self.anchors, problem.sign)
 
-    def _score_anchor(self, anchor: Candidate) -> Trial:
+    def _score_anchor(self, anchor: Candidate) -> Scored:
         known = self.agree(lambda: self._begin(anchor))
         return self._score(anchor, "anchors", known)
 
-    def _score_trial(self, name: str) -> Trial:
+    def _score_trial(self, name: str) -> Scored:
         start = time.monotonic()
         z_D, known = self.agree(lambda: self._opened.begin(name))
         self.seconds["trials"] += time.monotonic() - start
@@ -235,7 +235,7 @@ class Search:
     def _begin(self, anchor: Candidate) -> Score | None:
         return self._opened.begin(anchor.name, anchor.coordinates)[1] if anchor.coordinates is not None else None
 
-    def _tell(self, trial: Trial) -> None:
+    def _tell(self, trial: Scored) -> None:
         if trial.candidate.coordinates is not None:
             self._opened.tell(trial.candidate.name, trial.search, self._violations(trial.search))
 
@@ -244,11 +244,11 @@ class Search:
         assert self._study is not None
         return self._study
 
-    def _score(self, candidate: Candidate, phase: str, known: Score | None = None) -> Trial:
+    def _score(self, candidate: Candidate, phase: str, known: Score | None = None) -> Scored:
         """Score a candidate, unless an interrupted run of this search has done so, and tell the study."""
         score = known or self._evaluate(candidate, phase, self._race())
         feasible = all(v <= 0 for v in self._violations(score).values())
-        trial = Trial(candidate=candidate, search=score, feasible=feasible)
+        trial = Scored(candidate=candidate, search=score, feasible=feasible)
         if self.anchors and known is None:
             self.agree(lambda: self._tell(trial))
         self.on_scored(trial, self._total)
@@ -287,7 +287,7 @@ class Search:
             c.monitor: c.sign * (after[c.monitor] - before[c.monitor]) - c.allowance for c in self.problem.constraints
         }
 
-    def _replace(self, old: Trial, new: Trial) -> None:
+    def _replace(self, old: Scored, new: Scored) -> None:
         for trials in (self.anchors, self.trials):
             trials[:] = [new if t is old else t for t in trials]
 

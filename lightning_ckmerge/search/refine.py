@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_ckmerge.core.outcome import Candidate, Coefficients, Trial
+from lightning_ckmerge.core.outcome import Candidate, Coefficients, Scored
 from lightning_ckmerge.errors import SkipError, explain
 from lightning_ckmerge.search.engine import Search
 
@@ -94,7 +94,7 @@ def refine(search: Search, differentiate: Differentiate, *, tolerant: bool = Fal
     return None
 
 
-def _timed(search: Search, differentiate: Differentiate, trial: Trial) -> Mapping[str, Array]:
+def _timed(search: Search, differentiate: Differentiate, trial: Scored) -> Mapping[str, Array]:
     """Return the gradient at a trial, and count what it took."""
     num_batches = FORWARDS_PER_GRADIENT * search.latest.search.num_batches
     start = time.monotonic()
@@ -109,7 +109,7 @@ def _timed(search: Search, differentiate: Differentiate, trial: Trial) -> Mappin
 class _Plane:
     """All coefficients, as coordinates around one merge in which the snapshots lie about equally far apart."""
 
-    def __init__(self, origin: Trial, products: Mapping[str, Array]) -> None:
+    def __init__(self, origin: Scored, products: Mapping[str, Array]) -> None:
         self._groups = list(products)
         self._origin = {group: _of_group(origin, group) for group in self._groups}
         self._bases = {}
@@ -125,7 +125,7 @@ class _Plane:
         """Return the value's derivatives by the coordinates."""
         return np.concatenate([self._bases[group].T @ products[group][-1, :-1] for group in self._groups])
 
-    def place(self, trial: Trial) -> Array:
+    def place(self, trial: Scored) -> Array:
         """Return a candidate's coordinates."""
         moved = {group: _of_group(trial, group) - self._origin[group] for group in self._groups}
         return np.concatenate([self._inverses[group].T @ moved[group][:-1] for group in self._groups])
@@ -192,10 +192,10 @@ def _descend(search: Search, plane: _Plane, x_N: Array, step_N: Array, g_N: Arra
         length = min(max(best, length / MAX_CHANGE), length * MAX_CHANGE)
 
 
-def _loss(search: Search, trial: Trial) -> float:
+def _loss(search: Search, trial: Scored) -> float:
     return search.problem.sign * trial.search.value
 
 
-def _of_group(trial: Trial, group: str) -> Array:
+def _of_group(trial: Scored, group: str) -> Array:
     candidate = trial.candidate
     return np.array(candidate.by_group.get(group, candidate.coefficients_K))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from lightning_ckmerge.core.objectives import Objective
-from lightning_ckmerge.core.outcome import Gain, Status, Trial, Verdict
+from lightning_ckmerge.core.outcome import Gain, Scored, Status, Verdict
 from lightning_ckmerge.core.wording import change_told, value_told
 from lightning_ckmerge.search.interval import CONFIDENCE, MIN_CONFIRM_BATCHES, MOST_TIMES, batches_needed, score_gain
 
@@ -26,12 +26,12 @@ MAX_MARGIN = 0.5
 
 
 def reach_verdict(
-    winner: Trial,
-    latest: Trial,
-    best_anchor: Trial,
+    winner: Scored,
+    latest: Scored,
+    best_anchor: Scored,
     *,
     objectives: Sequence[Objective],
-    front: Sequence[Trial] = (),
+    front: Sequence[Scored] = (),
     progress: Progress | None = None,
     warnings: tuple[str, ...] = (),
 ) -> Verdict:
@@ -72,7 +72,7 @@ def reach_verdict(
 
 
 def paired_gain(
-    trial: Trial, other: Trial, sign: int, *, objective: int = 0, num_intervals: int = 1
+    trial: Scored, other: Scored, sign: int, *, objective: int = 0, num_intervals: int = 1
 ) -> tuple[float, tuple[float, float] | None]:
     """Return how much better ``trial`` is than ``other`` on the confirmation half, and the 95 % interval.
 
@@ -95,14 +95,14 @@ def paired_gain(
     return score_gain(ours, theirs, sign, num_intervals=num_intervals)
 
 
-def _gain(trial: Trial, latest: Trial, index: int, objectives: Sequence[Objective]) -> Gain:
+def _gain(trial: Scored, latest: Scored, index: int, objectives: Sequence[Objective]) -> Gain:
     objective = objectives[index]
     gain, interval = paired_gain(trial, latest, objective.sign, objective=index, num_intervals=len(objectives))
     value = (trial.confirm or trial.search).objectives[index].value
     return Gain(monitor=objective.monitor, mode=objective.mode, value=value, gain=gain, interval=interval)
 
 
-def _status(winner: Trial, latest: Trial, gains: Sequence[Gain]) -> Status:
+def _status(winner: Scored, latest: Scored, gains: Sequence[Gain]) -> Status:
     intervals = [g.interval for g in gains]
     # No amount of data makes a gain of a value that is not finite.
     if winner is latest or not all(math.isfinite(g.value) for g in gains):
@@ -113,13 +113,13 @@ def _status(winner: Trial, latest: Trial, gains: Sequence[Gain]) -> Status:
     return "accepted" if is_certain else "unconfirmed"
 
 
-def _num_differences(winner: Trial, latest: Trial) -> int | None:
+def _num_differences(winner: Scored, latest: Scored) -> int | None:
     if winner is latest or winner.confirm is None or latest.confirm is None or not winner.confirm.values_B:
         return None
     return len(winner.confirm.values_B)
 
 
-def verdict_told(verdict: Verdict, gains: Sequence[Gain], winner: Trial, latest: Trial, best_anchor: Trial) -> str:
+def verdict_told(verdict: Verdict, gains: Sequence[Gain], winner: Scored, latest: Scored, best_anchor: Scored) -> str:
     """Return the sentences of a verdict.
 
     Args:
@@ -143,13 +143,13 @@ def verdict_told(verdict: Verdict, gains: Sequence[Gain], winner: Trial, latest:
     return f"Merging {changes}.{_steps_worth(verdict)}{of_front}{_anchor(verdict, winner, best_anchor)}"
 
 
-def _nothing_found(gains: Sequence[Gain], latest: Trial) -> str:
+def _nothing_found(gains: Sequence[Gain], latest: Scored) -> str:
     values = [f"{g.monitor} of {value_told(o.value)}" for g, o in zip(gains, latest.search.objectives, strict=True)]
     found = "no candidate beats" if len(gains) == 1 else "no merge is a better compromise than"
     return f"Merging does not help: {found} the latest weights' {' and '.join(values)} on the search half."
 
 
-def _changes(gains: Sequence[Gain], winner: Trial, latest: Trial) -> str:
+def _changes(gains: Sequence[Gain], winner: Scored, latest: Scored) -> str:
     told = [_change(g, i, winner, latest) for i, g in enumerate(gains)]
     if len(told) == 1:
         change, interval = told[0]
@@ -159,7 +159,7 @@ def _changes(gains: Sequence[Gain], winner: Trial, latest: Trial) -> str:
     return " and ".join(parts) + together
 
 
-def _change(gain: Gain, index: int, winner: Trial, latest: Trial) -> tuple[str, str]:
+def _change(gain: Gain, index: int, winner: Scored, latest: Scored) -> tuple[str, str]:
     both = winner.confirm is not None and latest.confirm is not None
     after, before = ((t.confirm if both and t.confirm else t.search).objectives[index] for t in (winner, latest))
     # A metric that is negative on some batches lies around zero: a share of it says nothing.
@@ -167,7 +167,7 @@ def _change(gain: Gain, index: int, winner: Trial, latest: Trial) -> tuple[str, 
     return change_told(gain.monitor, gain.mode, before.value, after.value, gain.interval, by_share=by_share)
 
 
-def _place(verdict: Verdict, winner: Trial, latest: Trial) -> str:
+def _place(verdict: Verdict, winner: Scored, latest: Scored) -> str:
     if winner.confirm is None or latest.confirm is None:
         return ", on the batches that chose it"
     if verdict.num_differences is None:
@@ -183,7 +183,7 @@ def _steps_worth(verdict: Verdict) -> str:
     return f" About {verdict.equivalent_steps} further training steps at the current slope would gain {what}."
 
 
-def _anchor(verdict: Verdict, winner: Trial, best_anchor: Trial) -> str:
+def _anchor(verdict: Verdict, winner: Scored, best_anchor: Scored) -> str:
     """What one could have had without a search, where that is a merge."""
     is_news = best_anchor is not winner and best_anchor.candidate.name != "latest"
     if not is_news or best_anchor.confirm is None or verdict.others:
@@ -191,7 +191,7 @@ def _anchor(verdict: Verdict, winner: Trial, best_anchor: Trial) -> str:
     return f" The best anchor, {best_anchor.candidate.name}, comes to {value_told(best_anchor.confirm.value)}."
 
 
-def _what_would_decide(verdict: Verdict, gains: Sequence[Gain], winner: Trial, latest: Trial) -> str:
+def _what_would_decide(verdict: Verdict, gains: Sequence[Gain], winner: Scored, latest: Scored) -> str:
     missing = [i for i, g in enumerate(gains) if g.interval is None]
     if missing:
         return _why_no_interval(gains[missing[0]].monitor, winner, latest, missing[0])
@@ -205,7 +205,7 @@ def _what_would_decide(verdict: Verdict, gains: Sequence[Gain], winner: Trial, l
     return f"About {min(known)} such batches would decide at this spread."
 
 
-def _why_no_interval(monitor: str, winner: Trial, latest: Trial, index: int) -> str:
+def _why_no_interval(monitor: str, winner: Scored, latest: Scored, index: int) -> str:
     if winner.confirm is None or latest.confirm is None:
         return "No validation batches are left to confirm it. Use more or smaller batches."
     ours_B, theirs_B = (c.objectives[index].values_B for c in (winner.confirm, latest.confirm))
@@ -226,7 +226,7 @@ def _why_no_interval(monitor: str, winner: Trial, latest: Trial, index: int) -> 
     )
 
 
-def _in_blocks(latest: Trial, index: int) -> bool:
+def _in_blocks(latest: Scored, index: int) -> bool:
     """Whether the metric is no mean over batches, and was computed on blocks of them."""
     return latest.search.objectives[index].values_B is None
 

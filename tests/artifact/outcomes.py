@@ -15,10 +15,10 @@ from lightning_ckmerge.core.outcome import (
     Cost,
     EvaluationRecord,
     Score,
+    Scored,
     SearchOutcome,
     SnapshotRecord,
     Status,
-    Trial,
     Verdict,
 )
 
@@ -47,17 +47,17 @@ def make_outcome(
         metrics = {monitor: value + sign * worse_by, **{name: v + worse_by for name, v in others.items()}}
         return Score(value=value + sign * worse_by, metrics=metrics, num_batches=8)
 
-    latest = Trial(
+    latest = Scored(
         candidate=Candidate(name="latest", coefficients_K=(0, 0, 0, 0, 0, 1)), search=score(0.06), confirm=score(gain)
     )
-    uniform = Trial(
+    uniform = Scored(
         candidate=Candidate(name="uniform-4", coefficients_K=(0, 0.25, 0.25, 0.25, 0.25, 0)),
         search=score(0.01),
         confirm=score(0.0 if winner_is_anchor else 0.012),
     )
-    ema = Trial(candidate=Candidate(name="ema-40", coefficients_K=(0, 0, 0, 0.2, 0.8, 0)), search=score(0.034))
+    ema = Scored(candidate=Candidate(name="ema-40", coefficients_K=(0, 0, 0, 0.2, 0.8, 0)), search=score(0.034))
     trials = tuple(
-        Trial(
+        Scored(
             candidate=Candidate(
                 name=f"trial-{i}",
                 coefficients_K=(-0.1, 0.3 - 0.01 * i, 0.2, 0.2, 0.4 + 0.01 * i, 0),

@@ -18,8 +18,8 @@ from lightning_ckmerge.buffer.sharded_snapshot import NewRank, reshard
 from lightning_ckmerge.buffer.state import BufferState
 from lightning_ckmerge.buffer.storage import DiskStorage
 from lightning_ckmerge.config import BufferConfig
-from lightning_ckmerge.core.boxes import Box, part_name
 from lightning_ckmerge.core.layout import OwnedTensor, TensorLayout, as_real
+from lightning_ckmerge.core.specs import Box, part_name
 from lightning_ckmerge.distributed.ownership import deal_out
 
 Kind = Literal["replicated", "rows", "columns", "flat"]

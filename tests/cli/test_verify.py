@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_ckmerge.core.boxes import Box, part_name, whole
 from lightning_ckmerge.core.merge import merge_tensor
+from lightning_ckmerge.core.specs import Box, part_name, whole
 from lightning_ckmerge.tensorfiles.durable import file_record
 from tests.artifact.conftest import Publish, TiedModel, tensors_of
 from tests.artifact.outcomes import LAST_STEPS, make_outcome

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_ckmerge.core.groups import assign_groups, describe_groups
 from lightning_ckmerge.core.spaces import Grouped
+from lightning_ckmerge.core.spaces.groups import assign_groups, describe_groups
 from lightning_ckmerge.errors import ConfigError
 
 KIND_OF = {

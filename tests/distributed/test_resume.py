@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback
 from lightning_ckmerge.buffer.storage import FILE_NAME
-from lightning_ckmerge.core.boxes import split_name
+from lightning_ckmerge.core.specs import split_name
 from tests.distributed.trainers import Classifier, fit, make_merge
 from tests.ranks import RankPool
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lightning_ckmerge import ArtifactConfig, CheckpointMergeCallback, SearchConfig, load_merged
 from lightning_ckmerge.artifact.load import Artifact
-from lightning_ckmerge.core.groups import assign_groups
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Coordinates, Grouped, Interval, Space
+from lightning_ckmerge.core.spaces.groups import assign_groups
 from lightning_ckmerge.errors import ArtifactError, ConfigError, FinalError
 from tests.cli.commands import ckmerge, ckmerge_json
 from tests.cli.transformers_models import Language, gpt2

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_ckmerge.config import AnchorName
 from lightning_ckmerge.core.coefficient_schedules import Schedule
-from lightning_ckmerge.core.outcome import Candidate, Score, Trial
+from lightning_ckmerge.core.outcome import Candidate, Score, Scored
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Auto, Decay, Pairwise, Simplex, Space, Window
 from lightning_ckmerge.search.anchors import make_anchors, most_anchors, next_anchor
@@ -122,12 +122,12 @@ def score_all(
     value: Callable[[Sequence[float]], float],
     sign: int = 1,
     space: Space | None = None,
-) -> list[Trial]:
+) -> list[Scored]:
     """Score the anchors as a search does, each once."""
     space = space or Window()
 
-    def scored(candidate: Candidate) -> Trial:
-        return Trial(candidate=candidate, search=Score(value=value(candidate.coefficients_K)))
+    def scored(candidate: Candidate) -> Scored:
+        return Scored(candidate=candidate, search=Score(value=value(candidate.coefficients_K)))
 
     trials = [scored(c) for c in make_anchors(segments_K, space, names=names)]
     while (anchor := next_anchor(segments_K, space, names, trials, sign)) is not None:

@@ -13,7 +13,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_ckmerge.config import AnchorName, Constraint
-from lightning_ckmerge.core.outcome import Score, Trial
+from lightning_ckmerge.core.outcome import Score, Scored
 from lightning_ckmerge.core.spaces import Decay, Pairwise, Window
 from lightning_ckmerge.errors import MonitorError, SearchError
 from lightning_ckmerge.search import engine
@@ -36,7 +36,7 @@ def stored(journal: Path, name: str = "search") -> dict[str, FrozenTrial]:
     return {t.user_attrs["name"]: t for t in study.trials}
 
 
-def names(trials: Sequence[Trial]) -> list[str]:
+def names(trials: Sequence[Scored]) -> list[str]:
     return [t.candidate.name for t in trials]
 
 

@@ -12,7 +12,7 @@ import pytest
 from optuna.samplers import RandomSampler
 
 from lightning_ckmerge.core.objectives import Objective
-from lightning_ckmerge.core.outcome import Score, Trial
+from lightning_ckmerge.core.outcome import Score, Scored
 from lightning_ckmerge.core.spaces import Decay
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search.engine import MAX_SHOWN, Search
@@ -43,7 +43,7 @@ def search_of(evaluate: Any, path: Path, sampler: Any = None, **problem: Any) ->
     return search
 
 
-def losses(trial: Trial) -> tuple[float, float]:
+def losses(trial: Scored) -> tuple[float, float]:
     return trial.search.value, -trial.search.others[0].value
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_ckmerge.core.objectives import Objective
-from lightning_ckmerge.core.outcome import Candidate, Score, Trial, Verdict
+from lightning_ckmerge.core.outcome import Candidate, Score, Scored, Verdict
 from lightning_ckmerge.search.interval import MIN_CONFIRM_BATCHES, serial_inflation
 from lightning_ckmerge.search.verdict import Progress, paired_gain, reach_verdict
 
@@ -29,13 +29,13 @@ def score(
     return Score(value=mean, values_B=tuple(values_B), sizes_B=sizes, num_batches=len(sizes))
 
 
-def trial(name: str, confirm: Score | None, search: float = 0.0) -> Trial:
+def trial(name: str, confirm: Score | None, search: float = 0.0) -> Scored:
     """Return a candidate with values by batch on the search half, which no verdict looks at."""
     found = Score(value=search, values_B=(search,) * 4)
-    return Trial(candidate=Candidate(name=name, coefficients_K=(1.0,)), search=found, confirm=confirm)
+    return Scored(candidate=Candidate(name=name, coefficients_K=(1.0,)), search=found, confirm=confirm)
 
 
-def verdict(winner: Trial, latest: Trial, anchor: Trial | None = None, mode: str = "min") -> Verdict:
+def verdict(winner: Scored, latest: Scored, anchor: Scored | None = None, mode: str = "min") -> Verdict:
     return reach_verdict(winner, latest, anchor or latest, objectives=[Objective("val_loss", mode)])
 
 
@@ -213,7 +213,7 @@ def test_too_few_blocks_are_called_blocks() -> None:
 def test_the_search_half_confirms_nothing() -> None:
     """Where one batch could not be split."""
     winner, latest = (
-        Trial(candidate=Candidate(name=n, coefficients_K=(1.0,)), search=noisy(level))
+        Scored(candidate=Candidate(name=n, coefficients_K=(1.0,)), search=noisy(level))
         for n, level in [("trial-4", 2.0), ("latest", 3.0)]
     )
     found = verdict(winner, latest)
@@ -308,11 +308,11 @@ def test_warnings_are_kept() -> None:
 OTHERS = (Objective("val_acc", "max"),)
 
 
-def both(name: str, loss: Score, accuracy: Score) -> Trial:
+def both(name: str, loss: Score, accuracy: Score) -> Scored:
     return trial(name, replace(loss, others=(accuracy,)))
 
 
-def verdict_of_both(winner: Trial, latest: Trial) -> Verdict:
+def verdict_of_both(winner: Scored, latest: Scored) -> Verdict:
     return reach_verdict(
         winner,
         latest,

@@ -9,10 +9,10 @@ import copy
 from collections.abc import Sequence
 
 from lightning_ckmerge.checks import checked, require_positive
-from lightning_ckmerge.core.groups import GroupRule, assign_groups, check_patterns
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces.base import Coordinates, Interval, Space
 from lightning_ckmerge.core.spaces.decay import Decay
+from lightning_ckmerge.core.spaces.groups import GroupRule, assign_groups, check_patterns
 from lightning_ckmerge.core.spaces.kernels import KernelName
 from lightning_ckmerge.errors import ConfigError
 

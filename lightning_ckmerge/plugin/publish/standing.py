@@ -7,11 +7,11 @@ from torch import Tensor
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.standing import Standing
 from lightning_ckmerge.buffer.rolling import Snapshot
-from lightning_ckmerge.core.boxes import split_name
 from lightning_ckmerge.core.layout import as_real
 from lightning_ckmerge.core.objectives import sign_of
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.core.specs import split_name
 from lightning_ckmerge.distributed.comm import together
 from lightning_ckmerge.errors import ArtifactError
 from lightning_ckmerge.plugin.evaluate.scorer import BenchMaker
