@@ -3,7 +3,8 @@
 A running mean moves by ``1 / n`` of a difference, and stands still once that is less than half its last bit: at a
 relative spread of 1e-3, 42 % of the spread is lost over 1e5 updates. So the mean of the first updates of a long segment
 stays as it is, and a second accumulator, which shorter segments do without, averages the differences from it. These
-are as small as the spread, and so are their last bits.
+are as small as the spread, and so are their last bits. Before they are so many that they stall in turn, they are taken
+into the mean: over 1e6 updates of a relative spread of 1e-3 up to 0.04 % of the spread is lost, of 1e-4 up to 0.4 %.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from lightning_ckmerge.core.merge import cut, update_means
 
 # Of a segment in one accumulator, or of the mean that differences are from.
 MAX_UPDATES = 256
+# Fewer lose more in the mean, more lose more here: 0.15 % at 1 << 14, 0.42 % without a limit.
+MAX_DIFFERENCES = 1 << 16
 
 
 class SegmentMean:
@@ -50,6 +53,8 @@ class SegmentMean:
             self._differences = self._views(self._difference)
         self._num_differences += 1
         _update_differences(self._differences, self._means, weights, self._num_differences)
+        if self._num_differences == MAX_DIFFERENCES:
+            self.read()
 
     @torch.no_grad()
     def read(self) -> Flats:

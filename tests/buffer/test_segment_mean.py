@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.buffer import DiskStorage, MemoryStorage
+from lightning_ckmerge.buffer import DiskStorage, MemoryStorage, segment_mean
 from lightning_ckmerge.buffer.segment_mean import MAX_UPDATES, SegmentMean
 from lightning_ckmerge.core.layout import Flats
 from tests.buffer.runs import Run
@@ -26,9 +27,11 @@ def weights(numel: int) -> Tensor:
     return 1 + torch.rand(numel, generator=torch.Generator().manual_seed(0))
 
 
-def test_many_updates_lose_nothing() -> None:
+@pytest.mark.parametrize(("num_updates", "max_differences"), [(20_000, 1 << 16), (3000, 1000)])
+def test_many_updates_lose_little(num_updates: int, max_differences: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goes red if one running mean takes them all: percents of the spread are lost here, 42 % after five times more."""
-    num_updates, mean, base = 20_000, make_mean(), weights(64)
+    monkeypatch.setattr(segment_mean, "MAX_DIFFERENCES", max_differences)
+    mean, base = make_mean(), weights(64)
     shares = torch.linspace(0, 1, num_updates)
     # A third of the weights rises, a third jumps in the middle, a third goes to and fro.
     ramp_step_noise = torch.stack([shares, (shares > 0.5).float(), (shares * 7919) % 1], 1)
@@ -39,6 +42,24 @@ def test_many_updates_lose_nothing() -> None:
         mean.take([now])
     found = (mean.read()[torch.float32].double() / base.double() - 1) / SPREAD
     torch.testing.assert_close(found, ramp_step_noise.double().mean(0)[thirds], rtol=0, atol=5e-4)
+
+
+def test_the_millionth_update_counts() -> None:
+    """Goes red if updates stall late: each of the last thousand moves the mean by a tenth of its last bit."""
+    num_before, num_updates, mean, base = 999_000, 1000, make_mean(), weights(64)
+    first = base * (1 + SPREAD / 2)
+    mean.resume({torch.float32: first}, num_before)
+    total = first.double() * num_before
+    for i in range(num_updates):
+        now = base * (1 + SPREAD * (1 + i / num_updates))
+        total += now.double()
+        mean.take([now])
+    expected = total / (num_before + num_updates)
+    moved = (expected - first.double()).mean()
+    found = (mean.read()[torch.float32].double() - first.double()).mean()
+    assert moved > 0
+    torch.testing.assert_close(found, moved, rtol=0.03, atol=0)  # 64 roundings to a last bit
+    assert mean._num_updates == num_before + num_updates
 
 
 def test_a_short_segment_takes_one_accumulator() -> None:
