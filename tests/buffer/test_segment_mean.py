@@ -41,7 +41,7 @@ def test_many_updates_lose_little(num_updates: int, max_differences: int, monkey
         torch.addcmul(base, spread, at[thirds], out=now)
         mean.take([now])
     found = (mean.read()[torch.float32].double() / base.double() - 1) / SPREAD
-    torch.testing.assert_close(found, ramp_step_noise.double().mean(0)[thirds], rtol=0, atol=5e-4)
+    torch.testing.assert_close(found, ramp_step_noise.double().mean(0)[thirds], rtol=0, atol=1e-3)
 
 
 def test_the_millionth_update_counts() -> None:
