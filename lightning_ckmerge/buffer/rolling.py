@@ -133,6 +133,12 @@ class RollingBuffer:
         self._set_layout(layout)
         self._archive.start_anew(self.stored_layout)
 
+    def abandon(self) -> None:
+        """Give up everything, for good. Only files that the last checkpoint needs stay."""
+        self._writer.flush()
+        self.restart_segment()
+        self._archive.start_anew(self.stored_layout)
+
     def ends_segment(self, step: int) -> bool:
         """Whether ``update`` at this step ends a segment."""
         return self._is_end(step, step if self._progress.first_step is None else self._progress.first_step)

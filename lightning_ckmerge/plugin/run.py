@@ -25,7 +25,7 @@ from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
 from lightning_ckmerge.plugin.clock import Clock, Curve
 from lightning_ckmerge.plugin.evaluate.scorer import BenchMaker
 from lightning_ckmerge.plugin.plan import Known, Plan, make_plan, render_plan
-from lightning_ckmerge.plugin.progress import OnScored, say, search_progress
+from lightning_ckmerge.plugin.progress import OnScored, harmless, say, search_progress
 from lightning_ckmerge.plugin.publish.publisher import Publisher
 from lightning_ckmerge.plugin.publish.standing import compare
 from lightning_ckmerge.plugin.rank.buffer import RankBuffer
@@ -274,6 +274,8 @@ class MergeRun:
         if self.settings.raises:
             raise error
         self._buffer_failed = True
+        with harmless("Removing the buffer's files"):
+            self._buffer.rolling.abandon()
         text = (
             f"The buffer must be able to read the model, got at step {self.step}: {explain(error)} Training goes on; "
             "this run searches for merges no more."

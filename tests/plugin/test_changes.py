@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -318,6 +319,19 @@ def test_a_fault_of_the_buffer_ends_it_and_not_training(tmp_path: Path) -> None:
     assert steps(tmp_path) == [4, 12]
     with pytest.raises(OSError, match="no way to read this"):
         train(tmp_path / "raise", merge(tmp_path / "raise"), Change(Broken.fail), module=Broken())
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_fault_of_the_buffer_leaves_what_a_checkpoint_needs(tmp_path: Path, saves: bool) -> None:
+    """Goes red if files that nothing refers to stay for ever, or if those that a checkpoint names are gone."""
+    train(tmp_path, merge(tmp_path, on_error="warn"), Change(Broken.fail), *[Save()] * saves, module=Broken())
+    found = {p.name for p in (tmp_path / "merges").glob("buffer/*.safetensors")}
+    named: set[str] = set()
+    if saves:
+        state = torch.load(tmp_path / "4.ckpt", weights_only=True)["callbacks"]
+        named = set(re.findall(r"[0-9a-f]{8}-\d{9}-\d{9}-\w+\.safetensors", str(state)))
+        assert named
+    assert found == named
 
 
 class Moving(Net):
