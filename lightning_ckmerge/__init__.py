@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lightning_ckmerge.config import ArtifactConfig, BufferConfig, Constraint, EvaluationConfig, SearchConfig
     from lightning_ckmerge.core.spaces import Decay, Grouped, Interval, Pairwise, Space, Window
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
-    from lightning_ckmerge.plugin.offline_search import search_checkpoints
+    from lightning_ckmerge.plugin.offline.search import search_checkpoints
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ _HOMES = {
     "Space": "core.spaces",
     "Window": "core.spaces",
     "load_merged": "artifact.load",
-    "search_checkpoints": "plugin.offline_search",
+    "search_checkpoints": "plugin.offline.search",
 }
 
 __all__ = [

@@ -95,7 +95,8 @@ def search(
     """
     with _quietly():
         from lightning_ckmerge.checkpoints.formats import run_sources
-        from lightning_ckmerge.plugin.offline_search import ALONE, search_sources
+        from lightning_ckmerge.plugin.offline.bench import ALONE
+        from lightning_ckmerge.plugin.offline.search import search_sources
 
         configured = _build(config, model_class, data_class, ALONE)
         settings = _monitoring(_settings(configured, config)[0], monitor, mode)
