@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from tests.ranks import RankPool
+from tests.support.outcomes import Publish, publisher
+from tests.support.ranks import RankPool
 
 # On a busy machine a test that takes a millisecond may take a second.
 settings.register_profile("no-deadline", deadline=None)
@@ -26,3 +28,9 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool(2)
     yield pool
     pool.stop()
+
+
+@pytest.fixture
+def publish(tmp_path: Path) -> Publish:
+    """Publishes made-up searches of one run in ``tmp_path / "merges"``."""
+    return publisher(tmp_path / "merges")

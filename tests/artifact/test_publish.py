@@ -20,8 +20,7 @@ from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.errors import ArtifactError
-from tests.artifact.conftest import Publish, TiedModel, tensors_of
-from tests.artifact.outcomes import LocalWeights, make_outcome
+from tests.support.outcomes import LocalWeights, Publish, TiedModel, make_outcome, tensors_of
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from lightning_ckmerge import load_merged
 from lightning_ckmerge.checkpoints.formats import open_source
 from lightning_ckmerge.core.native.mixing import load_mix_kernel
 from lightning_ckmerge.errors import ArtifactError
-from tests.artifact.conftest import tensors_of
-from tests.cli.checkpoints import WRITERS, model_at, write_all, write_lightning
-from tests.cli.commands import ckmerge, ckmerge_json
+from tests.support.checkpoints import WRITERS, model_at, write_all, write_lightning
+from tests.support.commands import ckmerge, ckmerge_json
+from tests.support.outcomes import tensors_of
 
 ROOT = Path(__file__).parents[2]
 

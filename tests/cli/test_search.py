@@ -20,9 +20,9 @@ from lightning_ckmerge import EvaluationConfig, SearchConfig, load_merged, searc
 from lightning_ckmerge.checkpoints.formats import find_sources, open_source
 from lightning_ckmerge.errors import ArtifactError, ConfigError, MonitorError
 from lightning_ckmerge.tensorfiles.durable import file_record
-from tests.cli.commands import ckmerge, ckmerge_json
-from tests.cli.postgres import PG_CTL, postgres
-from tests.cli.runs import EVERY, NUM_STEPS, PointsData, Wandering, train, write_config
+from tests.support.commands import ckmerge, ckmerge_json
+from tests.support.offline import EVERY, NUM_STEPS, PointsData, Wandering, train, write_config
+from tests.support.postgres import PG_CTL, postgres
 
 ROOT = Path(__file__).parents[2]
 STEPS = list(range(EVERY, NUM_STEPS + 1, EVERY))
@@ -182,7 +182,7 @@ def test_a_config_of_a_class_of_ones_own_names_the_classes(checkpoints: Path, tm
     config["model"], config["data"] = {"width": 8}, {}
     path.write_text(yaml.safe_dump({"fit": config}))
     assert "--model-class" in ckmerge(*args, code=2).stderr
-    classes = ("--model-class", "tests.cli.runs.Wandering", "--data-class", "tests.cli.runs.PointsData")
+    classes = ("--model-class", "tests.support.offline.Wandering", "--data-class", "tests.support.offline.PointsData")
     assert ckmerge_json(*args, *classes)["verdict"]["status"] == "accepted"
 
 
@@ -213,7 +213,7 @@ def test_a_merge_that_does_not_help_is_a_finding(checkpoints: Path, tmp_path: Pa
         (("--storage", "sqlite:////dev/null/x"), {}, "unable to open database file. Check the URL"),
         ((), {"trainer": {"max_stepz": 1}}, "max_stepz"),
         ((), {"search": {"n_trials": 0}}, "`search.n_trials >= 1` must hold"),
-        (("--model-class", "tests.cli.runs.Gone"), {}, "import path, got 'tests.cli.runs.Gone'"),
+        (("--model-class", "tests.support.offline.Gone"), {}, "import path, got 'tests.support.offline.Gone'"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_in_one_line(

@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from lightning_ckmerge import ArtifactConfig, BufferConfig, load_merged
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.checkpoints.rebuild import rebuild
-from tests.distributed.trainers import Classifier, fit, make_merge, points, same_trail
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, fit, make_merge, points, same_trail
+from tests.support.ranks import RankPool
 
 peft: Any = pytest.importorskip("peft")
 

@@ -26,9 +26,9 @@ from lightning_ckmerge.distributed.comm import Ranks
 from lightning_ckmerge.distributed.gather import GatheredWeights, scatter
 from lightning_ckmerge.errors import PeerError
 from lightning_ckmerge.tensorfiles.writer import ShardWriter
-from tests.artifact.outcomes import LocalWeights
-from tests.distributed.trainers import Classifier, fit, make_merge, points, published
-from tests.ranks import RankPool
+from tests.support.outcomes import LocalWeights
+from tests.support.rank_runs import Classifier, fit, make_merge, points, published
+from tests.support.ranks import RankPool
 
 SHARD_SIZES = {"single": 10**9, "several": 3000}
 

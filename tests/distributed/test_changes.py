@@ -18,8 +18,8 @@ from lightning_ckmerge.buffer.segment_mean import SegmentMean
 from lightning_ckmerge.distributed.comm import Ranks, together
 from lightning_ckmerge.errors import CkmergeError, PeerError
 from tests.distributed.test_faults import BoomError, Fault
-from tests.distributed.trainers import fit, make_merge, published, same_trail
-from tests.ranks import RankPool
+from tests.support.rank_runs import fit, make_merge, published, same_trail
+from tests.support.ranks import RankPool
 
 CHANGED_AT = 5  # in the middle of a segment
 

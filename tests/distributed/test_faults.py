@@ -16,7 +16,6 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torchmetrics.classification import BinaryAccuracy
 
 from lightning_ckmerge import ArtifactConfig
-from lightning_ckmerge.artifact import shards
 from lightning_ckmerge.artifact.publish import ArtifactStore
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.buffer import storage
@@ -29,8 +28,9 @@ from lightning_ckmerge.plugin.evaluate.halves import Stoppable
 from lightning_ckmerge.plugin.publish import publisher, reports
 from lightning_ckmerge.plugin.restore.standstill import Standstill
 from lightning_ckmerge.search.study import SearchStudy
-from tests.distributed.trainers import Classifier, fit, make_merge, same_trail
-from tests.ranks import RankPool
+from lightning_ckmerge.tensorfiles.writer import ShardWriter
+from tests.support.rank_runs import Classifier, fit, make_merge, same_trail
+from tests.support.ranks import RankPool
 
 
 class BoomError(OSError):
@@ -51,7 +51,7 @@ STAGES: dict[str, tuple[Any, str, int]] = {
     "batch": (evaluation, "_record", 4),
     "manifest": (publisher, "build_manifest", 1),
     "gathering": (publisher, "GatheredWeights", 1),
-    "weights": (shards.ShardWriter, "_append", 2),
+    "weights": (ShardWriter, "_append", 2),
     "checkpoint": (publisher, "dump_weights", 1),
     "restoring": (Standstill, "__exit__", 1),
 }

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.distributed.trainers import Classifier, fit, make_merge, same_trail
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, fit, make_merge, same_trail
+from tests.support.ranks import RankPool
 
 
 class Signalled(Classifier):

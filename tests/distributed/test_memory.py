@@ -15,8 +15,8 @@ from benchmarks.multi_gpu_table import plan_rank, table
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback
 from lightning_ckmerge.distributed.comm import Ranks
 from lightning_ckmerge.distributed.ownership import Ownership
-from tests.distributed.trainers import Classifier, fit, make_merge
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, fit, make_merge
+from tests.support.ranks import RankPool
 
 CONFIG = BufferConfig(every_n_train_steps=1, update_every_n_steps=1, capacity=4, storage="cpu")
 

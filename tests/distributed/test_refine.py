@@ -15,9 +15,9 @@ from lightning_ckmerge import SearchConfig
 from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.errors import UnsupportedError
 from lightning_ckmerge.plugin.evaluate.weight_gradients import GradientRecorder
-from tests.distributed.trainers import Classifier, SearchNow, fit, make_merge, points, published, same_trail
-from tests.plugin.slopes import compare_slopes
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, SearchNow, fit, make_merge, points, published, same_trail
+from tests.support.ranks import RankPool
+from tests.support.slopes import compare_slopes
 
 REFINE = SearchConfig(max_fraction_of_training=None, n_trials=2, refine="gradient")
 

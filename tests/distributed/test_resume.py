@@ -14,8 +14,8 @@ from torch import Tensor
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback
 from lightning_ckmerge.buffer.storage import FILE_NAME
 from lightning_ckmerge.core.specs import split_name
-from tests.distributed.trainers import Classifier, fit, make_merge
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, fit, make_merge
+from tests.support.ranks import RankPool
 
 # The end of an epoch of two ranks, for the sake of the data's order, and in mid-segment.
 STOP = 12

@@ -22,8 +22,8 @@ from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.distributed.comm import Alone, Comm, Ranks
 from lightning_ckmerge.plugin.evaluate.batch_values import BatchRecorder
 from lightning_ckmerge.plugin.run import MergeRun
-from tests.distributed.trainers import Classifier, fit, make_merge, points
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, fit, make_merge, points
+from tests.support.ranks import RankPool
 
 NUM_SAMPLES = 43
 

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from lightning_ckmerge import SearchConfig
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
 from lightning_ckmerge.plugin.strategies import WHAT_WORKS, check_supported
-from tests.distributed.trainers import Classifier, fit, make_merge, points, published, same_trail
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, fit, make_merge, points, published, same_trail
+from tests.support.ranks import RankPool
 
 
 def trainer_with(strategy: Any) -> Any:

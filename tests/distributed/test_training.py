@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.distributed.trainers import Classifier, SearchNow, TiedGPT, fit, make_merge, published, same_trail
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, SearchNow, TiedGPT, fit, make_merge, published, same_trail
+from tests.support.ranks import RankPool
 
 MODELS = {"classifier": Classifier, "gpt2": TiedGPT, "even": lambda: Classifier(width=32, norm=False)}
 

@@ -16,7 +16,7 @@ from urllib.request import ProxyHandler, build_opener
 
 import pytest
 
-from tests.plugin.runs import Case, fit, make_merge, manifests, merges_dir
+from tests.support.bitwise import Case, fit, make_merge, manifests, merges_dir
 
 ATTEMPTS = 3
 TIMEOUT_S = 60

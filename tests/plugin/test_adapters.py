@@ -22,10 +22,9 @@ from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Coordinates, Grouped, Interval, Space
 from lightning_ckmerge.core.spaces.groups import assign_groups
 from lightning_ckmerge.errors import ArtifactError, ConfigError, FinalError
-from tests.cli.commands import ckmerge, ckmerge_json
-from tests.cli.transformers_models import Language, gpt2
-from tests.plugin.lora import NUM_TRAINED, RANK, Adapted, adapted, logits, make_merge, train
-from tests.plugin.models import tokens_loader
+from tests.support.commands import ckmerge, ckmerge_json
+from tests.support.language import NUM_TRAINED, RANK, Adapted, Language, adapted, gpt2, logits, make_merge, train
+from tests.support.models import tokens_loader
 
 peft: Any = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -344,8 +343,8 @@ def test_a_plan_counts_the_base_for_the_search_alone(tmp_path: Path) -> None:
     callback = {"class_path": "lightning_ckmerge.CheckpointMergeCallback", "init_args": {"evaluation": evaluation}}
     config = {
         "trainer": {"accelerator": "cpu", "max_steps": 8, "logger": False, "callbacks": [callback]},
-        "model": {"class_path": "tests.plugin.lora.Adapted"},
-        "data": {"class_path": "tests.cli.runs.PointsData"},
+        "model": {"class_path": "tests.support.language.Adapted"},
+        "data": {"class_path": "tests.support.offline.PointsData"},
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))

@@ -24,22 +24,22 @@ from torch.utils.data import DataLoader
 
 from lightning_ckmerge import ArtifactConfig, BufferConfig, EvaluationConfig, SearchConfig
 from lightning_ckmerge.config import AdapterMerge
-from tests.plugin.lora import Adapted, MergesToValidate
-from tests.plugin.models import (
-    Classifier,
-    Points,
-    TinyGPT,
-    TwoOptimizers,
-    points_loader,
-    tokens_loader,
-)
-from tests.plugin.runs import (
+from tests.support.bitwise import (
     NUM_TRIALS,
     Case,
     SearchAtValidationEnd,
     assert_same_run,
     manifests,
     merge_callbacks,
+)
+from tests.support.language import Adapted, MergesToValidate
+from tests.support.models import (
+    Classifier,
+    Points,
+    TinyGPT,
+    TwoOptimizers,
+    points_loader,
+    tokens_loader,
 )
 
 MODELS = {

@@ -16,9 +16,9 @@ from lightning_ckmerge import ArtifactConfig, EvaluationConfig
 from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.plugin import run
 from lightning_ckmerge.plugin.publish import loggers, pretrained, reports
-from tests.plugin.models import Classifier
-from tests.plugin.runs import Case, fit, make_merge
 from tests.plugin.test_lifecycle import longer
+from tests.support.bitwise import Case, fit, make_merge
+from tests.support.models import Classifier
 
 FEW = EvaluationConfig(limit_batches=8)
 ERRORS = (ValueError, KeyError, RuntimeError, RecursionError)

@@ -13,8 +13,8 @@ import torch
 from lightning_ckmerge.errors import ArtifactError, TraceError
 from lightning_ckmerge.plugin.evaluate import lightning_loop as evaluation
 from lightning_ckmerge.plugin.restore import kept, memory, standstill
-from tests.plugin.models import points_loader
-from tests.plugin.runs import Case, assert_same_run
+from tests.support.bitwise import Case, assert_same_run
+from tests.support.models import points_loader
 
 
 def nothing(*_: Any, **__: Any) -> None:

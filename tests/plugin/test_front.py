@@ -14,9 +14,9 @@ from lightning_ckmerge import Artifact, CheckpointMergeCallback, SearchConfig, l
 from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.errors import ConfigError, MonitorError
 from lightning_ckmerge.report.view import build_view
-from tests.cli.commands import ckmerge, ckmerge_json
-from tests.plugin.models import Classifier, TinyGPT, tokens_loader
-from tests.plugin.runs import Case, compare_runs, fit, make_merge, merges_dir
+from tests.support.bitwise import Case, compare_runs, fit, make_merge, merges_dir
+from tests.support.commands import ckmerge, ckmerge_json
+from tests.support.models import Classifier, TinyGPT, tokens_loader
 
 
 class Two(TinyGPT):

@@ -14,7 +14,7 @@ from lightning_ckmerge.checkpoints.rebuild import rebuild
 from lightning_ckmerge.core.spaces import Grouped, Space, SpaceName
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
-from tests.plugin.models import Noisy
+from tests.support.models import Noisy
 
 
 def train(root: Path, space: Space | SpaceName) -> tuple[Noisy, Artifact]:

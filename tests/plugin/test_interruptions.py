@@ -18,9 +18,9 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.plugin.models import Classifier
-from tests.plugin.runs import Case, Run, compare_runs, fit, make_merge, merges_dir
 from tests.plugin.test_lifecycle import searching
+from tests.support.bitwise import Case, Run, compare_runs, fit, make_merge, merges_dir
+from tests.support.models import Classifier
 
 Outside = Callable[["Interrupted"], None]
 

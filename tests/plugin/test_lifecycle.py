@@ -23,8 +23,7 @@ from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.config import Constraint
 from lightning_ckmerge.errors import ConfigError, MonitorError, UnsupportedError
 from lightning_ckmerge.report.run import render_run_markdown
-from tests.plugin.models import BATCH, NUM_TRAIN, Classifier, Points, points_loader
-from tests.plugin.runs import (
+from tests.support.bitwise import (
     Case,
     SearchAtValidationEnd,
     assert_same_run,
@@ -35,6 +34,7 @@ from tests.plugin.runs import (
     manifests,
     merges_dir,
 )
+from tests.support.models import BATCH, NUM_TRAIN, Classifier, Points, points_loader
 
 NUM_BATCHES = NUM_TRAIN // (2 * BATCH)
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.plugin.models import Classifier, Points, TwoOptimizers
-from tests.plugin.runs import Case, assert_searched, compare_runs, fit, make_merge, merge_callbacks, merges_dir
+from tests.support.bitwise import Case, assert_searched, compare_runs, fit, make_merge, merge_callbacks, merges_dir
+from tests.support.models import Classifier, Points, TwoOptimizers
 
 HOOKS = (
     "on_train_batch_start",

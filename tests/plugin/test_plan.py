@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.plugin.plan import Plan, forecast, render_plan
-from tests.plugin.models import points_loader
+from tests.support.models import points_loader
 
 # An epoch of the training loader.
 BATCHES = 10

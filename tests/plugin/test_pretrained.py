@@ -12,8 +12,8 @@ import torch
 from lightning_ckmerge import ArtifactConfig, BufferConfig, CheckpointMergeCallback, SearchConfig, load_merged
 from lightning_ckmerge.errors import ConfigError
 from tests.cli.test_export import open_pretrained
-from tests.cli.transformers_models import CASES, Language, gpt2, llama, loader, logits
-from tests.plugin.models import Classifier, points_loader
+from tests.support.language import CASES, Language, gpt2, llama, loader, logits
+from tests.support.models import Classifier, points_loader
 
 FORMATS = ("safetensors", "ckpt", "hf")
 

@@ -19,8 +19,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_module
 from lightning_ckmerge import CheckpointMergeCallback, SearchConfig
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.plugin.progress import harmless
-from tests.plugin.models import Classifier, points_loader
-from tests.plugin.runs import Case, SearchAtValidationEnd, assert_searched, fit, make_merge, merges_dir
+from tests.support.bitwise import Case, SearchAtValidationEnd, assert_searched, fit, make_merge, merges_dir
+from tests.support.models import Classifier, points_loader
 
 BARS: dict[str, Callable[[], pl.Callback]] = {
     "tqdm": TQDMProgressBar,

@@ -19,8 +19,8 @@ from lightning_ckmerge.core.spaces import Grouped
 from lightning_ckmerge.errors import ConfigError, SearchError
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
-from tests.plugin.models import Noisy
-from tests.plugin.slopes import compare_slopes
+from tests.support.models import Noisy
+from tests.support.slopes import compare_slopes
 
 NUM_STEPS = 80
 

@@ -16,8 +16,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.plugin.resuming import main
-from tests.plugin.runs import manifests
+from tests.support.bitwise import manifests
+from tests.support.resuming import main
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS = 22
@@ -26,7 +26,7 @@ NUM_STEPS = 22
 def start(root: Path, **options: Any) -> subprocess.Popen[str]:
     """Begin to train in a new process."""
     root.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tests.plugin.resuming", str(root), json.dumps(options)]
+    command = [sys.executable, "-m", "tests.support.resuming", str(root), json.dumps(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, stderr=subprocess.PIPE)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ckmerge.errors import TraceError
-from tests.plugin.runs import digest, make_merge, manifests, merge_callbacks
+from tests.support.bitwise import digest, make_merge, manifests, merge_callbacks
 
 
 class Weighted(Dataset[tuple[Tensor, Tensor]]):

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_ckmerge import CheckpointMergeCallback
 from lightning_ckmerge.errors import ConfigError
-from tests.plugin.models import Classifier, points_loader
+from tests.support.models import Classifier, points_loader
 
 Arguments = Callable[[Path], tuple[Any, dict[str, Any]]]
 # The callback's `dirpath`, and the Trainer's arguments.

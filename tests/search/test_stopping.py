@@ -24,7 +24,7 @@ from lightning_ckmerge.core.spaces import Decay
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.stopping import MIN_TRIALS, Stopping
-from tests.search.paraboloid import HaltError, Paraboloid, halting, make_search
+from tests.support.paraboloid import HaltError, Paraboloid, halting, make_search
 
 NUM_TRIALS = 20
 

@@ -96,8 +96,8 @@ def write_config(root: Path, *, data: str = "PointsData", trainer: dict[str, Any
             "callbacks": [{"class_path": "lightning_ckmerge.CheckpointMergeCallback", "init_args": arguments}],
             **(trainer or {}),
         },
-        "model": {"class_path": "tests.cli.runs.Wandering"},
-        "data": {"class_path": f"tests.cli.runs.{data}"},
+        "model": {"class_path": "tests.support.offline.Wandering"},
+        "data": {"class_path": f"tests.support.offline.{data}"},
         "ckpt_path": None,
     }
     path = root / "run.yaml"

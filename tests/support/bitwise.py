@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, SearchConfig
 from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.plugin.models import Classifier, points_loader
+from tests.support.models import Classifier, points_loader
 
 NUM_TRIALS = 2
 

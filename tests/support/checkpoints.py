@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from tests.artifact.conftest import TiedModel, tensors_of
+from tests.support.outcomes import TiedModel, tensors_of
 
 STEPS = (100, 200, 300)
 

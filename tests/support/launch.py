@@ -1,4 +1,4 @@
-"""A training script, for what only Lightning's own launchers show: python -m tests.distributed.launch ddp_spawn DIR
+"""A training script, for what only Lightning's own launchers show: python -m tests.support.launch ddp_spawn DIR
 
 Prints what the process that called ``fit`` knows of the best artifact.
 """
@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lightning_ckmerge import EvaluationConfig
-from tests.distributed.trainers import fit, make_merge, points
+from tests.support.rank_runs import fit, make_merge, points
 
 
 def main(strategy: str, root: str) -> None:

@@ -1,4 +1,4 @@
-"""One training process: ``python -m tests.plugin.resuming ROOT JSON``. Its data and noise depend on the step alone."""
+"""One training process: ``python -m tests.support.resuming ROOT JSON``. Its data and noise depend on the step alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, SearchConfig
-from tests.plugin.models import NUM_FEATURES, Classifier, points_loader
-from tests.plugin.runs import digest
+from tests.support.bitwise import digest
+from tests.support.models import NUM_FEATURES, Classifier, points_loader
 
 
 class BySteps(Classifier):
