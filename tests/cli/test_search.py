@@ -21,7 +21,7 @@ from lightning_ckmerge.checkpoints.formats import find_sources, open_source
 from lightning_ckmerge.errors import ArtifactError, ConfigError, MonitorError
 from lightning_ckmerge.tensorfiles.durable import file_record
 from tests.support.commands import ckmerge, ckmerge_json
-from tests.support.offline import EVERY, NUM_STEPS, PointsData, Wandering, train, write_config
+from tests.support.offline import EVERY, NUM_STEPS, PointsData, Wandering, train_without_merging, write_config
 from tests.support.postgres import PG_CTL, postgres
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("run"))
+    return train_without_merging(tmp_path_factory.mktemp("run"))
 
 
 def search_args(checkpoints: Path, root: Path, *more: object, **config: Any) -> list[object]:

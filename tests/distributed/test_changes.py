@@ -18,7 +18,7 @@ from lightning_ckmerge.buffer.segment_mean import SegmentMean
 from lightning_ckmerge.distributed.comm import Ranks, together
 from lightning_ckmerge.errors import CkmergeError, PeerError
 from tests.distributed.test_faults import BoomError, Fault
-from tests.support.rank_runs import fit, make_merge, published, same_trail
+from tests.support.rank_runs import fit, make_rank_merge, published, same_trail
 from tests.support.ranks import RankPool
 
 CHANGED_AT = 5  # in the middle of a segment
@@ -58,7 +58,7 @@ def changed(change: Callable[[Any], object], on_ranks: tuple[int, ...], on_error
     others = [Change(change, on_ranks)]
     baseline = fit("ddp", root, None, others=others)
     try:
-        found = fit("ddp", root, make_merge(root, every_n_train_steps=4, on_error=on_error), others=others)
+        found = fit("ddp", root, make_rank_merge(root, every_n_train_steps=4, on_error=on_error), others=others)
     except CkmergeError as error:
         return str(error)
     return same_trail(found, baseline)
@@ -106,7 +106,7 @@ class Reshards(pl.Callback):
 
 
 def sampled(root: str) -> bool:
-    found = fit("fsdp2", root, None, others=[Samples(), make_merge(root), Reshards()])
+    found = fit("fsdp2", root, None, others=[Samples(), make_rank_merge(root), Reshards()])
     return same_trail(found, fit("fsdp2", root, None, others=[Samples(), Reshards()]))
 
 
@@ -120,7 +120,7 @@ def failing(on_error: str, root: str) -> Any:
     baseline = fit("ddp", root, None)
     with Fault(1, (SegmentMean, "take", 5)) as fault:
         try:
-            found = fit("ddp", root, make_merge(root, on_error=on_error, every_n_train_steps=4))
+            found = fit("ddp", root, make_rank_merge(root, on_error=on_error, every_n_train_steps=4))
         except (CkmergeError, BoomError) as error:
             return type(error).__name__
     return same_trail(found, baseline), fault.happened

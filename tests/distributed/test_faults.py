@@ -29,7 +29,7 @@ from lightning_ckmerge.plugin.publish import publisher, reports
 from lightning_ckmerge.plugin.restore.standstill import Standstill
 from lightning_ckmerge.search.study import SearchStudy
 from lightning_ckmerge.tensorfiles.writer import ShardWriter
-from tests.support.rank_runs import Classifier, fit, make_merge, same_trail
+from tests.support.rank_runs import Classifier, fit, make_rank_merge, same_trail
 from tests.support.ranks import RankPool
 
 
@@ -94,7 +94,7 @@ class Fault:
 
 def merge_for(root: str, on_error: str, **options: Any) -> Any:
     artifact = ArtifactConfig(max_shard_size="600B", formats=("safetensors", "ckpt"))
-    return make_merge(root, artifact=artifact, on_error=on_error, **options)
+    return make_rank_merge(root, artifact=artifact, on_error=on_error, **options)
 
 
 class FaultAtEachSearch(pl.Callback):

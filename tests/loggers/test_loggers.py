@@ -19,9 +19,9 @@ from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.plugin.publish.loggers import scalars
 from lightning_ckmerge.report.figure import draw_search
-from tests.support.bitwise import make_merge
 from tests.support.models import Classifier, points_loader
 from tests.support.outcomes import make_outcome
+from tests.support.trainers import make_merge
 
 SCALARS = {"merge/val_loss", "merge/latest", "merge/gain", "merge/best_anchor", "merge/seconds", "merge/seconds_total"}
 

@@ -17,8 +17,9 @@ from lightning_ckmerge import EvaluationConfig
 from lightning_ckmerge.artifact.load import load_merged
 from lightning_ckmerge.errors import ArtifactError, FinalError
 from lightning_ckmerge.plugin.evaluate.halves import confirms
-from tests.support.bitwise import Case, Run, assert_same_run, fit, make_merge, manifests, merges_dir
+from tests.support.bitwise import Case, Run, assert_same_run, fit, merges_dir
 from tests.support.models import NUM_CLASSES, NUM_FEATURES, points_loader
+from tests.support.trainers import make_merge, manifests
 
 OUT_OF_IT = {"on_validation_epoch_start": "on_validation_epoch_end", "validation_step": "on_validation_epoch_end"}
 FEW = EvaluationConfig(staged=False, limit_batches=8)

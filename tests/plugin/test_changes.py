@@ -23,7 +23,7 @@ from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.distributed.comm import Alone
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import SnapshotError
-from tests.support.bitwise import make_merge, manifests
+from tests.support.trainers import make_merge, manifests
 
 NUM_STEPS = 12
 CHANGED_AT = 5  # in the middle of a segment

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_ckmerge.artifact.load import Artifact, best_target
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.buffer.storage import FILE_NAME
-from tests.support.bitwise import digest, make_merge
+from tests.support.bitwise import digest
+from tests.support.trainers import make_merge
 
 STOP, END = 1, 2
 PLACES: dict[str, Callable[[Path], Path]] = {

@@ -17,8 +17,9 @@ from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.plugin import run
 from lightning_ckmerge.plugin.publish import loggers, pretrained, reports
 from tests.plugin.test_lifecycle import longer
-from tests.support.bitwise import Case, fit, make_merge
+from tests.support.bitwise import Case, fit
 from tests.support.models import Classifier
+from tests.support.trainers import make_merge
 
 FEW = EvaluationConfig(limit_batches=8)
 ERRORS = (ValueError, KeyError, RuntimeError, RecursionError)

@@ -14,9 +14,10 @@ from lightning_ckmerge import Artifact, CheckpointMergeCallback, SearchConfig, l
 from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.errors import ConfigError, MonitorError
 from lightning_ckmerge.report.view import build_view
-from tests.support.bitwise import Case, compare_runs, fit, make_merge, merges_dir
+from tests.support.bitwise import Case, compare_runs, fit, merges_dir
 from tests.support.commands import ckmerge, ckmerge_json
 from tests.support.models import Classifier, TinyGPT, tokens_loader
+from tests.support.trainers import make_merge
 
 
 class Two(TinyGPT):

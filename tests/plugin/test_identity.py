@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback
 from lightning_ckmerge.artifact.history import read_history
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.support.bitwise import make_merge, manifests
 from tests.support.models import Classifier, points_loader
+from tests.support.trainers import make_merge, manifests
 
 SEGMENT = 2
 

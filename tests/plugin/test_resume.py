@@ -16,8 +16,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.support.bitwise import manifests
 from tests.support.resuming import main
+from tests.support.trainers import manifests
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS = 22

@@ -16,7 +16,7 @@ from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, load_merged
 from lightning_ckmerge.artifact.history import read_history
 from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.artifact.standing import read_standing
-from tests.support.bitwise import make_merge
+from tests.support.trainers import make_merge
 
 NUM_STEPS, SEARCHED = 16, 8
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ckmerge.errors import TraceError
-from tests.support.bitwise import digest, make_merge, manifests, merge_callbacks
+from tests.support.bitwise import digest
+from tests.support.trainers import make_merge, manifests, merge_callbacks
 
 
 class Weighted(Dataset[tuple[Tensor, Tensor]]):

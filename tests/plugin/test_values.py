@@ -21,8 +21,9 @@ from lightning_ckmerge.errors import ConfigError, MonitorError
 from lightning_ckmerge.plugin.evaluate.halves import confirms
 from lightning_ckmerge.plugin.evaluate.validation import Validation
 from lightning_ckmerge.report.view import build_view
-from tests.support.bitwise import Case, fit, make_merge, manifests, merges_dir
+from tests.support.bitwise import Case, fit, merges_dir
 from tests.support.models import NUM_VAL, Classifier, Points, Stream, TinyGPT, points_loader, tokens_loader
+from tests.support.trainers import make_merge, manifests
 
 # The loss falls while these train, so that, searching for high ones, older weights win; too few batches for a verdict,
 # so weights are published in any case.

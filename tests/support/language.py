@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
 from tests.support.models import tokens_loader
+from tests.support.trainers import make_merge, train
 
 VOCABULARY = 23
 
@@ -172,7 +173,7 @@ class MergesToValidate(Adapted):
         self.net["lm"].unmerge_adapter()
 
 
-def make_merge(root: Path, **overrides: Any) -> CheckpointMergeCallback:
+def make_adapter_merge(root: Path, **overrides: Any) -> CheckpointMergeCallback:
     """Point snapshots, and a mean of them that wins: the loss falls, so that, searching for high ones, old weights do.
 
     No batch is left to confirm with, so that no search is rejected.
@@ -185,23 +186,14 @@ def make_merge(root: Path, **overrides: Any) -> CheckpointMergeCallback:
         "search": SearchConfig(n_trials=2, max_fraction_of_training=None),
         "evaluation": EvaluationConfig(confirm_fraction=0.01),
         "every_n_train_steps": 100,
-        "on_error": "raise",
-        **overrides,
+        "search_on_train_end": True,
+        "save_top_k": 1,
     }
-    return CheckpointMergeCallback(**options)
+    return make_merge(**{**options, **overrides})
 
 
-def train(module: pl.LightningModule, callback: CheckpointMergeCallback, **options: Any) -> None:
-    pl.seed_everything(1, verbose=False)
-    trainer = pl.Trainer(
-        max_steps=8,
-        accelerator="cpu",
-        callbacks=[callback, *options.pop("callbacks", ())],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-    )
-    trainer.fit(module, tokens_loader(train=True), tokens_loader(train=False))
+def train_on_tokens(module: pl.LightningModule, merge: CheckpointMergeCallback, **options: Any) -> None:
+    """Train for eight steps."""
+    options = {"root": None, "max_steps": 8, "num_sanity_val_steps": 0, **options}
+    callbacks = [merge, *options.pop("callbacks", ())]
+    train(module, tokens_loader(train=True), tokens_loader(train=False), callbacks=callbacks, **options)

@@ -12,12 +12,12 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lightning_ckmerge import EvaluationConfig
-from tests.support.rank_runs import fit, make_merge, points
+from tests.support.rank_runs import fit, make_rank_merge, points
 
 
 def main(strategy: str, root: str) -> None:
     # No `dirpath`: it depends on the logger's version, which only the ranks find out.
-    merge = make_merge(root, dirpath=None, evaluation=EvaluationConfig(), every_n_train_steps=24)
+    merge = make_rank_merge(root, dirpath=None, evaluation=EvaluationConfig(), every_n_train_steps=24)
     val = DataLoader(points(1283), batch_size=16)  # enough to accept a merge
     run = fit(strategy, root, merge, logger=CSVLogger(root, name="logs"), max_epochs=4, val=val)
     if os.environ.get("LOCAL_RANK", "0") == "0":
