@@ -14,14 +14,6 @@ settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each file's tests to one worker, so that its fixtures are built once, and those on two ranks to another."""
-    for item in items:
-        group = "ranks" if "ranks" in getattr(item, "fixturenames", ()) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Two gloo ranks, shared by all tests."""
