@@ -25,9 +25,9 @@ from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.distributed import ownership
 from lightning_ckmerge.plugin.evaluate import lightning_loop as evaluation
 from lightning_ckmerge.plugin.evaluate import validation
-from lightning_ckmerge.plugin.evaluate.halves import Stoppable
+from lightning_ckmerge.plugin.evaluate.halves import Batches
 from lightning_ckmerge.plugin.publish import publisher, reports
-from lightning_ckmerge.plugin.restore.standstill import Standstill
+from lightning_ckmerge.plugin.restore.paused_run import PausedRun
 from lightning_ckmerge.search.study import SearchStudy
 from tests.distributed.trainers import Classifier, fit, make_merge, same_trail
 from tests.ranks import RankPool
@@ -39,21 +39,21 @@ class BoomError(OSError):
 
 # Stage -> what is called there, and at which call it fails; each is within the first search.
 STAGES: dict[str, tuple[Any, str, int]] = {
-    "standstill": (Standstill, "__enter__", 1),
+    "pausing": (PausedRun, "__enter__", 1),
     "snapshots": (RollingBuffer, "snapshots", 1),
     "loaders": (validation, "find_loaders", 1),
     "first merge": (Merger, "merge", 1),
     "later merge": (Merger, "merge", 4),
     "publishing": (ownership, "make_buckets", 3),
-    "begin": (Standstill, "begin", 3),
-    "reading": (Stoppable, "__iter__", 2),
+    "begin": (PausedRun, "begin", 3),
+    "reading": (Batches, "__iter__", 2),
     "fetching": (_BaseDataLoaderIter, "__next__", 4),
     "batch": (evaluation, "_record", 4),
     "manifest": (publisher, "build_manifest", 1),
     "gathering": (publisher, "GatheredWeights", 1),
     "weights": (shards.ShardWriter, "_append", 2),
     "checkpoint": (publisher, "dump_weights", 1),
-    "restoring": (Standstill, "__exit__", 1),
+    "restoring": (PausedRun, "__exit__", 1),
 }
 # What only rank 0 does.
 FIRST_RANK_STAGES: dict[str, tuple[Any, str, int]] = {
