@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,21 +15,34 @@ from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.config import AdapterMerge, MergeSettings
 from lightning_ckmerge.core.outcome import Coefficients, Cost, EvaluationRecord, Score, Scored, SearchOutcome
 from lightning_ckmerge.core.spaces import Space
-from lightning_ckmerge.errors import ArtifactError, SkipError
+from lightning_ckmerge.errors import SkipError
 from lightning_ckmerge.search.anchors import candidate_at
 from lightning_ckmerge.search.engine import Search, T, most_confirmed
 from lightning_ckmerge.search.problem import Evaluate, Half, KeepGoing, Problem
-from lightning_ckmerge.search.refine import MAX_REFINED, Differentiate, refine
+from lightning_ckmerge.search.refine import MAX_REFINED, Array, refine
 from lightning_ckmerge.search.stopping import NEVER, Budget, Stopping
 from lightning_ckmerge.search.study import SearchStudy, SharedStudy, make_sampler
 from lightning_ckmerge.search.verdict import Point, Progress, reach_verdict
 
 
-class Validation(Protocol):
-    """Scores the live weights; the plugin runs the user's own validation for it."""
+class Scorer(Protocol):
+    """Loads, scores and differentiates merges; the plugin runs the user's own validation for it."""
 
-    def run(self, half: Half, keep_going: KeepGoing | None = None) -> Score:
-        """Return the live weights' score on one half of the batches."""
+    @property
+    def merger(self) -> Merger:
+        """The snapshots."""
+
+    def score(self, c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
+        """Return a candidate's score; arguments are those of ``search.problem.Evaluate``."""
+
+    def load(self, c: Coefficients) -> None:
+        """Put a merge in place of the live weights."""
+
+    def gradient(self, c: Coefficients) -> Mapping[str, Array]:
+        """Return the derivatives at ``c``, as ``search.refine.Differentiate`` says."""
+
+    def check(self, scored: Scored, read: Callable[[], None]) -> None:
+        """Raise ``ArtifactError`` unless the weights that ``read`` puts in place score as was recorded."""
 
     def num_batches(self, half: Half) -> tuple[int, ...]:
         """Return the batches of each loader in a half."""
@@ -38,62 +50,8 @@ class Validation(Protocol):
     def can_confirm(self) -> bool:
         """Whether the confirmation half has any batches."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """Where candidates take the place of the live weights, and are scored.
-
-    Args:
-        begin: Called before each evaluation: brings everything but the weights to where the search began.
-        load: Writes a merge into the live tensors, and recalibrates it where that is asked for.
-        reload: Loads a merge as if it had not been loaded: ``reload(c, read)`` calls ``read`` to write it.
-        scored: Told of each candidate's score on the search half, once it is in the live tensors.
-        notes: Returns what people should know of the evaluations so far.
-        tolerance: Relative difference of one batch's value that rounding explains.
-        differentiate: Gives the gradient for ``SearchConfig.refine``.
-    """
-
-    merger: Merger
-    validation: Validation
-    begin: Callable[[], None]
-    load: Callable[[Coefficients], None]
-    reload: Callable[[Coefficients, Callable[[], None]], None]
-    scored: Callable[[Score], None] = lambda score: None
-    notes: Callable[[], Sequence[str]] = tuple
-    tolerance: float = 1e-5
-    differentiate: Differentiate | None = None
-
-    def evaluate(self, c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
-        """Return a candidate's score; arguments are those of ``search.problem.Evaluate``."""
-        self.begin()
-        self.load(c)
-        score = self.validation.run(half, keep_going)
-        if half == "search":
-            self.scored(score)
-        return score
-
-    def check(self, trial: Scored, read: Callable[[], None]) -> None:
-        """Score the merge that ``read`` puts into the live tensors on one batch, which must have its recorded value.
-
-        It is the first one of the confirmation half, or of the search half where nothing could be confirmed; a block
-        of them, where the metric is no mean over batches.
-
-        Raises:
-            ArtifactError: It has another one.
-        """
-        half: Half = "search" if trial.confirm is None else "confirm"
-        recorded = trial.search if trial.confirm is None else trial.confirm
-        self.begin()
-        self.reload(trial.candidate.coefficients, read)
-        again = self.validation.run(half, keep_going=lambda values_B, sizes_B: False)
-        pairs = [(_first(a), _first(b)) for a, b in zip(recorded.objectives, again.objectives, strict=True)]
-        if not all(math.isclose(a, b, rel_tol=self.tolerance, abs_tol=1e-9) for a, b in pairs):
-            raise ArtifactError(
-                "an artifact must score as its candidate did, but read back from the disk it has "
-                f"{', '.join(f'{b:.9g} instead of {a:.9g}' for a, b in pairs)} on the first batch of the {half} half. "
-                "It is not published: look for state that `validation_step` reads and `state_dict` does not hold, and "
-                "for validation that draws from state of its own."
-            )
+    def notes(self) -> Sequence[str]:
+        """Return warnings about the evaluations so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +79,7 @@ class SearchJob:
     step: int
     settings: MergeSettings
     space: Space
-    bench: Bench
+    scorer: Scorer
     allowed_s: float | None
     allowed_by: str
     searched_s: float
@@ -146,9 +104,9 @@ def run_search(job: SearchJob) -> SearchOutcome:
         MonitorError: Validation does not log the metric.
     """
     start = time.monotonic()
-    search = _search(job, job.bench.evaluate)
+    search = _search(job, job.scorer.score)
     warnings = _refine(job, search)
-    if job.bench.validation.can_confirm():
+    if job.scorer.can_confirm():
         search.confirm()
     return _outcome(job, search, time.monotonic() - start, warnings)
 
@@ -165,7 +123,7 @@ def join_search(job: SearchJob) -> int:
     def evaluate(c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
         nonlocal num_scored
         num_scored += 1
-        return job.bench.evaluate(c, half, keep_going)
+        return job.scorer.score(c, half, keep_going)
 
     _search(job, evaluate)
     return num_scored
@@ -173,7 +131,7 @@ def join_search(job: SearchJob) -> int:
 
 def _search(job: SearchJob, evaluate: Evaluate) -> Search:
     """Score anchors and trials."""
-    if len(job.bench.merger.snapshots_K) < 2:
+    if len(job.scorer.merger.snapshots_K) < 2:
         raise SkipError(
             "a search needs at least one snapshot beside the latest weights, got none. "
             "Shorten `buffer.every_n_train_steps` or search later."
@@ -182,7 +140,7 @@ def _search(job: SearchJob, evaluate: Evaluate) -> Search:
     problem = Problem(
         objectives=settings.objectives,
         space=job.space,
-        segments_K=job.bench.merger.segments_K,
+        segments_K=job.scorer.merger.segments_K,
         n_trials=config.n_trials,
         anchors=tuple(config.anchors),
         staged=settings.evaluation.staged,
@@ -190,7 +148,7 @@ def _search(job: SearchJob, evaluate: Evaluate) -> Search:
         previous=job.previous,
         max_added=MAX_REFINED if config.refine else 0,
     )
-    reserved = most_confirmed(of_front=settings.has_several) * sum(job.bench.validation.num_batches("confirm"))
+    reserved = most_confirmed(of_front=settings.has_several) * sum(job.scorer.num_batches("confirm"))
     budget = Budget(job.allowed_s, reason=f"`{job.allowed_by}`", reserved_batches=reserved)
     search = Search(
         problem=problem,
@@ -223,19 +181,18 @@ def _refine(job: SearchJob, search: Search) -> list[str]:
     """Refine the winner where that is asked for, and return why it stopped, if that was a fault."""
     if job.settings.search.refine is None:
         return []
-    assert job.bench.differentiate is not None
-    reason = refine(search, job.bench.differentiate, tolerant=not job.settings.raises)
+    reason = refine(search, job.scorer.gradient, tolerant=not job.settings.raises)
     return [f"The refinement by gradients stopped: {reason}"] if reason else []
 
 
 def _open_study(job: SearchJob, latest: Score) -> SearchStudy:
     config, objectives = job.settings.search, job.settings.objectives
     sampler = make_sampler(config.sampler, config.seed)
-    segments_K = job.bench.merger.segments_K
+    segments_K = job.scorer.merger.segments_K
     intervals = job.space.coordinates(segments_K)
     # The latest weights' values, batch by batch, stand for weights, data and random state at once.
     identity = {
-        "snapshots": [asdict(r) for r in job.bench.merger.records()],
+        "snapshots": [asdict(r) for r in job.scorer.merger.records()],
         "latest": [[o.value, o.values_B] for o in latest.objectives],
         "space": [type(job.space).__qualname__, {n: asdict(i) for n, i in intervals.items()}],
         # Settings that leave the ranges as they are show in the coefficients.
@@ -274,7 +231,7 @@ def _outcome(job: SearchJob, search: Search, elapsed_s: float, warnings: Sequenc
         monitor=job.settings.objectives[0].monitor,
         mode=job.settings.objectives[0].mode,
         space=type(job.space).__name__.lower(),
-        snapshots_K=job.bench.merger.records(),
+        snapshots_K=job.scorer.merger.records(),
         group_of=job.space.group_of,
         winner=winner,
         anchors=tuple(search.anchors),
@@ -292,10 +249,6 @@ def _outcome(job: SearchJob, search: Search, elapsed_s: float, warnings: Sequenc
     )
 
 
-def _first(score: Score) -> float:
-    return score.values_B[0] if score.values_B else score.value
-
-
 def _progress(job: SearchJob, latest: Scored) -> Progress:
     now = [(job.step, latest.confirm.value)] if latest.confirm is not None else []
     return Progress(job.step, (job.validated, [*job.searched, *now]))
@@ -303,12 +256,12 @@ def _progress(job: SearchJob, latest: Scored) -> Progress:
 
 def _warnings(job: SearchJob, search: Search, winner: Scored) -> list[str]:
     z_D = winner.candidate.coordinates
-    found = [*job.notes, *job.bench.notes()]
+    found = [*job.notes, *job.scorer.notes()]
     if z_D is not None:
-        found += job.space.warnings(z_D, job.bench.merger.segments_K)
+        found += job.space.warnings(z_D, job.scorer.merger.segments_K)
     if search.stopped_early is not None and not search.found_enough:
         found.append(f"The search stopped {search.stopped_early}.")
-    if not job.bench.validation.can_confirm():
+    if not job.scorer.can_confirm():
         found.append("One validation batch cannot be split: nothing could be confirmed. Use more or smaller batches.")
     return found
 
@@ -317,8 +270,7 @@ def _evaluation_record(job: SearchJob, latest: Scored) -> EvaluationRecord:
     def samples(score: Score | None) -> float | None:
         return sum(score.sizes_B) if score is not None and score.sizes_B is not None else None
 
-    validation = job.bench.validation
-    search_batches, confirm_batches = validation.num_batches("search"), validation.num_batches("confirm")
+    search_batches, confirm_batches = job.scorer.num_batches("search"), job.scorer.num_batches("confirm")
     num_samples = samples(latest.search), samples(latest.confirm)
     identity = [*job.settings.monitors, search_batches, confirm_batches, *num_samples]
     return EvaluationRecord(

@@ -27,7 +27,7 @@ from lightning_ckmerge.core.spaces import Decay, Pairwise, make_space
 from lightning_ckmerge.distributed.comm import Alone
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import SearchError
-from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
+from lightning_ckmerge.pipeline import SearchJob, run_search
 from lightning_ckmerge.search.problem import Half, KeepGoing
 from lightning_ckmerge.search.stopping import MIN_TRIALS
 
@@ -123,18 +123,34 @@ class Validation:
         return self.batches["confirm"] > 0
 
 
+class ToyScorer:
+    """Merges into a module without a Trainer."""
+
+    def __init__(self, merger: Merger, validation: Validation) -> None:
+        self.merger = merger
+        self.validation = validation
+        self.load = merger.merge
+        self.num_batches = validation.num_batches
+        self.can_confirm = validation.can_confirm
+
+    def score(self, c: Any, half: Half, keep_going: KeepGoing | None = None) -> Score:
+        self.load(c)
+        return self.validation.run(half, keep_going)
+
+    def gradient(self, c: Any) -> Any:
+        raise NotImplementedError
+
+    def check(self, scored: Any, read: Any) -> None:
+        read()
+
+    def notes(self) -> Sequence[str]:
+        return ()
+
+
 def make_job(
     run: Run, path: Path, config: SearchConfig | None = None, *, staged: bool = True, **options: Any
 ) -> SearchJob:
-    merger = run.merger()
-    parts: dict[str, Any] = {
-        "merger": merger,
-        "validation": Validation(run.module),
-        "begin": lambda: None,
-        "load": merger.merge,
-        "reload": lambda c, read: read(),
-    }
-    bench = Bench(**{name: options.pop(name, part) for name, part in parts.items()})
+    scorer = ToyScorer(run.merger(), options.pop("validation", Validation(run.module)))
     config = config or SearchConfig(n_trials=6)
     defaults: dict[str, Any] = {
         "name": "0123abcd-step=60",
@@ -146,7 +162,7 @@ def make_job(
             evaluation=EvaluationConfig(staged=staged),
         ),
         "space": make_space(config.space),
-        "bench": bench,
+        "scorer": scorer,
         "allowed_s": None,
         "allowed_by": "",
         "searched_s": 1.0,
@@ -221,7 +237,7 @@ def test_the_verdicts_gain_is_that_of_the_merged_weights(tmp_path: Path) -> None
     assert latest is not None
     assert merged is not None
     assert outcome.verdict.gain == pytest.approx(latest.value - merged.value)
-    job.bench.merger.merge(outcome.winner.candidate.coefficients_K)
+    job.scorer.merger.merge(outcome.winner.candidate.coefficients_K)
     assert Validation(run.module).run("confirm").value == merged.value
     after = run.module.state_dict()
     assert not torch.equal(after["layer.weight"], before["layer.weight"])
@@ -262,11 +278,10 @@ def test_the_same_search_goes_on_in_its_study(tmp_path: Path) -> None:
     run = Run()
     job = make_job(run, tmp_path, SearchConfig(n_trials=2), staged=False)
     first = run_search(job)
-    job.bench.merger.merge(first.anchors[0].candidate.coefficients_K)
+    job.scorer.merger.merge(first.anchors[0].candidate.coefficients_K)
     validation = Validation(run.module)
-    bench = dataclasses.replace(job.bench, validation=validation)
     settings = dataclasses.replace(job.settings, search=SearchConfig(n_trials=3))
-    second = run_search(dataclasses.replace(job, settings=settings, bench=bench))
+    second = run_search(dataclasses.replace(job, settings=settings, scorer=ToyScorer(job.scorer.merger, validation)))
     assert [(t.candidate, t.search) for t in second.trials[:2]] == [(t.candidate, t.search) for t in first.trials]
     known = [t for t in (*first.anchors, *first.trials) if t.candidate.coordinates]
     assert validation.halves.count("search") == len(second.anchors) + len(second.trials) - len(known)
@@ -279,7 +294,7 @@ def test_a_search_of_something_else_does_not_go_on_in_the_same_study(tmp_path: P
     config = SearchConfig(n_trials=1, sampler=RandomSampler(seed=0))
     job = make_job(run, tmp_path, config, space=Decay())
     latest = run_search(job).anchors[0].candidate
-    job.bench.merger.merge(latest.coefficients_K)
+    job.scorer.merger.merge(latest.coefficients_K)
     if kind == "snapshot":
         run.train()
     elif kind == "weights":
@@ -289,25 +304,6 @@ def test_a_search_of_something_else_does_not_go_on_in_the_same_study(tmp_path: P
     run_search(make_job(run, tmp_path, config, space=space, adapters=adapters))
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(job.journal)))
     assert sorted(optuna.get_all_study_names(storage)) == [job.name, f"{job.name}-v1"]
-    run.buffer.close()
-
-
-def test_everything_begins_anew_before_each_evaluation(tmp_path: Path) -> None:
-    run = Run()
-    seen: list[str] = []
-    job = make_job(run, tmp_path, begin=lambda: seen.append("begin"))
-    merge = job.bench.merger.merge
-
-    def load(c_K: Sequence[float]) -> None:
-        seen.append("load")
-        merge(c_K)
-
-    run_search(dataclasses.replace(job, bench=dataclasses.replace(job.bench, load=load)))
-    validation = job.bench.validation
-    assert isinstance(validation, Validation)
-    assert seen == ["begin", "load"] * len(validation.halves)
-    assert validation.halves.count("confirm") == 3
-    assert validation.halves[:-3] == ["search"] * (len(validation.halves) - 3)
     run.buffer.close()
 
 
@@ -436,4 +432,14 @@ def test_a_snapshot_is_what_the_manifest_names() -> None:
     assert (record.kind, record.first_step, record.last_step, record.num_updates) == ("mean", 1, 5, 3)
     assert (record.sha256, last.sha256) == ("ab" * 32, None)
     assert (last.kind, last.first_step, last.last_step) == ("point", 6, 8)
+    run.buffer.close()
+
+
+def test_three_candidates_are_confirmed_once_all_have_been_searched(tmp_path: Path) -> None:
+    """The winner, the latest weights and the best anchor."""
+    run = Run()
+    validation = Validation(run.module)
+    run_search(make_job(run, tmp_path, validation=validation))
+    assert validation.halves.count("confirm") == 3
+    assert validation.halves[:-3] == ["search"] * (len(validation.halves) - 3)
     run.buffer.close()

@@ -30,6 +30,14 @@ COSTS = {
 # The default, the space inside it, and the one around it, whose variants are compared with it.
 FAMILY = ("grouped", "decay", "auto")
 SIMPLEX = "simplex"
+# What most readers want to know, in their words.
+SHORT = {
+    "uniform soup": "uniform mean of the whole buffer",
+    "pair (GP-Hedge)": "the paper's pair, searched",
+    "EMA": "the best of three EMA lengths",
+    DEFAULT: "**the default**",
+    "grouped, refined by gradients": "the default, refined by gradients",
+}
 # Searches that the kept results hold from before near draws were dropped and searches ended early. Measured again, a
 # method leaves this list.
 MEASURED_BEFORE = (
@@ -116,27 +124,46 @@ def page(runs: Sequence[Run]) -> str:
         "on two shared x86 cores, without a GPU. These are "
         "small and short runs: they show directions, not what a large run will gain.",
         "",
+        "## The short of it",
+        "",
+        "Share of the decay branch's gain, in percent, and full evaluations of the search half:",
+        "",
+        table(
+            ["merge", "unseen validation batches", "test files", "evaluations"],
+            [
+                [
+                    said,
+                    *(spread(shares(runs, name, split)) for split in ("confirm", "test")),
+                    spread(costs(runs, name, "evaluations"), 1),
+                ]
+                for name, said in SHORT.items()
+            ],
+        ),
+        "",
         "![Share of the decay branch's gain, on the confirmation half](quality.svg)",
         "",
-        "## Share of the decay branch's gain, in percent",
+        "## All methods",
         "",
-        table(
-            ["method", *SPLITS.values(), "worth further steps"],
-            [[name, *(spread(shares(runs, name, s)) for s in SPLITS), spread(steps(runs, name))] for name in names],
+        *folded(
+            "Share of the decay branch's gain, in percent",
+            table(
+                ["method", *SPLITS.values(), "worth further steps"],
+                [[name, *(spread(shares(runs, name, s)) for s in SPLITS), spread(steps(runs, name))] for name in names],
+            ),
+            "",
+            "Above 100 % the merge beats the branch, which had to train for it. Further steps: the gain on the "
+            "confirmation half over the slope of the loss in the quarter run that followed.",
         ),
-        "",
-        "Above 100 % the merge beats the branch, which had to train for it. Further steps: the gain on the "
-        "confirmation half over the slope of the loss in the quarter run that followed.",
-        "",
-        *(f"- *{name}*: {METHODS[name].source}." for name in names),
-        "",
+        *folded("The methods, with their sources", *(f"- *{name}*: {METHODS[name].source}." for name in names)),
         "## What it costs",
         "",
-        table(
-            ["method", *COSTS.values()],
-            [[name, *(spread(costs(runs, name, kind), 1) for kind in COSTS)] for name in (*names, CONTROL)],
+        *folded(
+            "Evaluations and seconds of each method",
+            table(
+                ["method", *COSTS.values()],
+                [[name, *(spread(costs(runs, name, kind), 1) for kind in COSTS)] for name in (*names, CONTROL)],
+            ),
         ),
-        "",
         f"An evaluation is one pass over the search half, {data['val'] // 2} batches of {data['batch_size']} windows, "
         f"or as much of something else: a gradient counts {FORWARDS_PER_GRADIENT}. A search scores its anchors and up "
         f"to {NUM_TRIALS} trials, or {NUM_FREE_TRIALS} of free coefficients. Anchors are counted, the verdict's "
@@ -157,14 +184,14 @@ def page(runs: Sequence[Run]) -> str:
         "",
         "## Against the default",
         "",
-        "Points of the share by which a variant beats the default, run by run:",
-        "",
-        compared(runs, [name for name in names if name != DEFAULT and name.partition(",")[0] in FAMILY], DEFAULT),
-        "",
-        "Coordinates of the simplex, against those of the package (numbers in [0, 1], normalised):",
-        "",
-        compared(runs, [name for name in names if name.startswith(f"{SIMPLEX},")], SIMPLEX),
-        "",
+        *folded(
+            "Points of the share by which a variant beats the default, run by run",
+            compared(runs, [name for name in names if name != DEFAULT and name.partition(",")[0] in FAMILY], DEFAULT),
+        ),
+        *folded(
+            "Coordinates of the simplex, against those of the package (numbers in [0, 1], normalised)",
+            compared(runs, [name for name in names if name.startswith(f"{SIMPLEX},")], SIMPLEX),
+        ),
         "## After a decay",
         "",
         f"{METHODS[CONTROL].source.capitalize()}. Gain over its last weights, in nats a byte: "
@@ -173,6 +200,11 @@ def page(runs: Sequence[Run]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def folded(summary: str, *lines: str) -> list[str]:
+    """Return lines that unfold when a reader asks for them, on the site and on GitHub."""
+    return ['<details markdown="1">', f"<summary>{summary}</summary>", "", *lines, "", "</details>", ""]
 
 
 def goals(runs: Sequence[Run]) -> list[tuple[str, list[float], int, Callable[[float], bool]]]:

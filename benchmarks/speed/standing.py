@@ -15,7 +15,7 @@ from benchmarks.speed.rounds import Row, at_most, medians
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.distributed.comm import connect
 from lightning_ckmerge.distributed.ownership import Ownership
-from lightning_ckmerge.plugin.restore.standstill import Standstill
+from lightning_ckmerge.plugin.restore.paused_run import PausedRun
 
 
 class StandStill(pl.Callback):
@@ -27,7 +27,7 @@ class StandStill(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         ownership = Ownership(pl_module, connect())
         layout = TensorLayout(ownership.local())
-        standstill = Standstill(trainer, ownership, layout)
+        paused = PausedRun(trainer, ownership, layout)
         batches = list(getattr(trainer, "datamodule").val_dataloader())  # noqa: B009 - set where mypy cannot see it
 
         @torch.no_grad()
@@ -36,13 +36,13 @@ class StandStill(pl.Callback):
                 pl_module.loss(batch)
 
         def stand_still() -> None:
-            with standstill:
+            with paused:
                 pass
 
-        with standstill:
-            self.seconds = medians({"validate": validate, "begin": standstill.begin, "prove": standstill.prove})
+        with paused:
+            self.seconds = medians({"validate": validate, "begin": paused.begin, "prove": paused.prove})
         self.seconds |= medians({"all": stand_still})
-        assert standstill.traces == []
+        assert paused.traces == []
 
 
 def measure() -> Iterator[Row]:

@@ -95,7 +95,7 @@ def search(
     """
     with _quietly():
         from lightning_ckmerge.checkpoints.formats import run_sources
-        from lightning_ckmerge.plugin.offline.bench import ALONE
+        from lightning_ckmerge.plugin.offline.scoring import ALONE
         from lightning_ckmerge.plugin.offline.search import search_sources
 
         configured = _build(config, model_class, data_class, ALONE)

@@ -24,12 +24,12 @@ from lightning_ckmerge.config import (
 )
 from lightning_ckmerge.core.objectives import Mode, make_objectives
 from lightning_ckmerge.errors import CkmergeError, ConfigError
+from lightning_ckmerge.plugin.dirpath import ClaimedDirpath, SpawnedDirpath, find_fault, resolve_dirpath
 from lightning_ckmerge.plugin.evaluate.lightning_loop import directions, logged_names
 from lightning_ckmerge.plugin.evaluate.validation import require_logged
 from lightning_ckmerge.plugin.evaluate.weight_gradients import loss_of
 from lightning_ckmerge.plugin.run import MergeRun
 from lightning_ckmerge.plugin.strategies import check_supported
-from lightning_ckmerge.plugin.whereabouts import Stay, Whereabouts, find_fault, resolve_dirpath
 from lightning_ckmerge.search.study import open_storage
 
 
@@ -106,10 +106,10 @@ class CheckpointMergeCallback(Callback):
         )
         self._space_name = self.settings.space_name  # Lightning reads `state_key` at each hook
         self._run: MergeRun | None = None
-        self._stay: Stay | None = None
+        self._claimed: ClaimedDirpath | None = None
         self._shared_dirpath: Path | None = None
         self._resolved_dirpath: Path | None = None
-        self._whereabouts = Whereabouts()
+        self._spawned = SpawnedDirpath()
         self._state: dict[str, Any] | None = None
         self._last_state: dict[str, Any] = {}
         self._monitor_seen = False
@@ -127,7 +127,7 @@ class CheckpointMergeCallback(Callback):
 
         A warning says so where newer weights were better, on the same batches.
         """
-        dirpath = self._whereabouts.find() or self._resolved_dirpath
+        dirpath = self._spawned.find() or self._resolved_dirpath
         target = best_target(dirpath) if dirpath is not None else None
         artifact = Artifact.open(target, verify=False) if target is not None else None
         if artifact is not None and (caveat := artifact.caveat):
@@ -157,11 +157,11 @@ class CheckpointMergeCallback(Callback):
             return
         assert self._shared_dirpath is not None
         state = self._state or self._left_off(trainer)
-        self._stay = Stay(trainer, self._shared_dirpath, state, moves=self.settings.dirpath is not None)
-        self._resolved_dirpath = self._stay.place.dirpath
+        self._claimed = ClaimedDirpath(trainer, self._shared_dirpath, state, moves=self.settings.dirpath is not None)
+        self._resolved_dirpath = self._claimed.place.dirpath
         if trainer.local_rank == 0:
-            self._whereabouts.leave(self._resolved_dirpath)
-        self._run = MergeRun(self.settings, trainer, self, self._stay.place, state)
+            self._spawned.leave(self._resolved_dirpath)
+        self._run = MergeRun(self.settings, trainer, self, self._claimed.place, state)
         self._state = None
 
     def on_validation_batch_end(
@@ -204,7 +204,7 @@ class CheckpointMergeCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Search one last time after Ctrl-C, which Lightning handles; let anything else through."""
         if self._run is None:
-            self._end_stay()
+            self._release_dirpath()
             return
         # Several ranks are interrupted at several places, some of them inside a collective.
         if isinstance(exception, KeyboardInterrupt) and trainer.world_size == 1:
@@ -219,7 +219,7 @@ class CheckpointMergeCallback(Callback):
             self._run.apply()
         self._last_state = self._run.finish()
         self._run = None
-        self._end_stay()
+        self._release_dirpath()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finish writing, if training failed."""
@@ -256,12 +256,12 @@ class CheckpointMergeCallback(Callback):
         if self._run is not None:
             self._run.close()
             self._run = None
-        self._end_stay()
+        self._release_dirpath()
 
-    def _end_stay(self) -> None:
-        if self._stay is not None:
-            self._stay.end()
-            self._stay = None
+    def _release_dirpath(self) -> None:
+        if self._claimed is not None:
+            self._claimed.end()
+            self._claimed = None
 
 
 def _check_served(trainer: Trainer, search: SearchConfig) -> None:

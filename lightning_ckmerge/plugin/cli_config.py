@@ -22,7 +22,10 @@ PARSER_KEY = re.compile(r'^Parser key "([^"]+)":$')
 UNTELLING = re.compile(
     r"(- )?(Parser key .*|Does not validate .*|Subtypes: .*|Errors:|Given value type: .*|.*'NoneType'>)$"
 )
-MISSING_CLASS = re.compile(r"No module named|has no attribute|arguments are required|cannot import")
+# Without a class in the config, the arguments of the module are taken for those of Lightning's base class.
+MISSING_CLASS = re.compile(
+    r"No module named|has no attribute|arguments are required|cannot import|\bLightning(Data)?Module: Option "
+)
 MAX_TOLD = 160
 
 

@@ -21,12 +21,12 @@ from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.spaces.groups import describe_groups
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
 from lightning_ckmerge.plugin.clock import MIN_TRAINING_S
+from lightning_ckmerge.plugin.dirpath import find_fault, root_of
 from lightning_ckmerge.plugin.evaluate.halves import Split, length_of, limited
 from lightning_ckmerge.plugin.rank.model import RankModel
-from lightning_ckmerge.plugin.restore.standstill import MAX_COPIED_BYTES
+from lightning_ckmerge.plugin.restore.paused_run import MAX_COPIED_BYTES
 from lightning_ckmerge.plugin.strategies import check_supported
 from lightning_ckmerge.plugin.triggers import NUM_SEARCHES, RunLength, finest_segment, run_length
-from lightning_ckmerge.plugin.whereabouts import find_fault, root_of
 from lightning_ckmerge.report.text import MISSING, count, size
 from lightning_ckmerge.search.anchors import most_anchors
 from lightning_ckmerge.search.engine import MAX_SHOWN, most_confirmed

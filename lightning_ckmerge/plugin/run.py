@@ -21,9 +21,9 @@ from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.errors import FinalError, SkipError, TraceError, explain
-from lightning_ckmerge.pipeline import Bench, SearchJob, run_search
+from lightning_ckmerge.pipeline import Scorer, SearchJob, run_search
 from lightning_ckmerge.plugin.clock import Clock, Curve
-from lightning_ckmerge.plugin.evaluate.scorer import BenchMaker
+from lightning_ckmerge.plugin.evaluate.scorer import ScorerMaker
 from lightning_ckmerge.plugin.plan import Known, Plan, make_plan, render_plan
 from lightning_ckmerge.plugin.progress import OnScored, harmless, say, search_progress
 from lightning_ckmerge.plugin.publish.publisher import Publisher
@@ -61,7 +61,7 @@ class MergeRun:
         bucket_bytes = parse_size(settings.buffer.bucket_size)
         self._model = RankModel(trainer.lightning_module, settings.search.space, settings.artifact, bucket_bytes)
         self._interruptions = Interruptions(trainer, self._model.comm)
-        self._bench_maker = BenchMaker(settings, callback, trainer, self._model, self._interruptions.reason)
+        self._scorer_maker = ScorerMaker(settings, callback, trainer, self._model, self._interruptions.reason)
         self._publisher = Publisher(settings, trainer, place, self._model)
         self._curve = Curve()
         self._rates = LearningRates()
@@ -69,7 +69,8 @@ class MergeRun:
         self._last_artifact: Artifact | None = None
         self._scored: tuple[int, Score | None] = (-1, None)  # the latest weights of the last search, and their step
         self._standing: Standing | None = None
-        self._searching = False
+        self._is_searching = False
+        self._was_interrupted = False  # in a search, by what ends training
         self._has_ended = False
         self._fault: tuple[type[Exception], str] | None = None  # of the search that is ending
         self._buffer_failed = False
@@ -131,23 +132,34 @@ class MergeRun:
 
     def at_end(self) -> None:
         """Search once more, unless the last step has been searched or a search was interrupted, and sum the run up."""
-        if self.settings.triggers.on_train_end and not self._searching and self._buffer_has_moved():
+        if self.settings.triggers.on_train_end and not self._was_interrupted and self._buffer_has_moved():
             self._is_last = True
             self._search_as_scheduled()
-        if not self._searching and not self._has_ended:
+        if not self._was_interrupted and not self._has_ended:
             self._look_back()
         self._publisher.sum_up()
 
     def search(self) -> Artifact | None:
         """Search, publish, restore and log; ``None`` if the search was skipped or failed, on this rank or another."""
-        if self._searching or self._has_ended:  # the user's own hooks, which a search runs, may ask for one
+        if self._is_searching or self._was_interrupted or self._has_ended:  # hooks that a search runs may ask for one
             return None
-        self._searching = True
         self._last_artifact = None
         self._triggers.searched_step = self.step
-        if not self._can_search():
-            self._searching = False
-            return None
+        self._is_searching = True
+        try:
+            if not self._can_search():
+                return None
+            self._attempt()
+        except BaseException:
+            self._was_interrupted = True
+            raise
+        finally:
+            self._is_searching = False
+        self._conclude(f"No merge at step {self.step}")
+        return self._last_artifact
+
+    def _attempt(self) -> None:
+        """Search and publish; keep a fault for ``_conclude``, unless it is to end training."""
         with self._interruptions.deferred(), self._clock.searching():
             start = time.monotonic()
             try:
@@ -161,9 +173,6 @@ class MergeRun:
                     raise
                 self._fault = (type(error), explain(error))
         keep_warned()
-        self._searching = False
-        self._conclude(f"No merge at step {self.step}")
-        return self._last_artifact
 
     def _conclude(self, outcome: str) -> None:
         """Say why a search has failed, if it has; search no more in this run if the next would, or a trace is left."""
@@ -176,7 +185,7 @@ class MergeRun:
         elif reason and kind is not TraceError:
             say(self._trainer, f"{outcome}: {reason}", rank_zero_warn)
         try:
-            self._bench_maker.check_traces()
+            self._scorer_maker.check_traces()
         except TraceError as error:
             self._has_ended = True
             if self.settings.raises:
@@ -258,7 +267,7 @@ class MergeRun:
             self._end(error)
             return False
         if is_empty:
-            text = f"No merge search at step {self.step}: the buffer has started anew and holds no snapshot yet."
+            text = f"No merge search at step {self.step}: the buffer was reset and is still empty."
             say(self._trainer, text)
         return not is_empty
 
@@ -277,8 +286,8 @@ class MergeRun:
         with harmless("Removing the buffer's files"):
             self._buffer.rolling.abandon()
         text = (
-            f"The buffer must be able to read the model, got at step {self.step}: {explain(error)} Training goes on; "
-            "this run searches for merges no more."
+            f"The buffer could not read the model at step {self.step}: {explain(error)} Training continues without a "
+            "buffer, and this run searches no more."
         )
         say(self._trainer, text, rank_zero_warn)
 
@@ -308,7 +317,7 @@ class MergeRun:
             self._model.ownership.check_frozen()
             step, score = self._scored
             known = score if step == self.step else None
-            standing = compare(best, self._bench_maker, self._model, step=self.step, run_id=self._run_id, known=known)
+            standing = compare(best, self._scorer_maker, self._model, step=self.step, run_id=self._run_id, known=known)
         self._publisher.record(standing)
         self._publisher.show_run()
         return standing
@@ -341,7 +350,7 @@ class MergeRun:
             self.search()
             return
         self._triggers.searched_step = self.step
-        self._skip(f"{objection}. `search.at_low_lr: search` searches all the same.")
+        self._skip(f"{objection}. Set `search.at_low_lr: search` to search anyway.")
 
     def _skip(self, reason: str, seconds: float = 0.0) -> None:
         say(self._trainer, f"No merge search at step {self.step}: {reason}")
@@ -359,11 +368,11 @@ class MergeRun:
         config, is_last = self.settings.search, self._is_last
         self._agree(lambda: self._clock.require(self._needed_s, config, is_last=is_last))
         self._model.ownership.check_frozen()
-        with self._standing_still() as job:
+        with self._paused() as job:
             outcome = run_search(job)
             self._interruptions.let_finish()
             artifact = self._publisher.publish(outcome, job, self._curve.unpublished)
-        self._model.comm.exchange(None)  # all are done, or all hear of it
+        self._model.comm.exchange(None)  # a failure on any rank is raised on all
         self._last_artifact = artifact
         self._scored = (self.step, outcome.anchors[0].confirm)
         self._curve.add_search(outcome)
@@ -377,19 +386,19 @@ class MergeRun:
             raise SkipError(skip[0], needed_s=skip[1])
 
     @contextlib.contextmanager
-    def _standing_still(self) -> Iterator[SearchJob]:
+    def _paused(self) -> Iterator[SearchJob]:
         """Yield a search's job; the weights and all else are the same afterwards."""
         with (
-            self._bench_maker.standing_still(self._snapshots, self.step) as bench,
+            self._scorer_maker.paused(self._snapshots, self.step) as scorer,
             search_progress(self._trainer, self.step, self.settings.objectives[0].sign) as on_scored,
         ):
-            yield self._make_job(bench, on_scored)
+            yield self._make_job(scorer, on_scored)
 
     def _snapshots(self) -> list[Snapshot]:
         """What to merge, beside the latest weights."""
         return self._buffer.snapshots()
 
-    def _make_job(self, bench: Bench, on_scored: OnScored) -> SearchJob:
+    def _make_job(self, scorer: Scorer, on_scored: OnScored) -> SearchJob:
         objection = self._objection()
         allowed_s, allowed_by = self._clock.allowance(self.settings.search, is_last=self._is_last)
         return SearchJob(
@@ -397,7 +406,7 @@ class MergeRun:
             step=self.step,
             settings=self.settings,
             space=self._model.space,
-            bench=bench,
+            scorer=scorer,
             allowed_s=allowed_s,
             allowed_by=allowed_by,
             searched_s=self._clock.searched_s,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_ckmerge.plugin.whereabouts import Whereabouts
+from lightning_ckmerge.plugin.dirpath import SpawnedDirpath
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,14 +33,14 @@ def test_the_launching_process_finds_the_best_artifact(tmp_path: Path, strategy:
     assert list(tmp_path.glob("ckmerge-*")) == []
 
 
-def leave(whereabouts: Whereabouts, path: Path) -> None:
+def leave(whereabouts: SpawnedDirpath, path: Path) -> None:
     whereabouts.leave(path)
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_path_comes_back(tmp_path: Path, method: str) -> None:
-    whereabouts = Whereabouts()
+    whereabouts = SpawnedDirpath()
     assert whereabouts.find() is None
     process = multiprocessing.get_context(method).Process(target=leave, args=(whereabouts, tmp_path))
     process.start()
@@ -51,7 +51,7 @@ def test_a_path_comes_back(tmp_path: Path, method: str) -> None:
 
 
 def test_nothing_stays_behind(tmp_path: Path) -> None:
-    whereabouts = Whereabouts()
+    whereabouts = SpawnedDirpath()
     note = copy.deepcopy(whereabouts._note)
     note.write_text("x")
     pickle.loads(pickle.dumps(whereabouts))

@@ -220,7 +220,7 @@ class MovesWhileItRuns(ScheduleFree):
     ids=["forward hook", "batch hook", "pointers in a batch hook", "validation_step"],
 )
 def test_weights_that_move_while_batches_run_end_the_search(model: Any, tmp_path: Path) -> None:
-    with pytest.raises(FinalError, match="must stay in place while validation's batches run"):
+    with pytest.raises(FinalError, match="must not change weights while its batches run"):
         searched(model, tmp_path)
 
 
@@ -238,7 +238,7 @@ class Elsewhere(Small):
 
 
 def test_one_value_of_all_candidates_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FinalError, match="Every candidate has the same val_loss"):
+    with pytest.raises(FinalError, match="All candidates score val_loss"):
         searched(Elsewhere, tmp_path)
 
 
@@ -258,7 +258,7 @@ def test_a_search_that_would_fail_again_is_the_last_one(model: Any, tmp_path: Pa
 def test_a_metric_that_cannot_tell_candidates_apart_is_named(tmp_path: Path) -> None:
     """A ratio of counts may be the same for all of them, so it is no error."""
     (manifest,) = manifests(merges_dir(searched(Elsewhere, tmp_path, monitor="val_acc")))
-    assert any("Every candidate has the same val_acc" in w for w in manifest["verdict"]["warnings"])
+    assert any("All candidates score val_acc" in w for w in manifest["verdict"]["warnings"])
 
 
 class Hidden(Small):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ckmerge.errors import ArtifactError, TraceError
 from lightning_ckmerge.plugin.evaluate import lightning_loop as evaluation
-from lightning_ckmerge.plugin.restore import kept, memory, standstill
+from lightning_ckmerge.plugin.restore import kept, paused_run, saved_state
 from tests.support.bitwise import Case, assert_same_run, fit_plain
 from tests.support.models import points_loader
 
@@ -37,17 +37,17 @@ def without_connector(patch: pytest.MonkeyPatch) -> None:
 
 
 PARTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "random state": without("set_random_state", standstill),
-    "modules": without("_take_module", memory.Memory),
-    "tensors and buffers": without("_take_tensor", memory.Memory),
+    "random state": without("set_random_state", paused_run),
+    "modules": without("_take_module", saved_state.SavedState),
+    "tensors and buffers": without("_take_tensor", saved_state.SavedState),
     "dicts": without("put_back", kept.Items),
     "lists": without("put_back", kept.Elements),
     "attributes": without("put_back", kept.Attributes),
     "generators": without("put_back", kept.Generator),
-    "arrays": without("_take_array", memory.Memory),
-    "slots": lambda patch: patch.setattr(memory, "slots_of", lambda cls: ()),
-    "loaders": without("keep_run", standstill),
-    "weights": lambda patch: patch.setattr(standstill.Standstill, "_restore_weights", lambda s: {}),
+    "arrays": without("_take_array", saved_state.SavedState),
+    "slots": lambda patch: patch.setattr(saved_state, "slots_of", lambda cls: ()),
+    "loaders": without("keep_run", paused_run),
+    "weights": lambda patch: patch.setattr(paused_run.PausedRun, "_restore_weights", lambda s: {}),
     "muted callbacks": lambda patch: patch.setattr(evaluation, "VALIDATION_HOOKS", ()),
     "logged metrics": without_connector,
 }

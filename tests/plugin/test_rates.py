@@ -167,7 +167,7 @@ def test_the_search_after_a_decay_is_skipped_and_what_is_applied_beats_the_final
     (line,) = [m for m in caplog.messages if m.startswith("No merge search")]
     assert line == (
         f"No merge search at step {NUM_STEPS}: the learning rate has been decayed, to 0 % of its peak over the "
-        "buffer's snapshots, and little is to be expected of merging. `search.at_low_lr: search` searches all the same."
+        "buffer's snapshots, and little is to be expected of merging. Set `search.at_low_lr: search` to search anyway."
     )
 
 

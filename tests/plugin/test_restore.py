@@ -1,4 +1,4 @@
-"""What ``Memory`` finds, and puts back."""
+"""What ``SavedState`` finds, and puts back."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from lightning_ckmerge import CheckpointMergeCallback
-from lightning_ckmerge.plugin.restore.memory import Allowance, Memory
 from lightning_ckmerge.plugin.restore.run_state import run_weights
+from lightning_ckmerge.plugin.restore.saved_state import Allowance, SavedState
 
 
 @dataclass(slots=True)
@@ -130,8 +130,8 @@ def cases() -> dict[str, tuple[Any, Callable[[], Any]]]:
     }
 
 
-def remember(value: Any, *, each: int = 1 << 20, weights: Any = ()) -> Memory:
-    memory = Memory(weights)
+def remember(value: Any, *, each: int = 1 << 20, weights: Any = ()) -> SavedState:
+    memory = SavedState(weights)
     memory.take(value, "it", Allowance(each, 1 << 24))
     return memory
 

@@ -18,8 +18,10 @@ from lightning_ckmerge import BufferConfig, Constraint, EvaluationConfig, Search
 from lightning_ckmerge.artifact.load import load_merged
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.errors import ConfigError, MonitorError
+from lightning_ckmerge.plugin.evaluate.candidate import Candidate
 from lightning_ckmerge.plugin.evaluate.halves import confirms
 from lightning_ckmerge.plugin.evaluate.validation import Validation
+from lightning_ckmerge.plugin.restore.paused_run import PausedRun
 from lightning_ckmerge.report.view import build_view
 from tests.support.bitwise import Case, fit, merges_dir
 from tests.support.models import NUM_VAL, Classifier, Points, Stream, TinyGPT, points_loader, tokens_loader
@@ -291,3 +293,28 @@ def test_a_share_of_all_batches_needs_no_length(tmp_path: Path) -> None:
     assert (evaluation["search_batches"], evaluation["confirm_batches"]) == ([5], [5])
     with pytest.raises(ConfigError, match="needs loaders with a length"):
         fit(case, tmp_path, [make_merge(evaluation=EvaluationConfig(limit_batches=0.5))])
+
+
+def test_everything_is_put_back_before_a_candidate_is_written_and_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Goes red if an evaluation begins where the one before has left random numbers or metrics."""
+    seen: list[str] = []
+
+    def watch(cls: type, name: str) -> None:
+        original = getattr(cls, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(cls, name, watched)
+
+    for cls, name in ((PausedRun, "begin"), (Candidate, "put"), (Validation, "run")):
+        watch(cls, name)
+    run = fit(Case(trainer={**QUICK, "max_steps": 10}), tmp_path, [make_merge(**HIGHEST)])
+    assert len(manifests(merges_dir(run))) == 1
+    # To publish, a candidate is loaded, not scored; to check the artifact, loaded, read and scored.
+    *scored, _, _, _, _, _, _ = seen
+    assert scored == ["begin", "put", "run"] * (len(scored) // 3)
+    assert seen[len(scored) :] == ["begin", "put", "begin", "put", "put", "run"]

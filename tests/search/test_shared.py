@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
 from lightning_ckmerge.search import study as study_module
 from lightning_ckmerge.search.study import SharedStudy
+from tests.support.ranks import forkserver
 from tests.support.waiting import wait_until
 
 
@@ -62,7 +62,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
 
 def test_processes_share_the_trials_and_each_learns_all(storage: Path | str) -> None:
     """They start together, before there is any table."""
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     with context.Manager() as manager:
         evaluated = manager.list()
         with context.Pool(3) as pool:
@@ -116,7 +116,7 @@ def ask_and_die(storage: str) -> None:
 
 
 def test_nobody_waits_for_a_process_that_died_on_this_machine(storage: Path | str) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=ask_and_die, args=(storage,))
+    process = forkserver().Process(target=ask_and_die, args=(storage,))
     process.start()
     process.join(60)
     study = open_shared(storage, n_trials=1)

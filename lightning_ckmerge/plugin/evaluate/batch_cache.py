@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import PurePath
 from types import FunctionType, NoneType
 from typing import Any, Protocol
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.plugin.evaluate.halves import has_length, length_of
+from lightning_ckmerge.plugin.evaluate.halves import Batches, known_length, length_of
 from lightning_ckmerge.plugin.restore.randomness import is_same_state
 
 # Of memory, in bytes: as torch allocates it.
@@ -82,8 +83,7 @@ class BatchCache:
             parts: Batches of each loader.
         """
         return [
-            (_SizedPart if has_length(part) else _Part)(part, lambda p, i=i: self._iterate((evaluation, i), p))  # type: ignore[misc]
-            for i, part in enumerate(parts)
+            Batches(partial(self._iterate, (evaluation, i), part), known_length(part)) for i, part in enumerate(parts)
         ]
 
     def _iterate(self, key: tuple[str, int], part: Iterable[Any]) -> Iterator[Any]:
@@ -136,22 +136,6 @@ class BatchCache:
             kept.batches.clear()
         self._kept.clear()
         logger.debug("Batches of a search are fetched for each trial anew: %s.", reason)
-
-
-class _Part:
-    """Batches of one loader; begun when it is iterated."""
-
-    def __init__(self, batches: Iterable[Any], begin: Callable[[Iterable[Any]], Iterator[Any]]) -> None:
-        self._batches = batches
-        self._begin = begin
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._begin(self._batches)
-
-
-class _SizedPart(_Part):
-    def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]
 
 
 def copied_if_possible(batch: Any) -> Any:

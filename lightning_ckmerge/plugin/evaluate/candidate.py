@@ -31,8 +31,8 @@ MIN_DIFFERENCE = 1e-3
 # Ratios of smaller counts are values that different weights may well share.
 MAX_COUNT = 512
 SWAPPED = (
-    "Validation's own hooks put other weights in the model, such as an average. They were put aside: candidates were "
-    "scored as they are published, and the latest weights are those that training works on."
+    "A validation hook swaps in other weights, such as an average. The search ignored them and scored each candidate "
+    "as it is published; the latest weights are those that training works on."
 )
 
 
@@ -136,10 +136,9 @@ class Candidate:
         self._ownership.settle()
         if self._has_moved():
             raise FinalError(
-                "a candidate's weights must stay in place while validation's batches run, but `validation_step`, a "
-                "hook around batches or one of a forward pass has changed them: what is scored would not be what is "
-                "published. Change weights in `on_validation_start` or `on_validation_epoch_start`, which a search "
-                "puts aside, or monitor a metric of the weights as they are."
+                "validation must not change weights while its batches run, got a change in `validation_step`, a batch "
+                "hook or a forward hook. Change them in `on_validation_start`, whose weights a search ignores, or "
+                "monitor a metric of the weights themselves."
             )
 
     def ending(self) -> None:
@@ -240,15 +239,15 @@ class EqualValues:
 
     def notes(self) -> list[str]:
         """Return what people should know of a metric that cannot tell candidates apart, be it a ratio of counts."""
-        return [f"{self._message()} Or the metric is too coarse: monitor a loss."] if self._are_equal() else []
+        return [f"{self._message()} Or the metric is too coarse; then monitor a loss."] if self._are_equal() else []
 
     def _are_equal(self) -> bool:
         return len(self._scored) >= MIN_EQUAL
 
     def _message(self) -> str:
         return (
-            f"Every candidate has the same {self._monitor}, {self._scored[0][1].value:.6g}, on every batch: validation "
-            "does not use the merged weights, but others, such as an average that the module or a callback keeps."
+            f"All candidates score {self._monitor} {self._scored[0][1].value:.6g} on every batch: validation seems to "
+            "use other weights, such as an average that the module or a callback keeps."
         )
 
 

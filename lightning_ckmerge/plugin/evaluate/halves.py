@@ -7,13 +7,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_ckmerge.errors import ConfigError
-
-Half = Literal["search", "confirm"]
+from lightning_ckmerge.search.problem import Half
 
 
 def confirms(batch: int, fraction: float) -> bool:
@@ -51,7 +50,7 @@ class Split:
         """
         own: Any = private_copy(self.loader)
         if not can_select(own):
-            return Part(_Selected(own, half, self.limit, self.fraction, self.found))
+            return Part(_selected(own, half, self.limit, self.fraction, self.found))
         attribute = "sampler" if own.batch_sampler is None else "batch_sampler"
         drawn = itertools.islice(getattr(own, attribute), None if math.isinf(self.limit) else int(self.limit))
         batches = without_padding(list(drawn), own.sampler)
@@ -97,32 +96,45 @@ def without_padding(batches: Sequence[Any], sampler: Any) -> list[tuple[Any, boo
     return result
 
 
-class Stoppable:
-    """Batches of one loader until ``stopped()``; sized if the loader is. Not a list: Lightning would flatten that."""
+class Batches:
+    """Batches of one loader. Not a list, which Lightning would take for several loaders.
 
-    def __init__(self, batches: Iterable[Any], stopped: Callable[[], bool]) -> None:
-        self._batches = batches
-        self._stopped = stopped
+    Args:
+        begin: Returns an iterator over them; called each time that they are iterated.
+        length: How many there are; ``None``: that is not known. Where it is, Lightning knows the last batch without
+            fetching ahead.
+    """
+
+    def __init__(self, begin: Callable[[], Iterator[Any]], length: int | None) -> None:
+        self._begin = begin
+        self._length = length
 
     def __iter__(self) -> Iterator[Any]:
-        iterator = iter(self._batches)
-        while not self._stopped():
+        return self._begin()
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError("these batches have no known length")
+        return self._length
+
+
+def stoppable(batches: Iterable[Any], stopped: Callable[[], bool]) -> Batches:
+    """Return ``batches``, which end early once ``stopped()`` says so."""
+
+    def until_stopped() -> Iterator[Any]:
+        iterator = iter(batches)
+        while not stopped():
             try:
                 yield next(iterator)
             except StopIteration:
                 return
 
-
-class SizedStoppable(Stoppable):
-    """The same with a length, so that Lightning knows the last batch without fetching ahead."""
-
-    def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]
+    return Batches(until_stopped, known_length(batches))
 
 
-def stoppable(batches: Iterable[Any], stopped: Callable[[], bool]) -> Stoppable:
-    """Return ``batches``, which end early once ``stopped()`` says so."""
-    return (SizedStoppable if has_length(batches) else Stoppable)(batches, stopped)
+def taken(batches: Iterable[Any], num_batches: int) -> Batches:
+    """Return the next ``num_batches`` of ``batches``."""
+    return Batches(lambda: itertools.islice(batches, num_batches), num_batches)
 
 
 def private_copy(loader: Any) -> Any:
@@ -146,13 +158,12 @@ def can_select(loader: Any) -> bool:
     )
 
 
-def has_length(loader: Any) -> bool:
-    """Whether ``len(loader)`` works."""
+def known_length(loader: Any) -> int | None:
+    """Return a loader's length, if it has one."""
     try:
-        len(loader)
+        return len(loader)
     except (TypeError, NotImplementedError):
-        return False
-    return True
+        return None
 
 
 def limited(num_batches: float, limit: float | None) -> float:
@@ -175,45 +186,24 @@ def limited(num_batches: float, limit: float | None) -> float:
 
 def length_of(loader: Any) -> float:
     """Return a loader's length, infinity if it has none."""
-    return len(loader) if has_length(loader) else math.inf
+    length = known_length(loader)
+    return math.inf if length is None else length
 
 
-class _Selected:
-    """One half of the batches of a loader that must be read through."""
+def _selected(loader: Iterable[Any], half: Half, limit: float, fraction: float, found: list[int]) -> Batches:
+    """Return one half of the batches of a loader that must be read through."""
 
-    def __init__(self, loader: Iterable[Any], half: Half, limit: float, fraction: float, found: list[int]) -> None:
-        self._loader = loader
-        self._half = half
-        self._limit = limit
-        self._fraction = fraction
-        self._found = found
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._select(iter(self._loader))
-
-    def _select(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def select(batches: Iterator[Any]) -> Iterator[Any]:
         num_read = 0
         for b, batch in enumerate(batches):
-            if b >= self._limit:
+            if b >= limit:
                 break
             num_read = b + 1
-            if confirms(b, self._fraction) == (self._half == "confirm"):
+            if confirms(b, fraction) == (half == "confirm"):
                 yield batch
-        self._found[:] = [num_read]
+        found[:] = [num_read]
 
-
-class Batches:
-    """Some of a loader's batches, read once. Not a list, which Lightning would take for several loaders."""
-
-    def __init__(self, batches: Iterable[Any], length: int) -> None:
-        self._batches = batches
-        self._length = length
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(self._batches, self._length)
-
-    def __len__(self) -> int:
-        return self._length
+    return Batches(lambda: select(iter(loader)), None)
 
 
 def block_edges(num_batches: int, num_blocks: int) -> list[int]:

@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_ckmerge.plugin.evaluate.batch_values import BatchRecorder
 from lightning_ckmerge.plugin.evaluate.candidate import Candidate
 from lightning_ckmerge.plugin.evaluate.halves import length_of, stoppable
+from lightning_ckmerge.plugin.restore.interruptions import lightning_package
 
 # Private name -> what it is for. Tested on Lightning 2.6.6.
 PRIVATE_NAMES = {
@@ -49,13 +50,6 @@ VALIDATION_HOOKS = (
     "on_validation_epoch_end",
     "on_validation_end",
 )
-
-
-def lightning_package(trainer: Trainer) -> str:
-    """Return the package of the Trainer's own classes: ``lightning.pytorch`` or ``pytorch_lightning``."""
-    roots = ("lightning.pytorch", "pytorch_lightning")
-    modules = [cls.__module__ for cls in type(trainer).__mro__]
-    return next(root for module in modules for root in roots if module.startswith(f"{root}."))
 
 
 def uploads_checkpoints(logger: Any) -> bool:

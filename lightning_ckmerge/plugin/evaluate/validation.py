@@ -20,10 +20,10 @@ from lightning_ckmerge.errors import ConfigError, MonitorError
 from lightning_ckmerge.plugin.evaluate.batch_cache import BatchCache, Randomness
 from lightning_ckmerge.plugin.evaluate.batch_values import BatchRecorder
 from lightning_ckmerge.plugin.evaluate.candidate import Candidate
-from lightning_ckmerge.plugin.evaluate.halves import Batches, Half, Split, block_sizes, length_of, limited, read_on
+from lightning_ckmerge.plugin.evaluate.halves import Split, block_sizes, length_of, limited, read_on, taken
 from lightning_ckmerge.plugin.evaluate.lightning_loop import evaluate, find_loaders, mode_of, training_loader
 from lightning_ckmerge.plugin.evaluate.weight_gradients import GradientRecorder
-from lightning_ckmerge.search.problem import KeepGoing
+from lightning_ckmerge.search.problem import Half, KeepGoing
 
 NUM_BLOCKS = 10
 
@@ -193,7 +193,7 @@ class Validation:
         rows: list[tuple[int, dict[str, float]]] = []
         for sizes in block_sizes(counts, fewest, mode, NUM_BLOCKS):
             recorder = BatchRecorder(self._monitors, [frozenset()] * len(sizes), None, self._comm)
-            block = [Batches(stream, n) for stream, n in zip(streams, sizes, strict=True)]
+            block = [taken(stream, n) for stream, n in zip(streams, sizes, strict=True)]
             logged = self._evaluate(block, recorder, self._combined)
             rows.append((sum(self._comm.exchange(sum(sizes))), recorder.finish(logged)))
             if keep_going is not None and not keep_going([self._monitored(rows[0][1])[0]], [float(rows[0][0])]):

@@ -17,8 +17,8 @@ from lightning_ckmerge.checkpoints.formats import Source, run_sources
 from lightning_ckmerge.config import ArtifactConfig, BufferConfig, EvaluationConfig, MergeSettings, SearchConfig
 from lightning_ckmerge.core.objectives import Mode, make_objectives
 from lightning_ckmerge.distributed.comm import on_rank_zero
-from lightning_ckmerge.pipeline import Bench, SearchJob, join_search, run_search
-from lightning_ckmerge.plugin.offline.bench import OfflineBench, at_train_start, make_trainer, training_data
+from lightning_ckmerge.pipeline import Scorer, SearchJob, join_search, run_search
+from lightning_ckmerge.plugin.offline.scoring import CheckpointScoring, at_train_start, make_trainer, training_data
 from lightning_ckmerge.plugin.progress import OnScored
 from lightning_ckmerge.plugin.publish.publisher import Publisher
 
@@ -160,15 +160,15 @@ class OfflineSearch:
         self._settings = settings
         self._trainer = trainer
         self._on_scored = on_scored
-        self._offline = OfflineBench(settings, trainer, callback, sources)
+        self._offline = CheckpointScoring(settings, trainer, callback, sources)
         # The same checkpoints make the same study, so that a search that was interrupted goes on.
         self._place = Place(dirpath=dirpath, run_id=self._offline.run_id, source=None)
 
     def run(self) -> Artifact:
         """Search and publish."""
         publisher = Publisher(self._settings, self._trainer, self._place, self._offline.model)
-        with self._offline.standing_still() as bench:
-            job = self._make_job(bench)
+        with self._offline.paused() as scorer:
+            job = self._make_job(scorer)
             outcome = run_search(job)
             artifact = publisher.publish(outcome, job, ())
         publisher.announce(outcome, artifact, sum(outcome.cost.seconds.values()))
@@ -176,17 +176,17 @@ class OfflineSearch:
 
     def help_on(self) -> int:
         """Help another process that publishes, and return how many candidates were scored here."""
-        with self._offline.standing_still() as bench:
-            return join_search(self._make_job(bench))
+        with self._offline.paused() as scorer:
+            return join_search(self._make_job(scorer))
 
-    def _make_job(self, bench: Bench) -> SearchJob:
+    def _make_job(self, scorer: Scorer) -> SearchJob:
         """There is no training time that a share could be taken of."""
         return SearchJob(
             name=f"{self._place.run_id}-step={self._offline.step:09d}",
             step=self._offline.step,
             settings=self._settings,
             space=self._offline.model.space,
-            bench=bench,
+            scorer=scorer,
             allowed_s=self._settings.search.timeout_s,
             allowed_by="search.timeout_s",
             searched_s=0.0,

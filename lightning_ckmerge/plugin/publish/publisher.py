@@ -180,8 +180,7 @@ class Publisher:
         return manifest
 
     def _merged(self, outcome: SearchOutcome, job: SearchJob) -> GatheredWeights:
-        job.bench.begin()
-        job.bench.load(outcome.winner.candidate.coefficients)
+        job.scorer.load(outcome.winner.candidate.coefficients)
         return GatheredWeights(self._module, self._comm)
 
     def _check(self, outcome: SearchOutcome, job: SearchJob, path: Path, manifest: Manifest) -> None:
@@ -189,7 +188,7 @@ class Publisher:
         artifact = Artifact(path, manifest)
         # Without a shared file system rank 0 alone has the files.
         if artifact.has_weights and all(self._comm.exchange(path.is_dir())):
-            job.bench.check(outcome.winner, partial(self._model.read, artifact))
+            job.scorer.check(outcome.winner, partial(self._model.read, artifact))
 
     def _write_front(self, outcome: SearchOutcome, job: SearchJob, path: Path, _: Manifest) -> None:
         """Write the other merges of the front, each an artifact of its own, but for those that were rejected."""

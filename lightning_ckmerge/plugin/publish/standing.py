@@ -14,19 +14,19 @@ from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.specs import split_name
 from lightning_ckmerge.distributed.comm import together
 from lightning_ckmerge.errors import ArtifactError
-from lightning_ckmerge.plugin.evaluate.scorer import BenchMaker
+from lightning_ckmerge.plugin.evaluate.scorer import ScorerMaker
 from lightning_ckmerge.plugin.rank.model import RankModel
 from lightning_ckmerge.search.interval import score_gain
 
 
 def compare(
-    best: Artifact, bench_maker: BenchMaker, model: RankModel, *, step: int, run_id: str, known: Score | None
+    best: Artifact, scorer_maker: ScorerMaker, model: RankModel, *, step: int, run_id: str, known: Score | None
 ) -> Standing:
     """Measure a run's best artifact and the live weights on the confirmation half. All ranks call it together.
 
     Args:
         best: The artifact.
-        bench_maker: Of the run.
+        scorer_maker: Of the run.
         model: The live weights, which are left as they are.
         step: Theirs.
         run_id: The run's.
@@ -41,9 +41,9 @@ def compare(
         # A mean, of any steps: a point of this very step would stand for the live weights.
         segment = Segment(kind="mean", first_step=1, last_step=manifest["step"])
         snapshot = Snapshot(segment=segment, sha256=None, tensors=_own_parts(best, model))
-    with bench_maker.standing_still(lambda: [snapshot], step) as bench:
-        latest = known if known is not None else bench.evaluate([0.0, 1.0], "confirm")
-        merged = bench.evaluate([1.0, 0.0], "confirm")
+    with scorer_maker.paused(lambda: [snapshot], step) as scorer:
+        latest = known if known is not None else scorer.score([0.0, 1.0], "confirm")
+        merged = scorer.score([1.0, 0.0], "confirm")
     _, interval = score_gain(merged, latest, sign_of(manifest["mode"]))
     return Standing(
         run_id=run_id,

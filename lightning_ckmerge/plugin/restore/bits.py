@@ -28,7 +28,7 @@ def array_bytes(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def checksum(memory: Tensor | np.ndarray[Any, Any]) -> Tensor:
     """Return a number, on the memory's own device, that nearly any change of ``memory`` changes.
 
-    Memory of more than ``MAX_SUMMED_BYTES`` is represented by ``NUM_PIECES`` pieces.
+    SavedState of more than ``MAX_SUMMED_BYTES`` is represented by ``NUM_PIECES`` pieces.
 
     Raises:
         ValueError: It is that large, and does not lie in one piece.

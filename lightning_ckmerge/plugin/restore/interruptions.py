@@ -26,7 +26,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.errors import SearchError, SkipError
-from lightning_ckmerge.plugin.evaluate.lightning_loop import lightning_package
 from lightning_ckmerge.plugin.progress import say
 
 T = TypeVar("T")
@@ -86,9 +85,8 @@ class Interruptions:
         if not self._may_end_search:
             return None
         if self._received:
-            return (
-                f"{signal.Signals(self._received[0][0]).name} arrived, and waits until the run's own weights are back"
-            )
+            name = signal.Signals(self._received[0][0]).name
+            return f"{name} arrived; its handler runs once the run's weights are restored"
         return self._waiting
 
     def let_finish(self) -> None:
@@ -168,7 +166,7 @@ class Interruptions:
             if not self._is_outside():
                 self._warn_once()
                 return
-            self._waiting = "another thread saves a checkpoint, and waits until the run's own weights are back"
+            self._waiting = "another thread is saving a checkpoint and waits for the run's weights"
             if not self._is_over.wait(MAX_WAIT_S):
                 raise SearchError(
                     "a checkpoint must hold the run's own weights, got a merge search that has not ended after "
@@ -186,8 +184,8 @@ class Interruptions:
         if not self._has_warned:
             self._has_warned = True
             told = (
-                "Validation hooks save a checkpoint, and a merge search runs them with candidates in place of the "
-                "run's own weights: such checkpoints are left out. Those of the run's own validation are not."
+                "A validation hook saves checkpoints. During a search it would save a candidate, so those saves are "
+                "skipped; saves in the run's own validation are unaffected."
             )
             say(self._trainer, told, rank_zero_warn)
 
@@ -230,3 +228,10 @@ class InterruptibleComm:
     def close(self) -> None:
         """End the conversation."""
         self._comm.close()
+
+
+def lightning_package(trainer: Trainer) -> str:
+    """Return the package of the Trainer's own classes: ``lightning.pytorch`` or ``pytorch_lightning``."""
+    roots = ("lightning.pytorch", "pytorch_lightning")
+    modules = [cls.__module__ for cls in type(trainer).__mro__]
+    return next(root for module in modules for root in roots if module.startswith(f"{root}."))

@@ -185,7 +185,7 @@ class Array(Kept):
         np.copyto(self._target.view(np.ndarray), self._saved)
 
 
-class Place(Kept):
+class TensorPlace(Kept):
     """Where a tensor's memory lies, how it is read, and whether it takes part in a graph."""
 
     def __init__(self, where: str, target: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from lightning_ckmerge.plugin.restore.kept import Attributes, Setting, attribute
-from lightning_ckmerge.plugin.restore.memory import Allowance, Memory
+from lightning_ckmerge.plugin.restore.saved_state import Allowance, SavedState
 
 # Set by handlers of signals, which may arrive at any time.
 MOVING = ("should_stop",)
@@ -45,7 +45,7 @@ def run_weights(module: nn.Module) -> list[Tensor]:
     return [p for p in module.parameters() if not is_lazy(p) and (p.is_floating_point() or p.is_complex())]
 
 
-def keep_run(trainer: Any, memory: Memory, allowance: Allowance) -> None:
+def keep_run(trainer: Any, memory: SavedState, allowance: Allowance) -> None:
     """Keep what a Trainer's hooks can change outside of the module.
 
     Args:

@@ -1,4 +1,4 @@
-"""The run at a standstill: its weights and all else around them, kept while candidates take their place."""
+"""A paused run: its weights and all else around them, kept while candidates take their place."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import explain
 from lightning_ckmerge.plugin.restore.bits import same_bits
-from lightning_ckmerge.plugin.restore.memory import Allowance, Memory
 from lightning_ckmerge.plugin.restore.randomness import is_same_state, random_state, set_random_state
 from lightning_ckmerge.plugin.restore.run_state import Gradients, keep_run, run_weights
+from lightning_ckmerge.plugin.restore.saved_state import Allowance, SavedState
 
 # What is copied of the run's state and of its data, in bytes of one thing and in all; the rest is summed up. In data
 # that are larger nearly all is data, and not state.
@@ -27,7 +27,7 @@ OTHER_ALLOWANCE = (4 << 20, 64 << 20)
 MAX_COPIED_BYTES = MODULE_ALLOWANCE[1] + OTHER_ALLOWANCE[1]
 
 
-class Standstill:
+class PausedRun:
     """Within it, weights and state may change; after it, both are as they were before, bit for bit.
 
     Args:
@@ -48,7 +48,7 @@ class Standstill:
         self.traces: list[str] = []
 
     @torch.no_grad()
-    def __enter__(self) -> Standstill:
+    def __enter__(self) -> PausedRun:
         trainer: Any = self._trainer
         module = trainer.lightning_module
         self._ownership.settle()
@@ -61,7 +61,7 @@ class Standstill:
         self.weights = {slot.name: copy for slot, copy in zip(self._layout.slots, copies, strict=True)}
         self._metrics = [m for m in module.modules() if isinstance(m, torchmetrics.Metric)]
         self._random = random_state()
-        self._memory = Memory(run_weights(module))
+        self._memory = SavedState(run_weights(module))
         # The module's buffers are copied whatever they take.
         self._memory.take(module, "module", Allowance(*MODULE_ALLOWANCE, buffers=Allowance(sys.maxsize)))
         self._allowance = Allowance(*OTHER_ALLOWANCE)
@@ -95,7 +95,7 @@ class Standstill:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Bring all but the weights to where the standstill began, so that a value depends on the weights alone."""
+        """Bring all but the weights to where the pause began, so that a value depends on the weights alone."""
         self._ownership.settle()
         self._restore()
         self._memory.lend()

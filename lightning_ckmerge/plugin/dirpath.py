@@ -94,7 +94,7 @@ def _local(name: str, path: str | os.PathLike[str]) -> Path:
     return Path(os.path.abspath(Path(path).expanduser()))
 
 
-class Stay:
+class ClaimedDirpath:
     """A run's directory, the same on all ranks, and the run's own until ``end``.
 
     Args:
@@ -130,7 +130,7 @@ class Stay:
             self._claim.release()
 
 
-class Whereabouts:
+class SpawnedDirpath:
     """A path that a launched process leaves for the launching one, in a file whose name both know."""
 
     def __init__(self) -> None:

@@ -28,9 +28,9 @@ from lightning_ckmerge.plugin.restore.kept import (
     Generator,
     Items,
     Kept,
-    Place,
     Raw,
     TensorHooks,
+    TensorPlace,
     Watched,
     cell,
     class_of,
@@ -85,7 +85,7 @@ class Allowance:
         return True
 
 
-class Memory:
+class SavedState:
     """Objects as they are now.
 
     Args:
@@ -146,7 +146,7 @@ class Memory:
     def forget_writes(self) -> None:
         """Let graphs that wait for their backward pass go on: all memory is as it was."""
         for kept in self.kept:
-            if isinstance(kept, Place):
+            if isinstance(kept, TensorPlace):
                 kept.forget_writes()
 
     def changed(self) -> list[str]:
@@ -246,7 +246,7 @@ class Memory:
                 self.take(getattr(tensor, name), f"{where}.{name}", allowance, MAX_DEPTH - 2)
         is_weight = id(tensor) in self._weights
         if is_plain(tensor):
-            place = Place(where, tensor)
+            place = TensorPlace(where, tensor)
             self.kept.append(place)
             self._take_memory(place.memory, where, allowance, copied=not is_weight)
             return
@@ -254,7 +254,7 @@ class Memory:
             self.kept.append(Watched(where, lambda: checksum(tensor.int_repr())))
             return
         if tensor.layout in SPARSE:
-            self.kept.append(Place(where, tensor))
+            self.kept.append(TensorPlace(where, tensor))
         for component in components(tensor):
             if is_weight:
                 self._weights.add(id(component))

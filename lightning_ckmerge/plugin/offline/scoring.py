@@ -1,4 +1,4 @@
-"""Checkpoints on disk in place of a run's buffer, and the bench on which their merges are scored.
+"""Scores merges of checkpoints on disk, which take the place of a run's buffer.
 
 The work is done where a training run would begin: in ``fit``, with everything set up and no step taken. So candidates
 are scored by the same code as during training.
@@ -25,8 +25,8 @@ from lightning_ckmerge.core.layout import as_real
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.wording import listed
 from lightning_ckmerge.errors import ArtifactError, ConfigError
-from lightning_ckmerge.pipeline import Bench
-from lightning_ckmerge.plugin.evaluate.scorer import BenchMaker
+from lightning_ckmerge.pipeline import Scorer
+from lightning_ckmerge.plugin.evaluate.scorer import ScorerMaker
 from lightning_ckmerge.plugin.rank.model import RankModel
 from lightning_ckmerge.tensorfiles.durable import file_record
 
@@ -106,7 +106,7 @@ def training_data(module: LightningModule, given: Any, evaluation: EvaluationCon
     return DataLoader([0])  # type: ignore[arg-type]
 
 
-class OfflineBench:
+class CheckpointScoring:
     """Checkpoints on disk as the snapshots of a search, the newest being the latest weights.
 
     Args:
@@ -130,20 +130,20 @@ class OfflineBench:
         self.run_id = hashlib.sha256(names.encode()).hexdigest()[:8]
         bucket_bytes = parse_size(settings.buffer.bucket_size)
         self.model = RankModel(trainer.lightning_module, settings.search.space, settings.artifact, bucket_bytes)
-        self._bench_maker = BenchMaker(settings, callback, trainer, self.model, lambda: None)
+        self._scorer_maker = ScorerMaker(settings, callback, trainer, self.model, lambda: None)
         assert sources[-1].step is not None
         self.step = sources[-1].step
 
     @contextlib.contextmanager
-    def standing_still(self) -> Iterator[Bench]:
-        """Yield the bench; the module and all else are the same afterwards.
+    def paused(self) -> Iterator[Scorer]:
+        """Yield their scorer; the module and all else are the same afterwards.
 
         Raises:
             TraceError: They are not, though all was put back.
         """
-        with self._bench_maker.standing_still(self._snapshots, self.step) as bench:
-            yield bench
-        self._bench_maker.check_traces()
+        with self._scorer_maker.paused(self._snapshots, self.step) as scorer:
+            yield scorer
+        self._scorer_maker.check_traces()
 
     def _snapshots(self) -> list[Snapshot]:
         """Return the checkpoints but the newest, which is in the module."""
