@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import optuna
 import pytest
 import torch
@@ -23,6 +22,7 @@ from lightning_ckmerge.tensorfiles.durable import file_record
 from tests.support.commands import ckmerge, ckmerge_json
 from tests.support.offline import EVERY, NUM_STEPS, PointsData, Wandering, train_without_merging, write_config
 from tests.support.postgres import PG_CTL, postgres
+from tests.support.trainers import make_trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = list(range(EVERY, NUM_STEPS + 1, EVERY))
@@ -73,7 +73,7 @@ def test_values_are_those_of_trainer_validate(checkpoints: Path, tmp_path: Path)
     found = ckmerge_json(*search_args(checkpoints, tmp_path, evaluation={"confirm_fraction": 0.02}), code=1)
     manifest = ckmerge_json("show", found["artifact"])
     module = Wandering()
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer = make_trainer()
 
     def value() -> float:
         return float(trainer.validate(module, datamodule=PointsData(), verbose=False)[0]["val_loss"])

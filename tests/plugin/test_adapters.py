@@ -35,6 +35,8 @@ from tests.support.language import (
     train_on_tokens,
 )
 from tests.support.models import tokens_loader
+from tests.support.trainers import make_trainer
+from tests.support.warnings import only_expected
 
 peft: Any = pytest.importorskip("peft")
 
@@ -194,8 +196,8 @@ def test_the_winners_value_is_that_of_what_is_published(runs: dict[str, Publishe
     manifest = runs[kind].artifact.manifest
     module = runs[kind].fresh()
     load_merged(runs[kind].artifact, module)
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    (logged,) = trainer.validate(module, tokens_loader(train=False), verbose=False)
+    with only_expected():
+        (logged,) = make_trainer().validate(module, tokens_loader(train=False), verbose=False)
     winner = next(t for t in manifest["anchors"] + manifest["trials"] if t["name"] == manifest["verdict"]["winner"])
     assert winner["search"]["value"] == pytest.approx(logged["val_loss"], abs=1e-6)
 

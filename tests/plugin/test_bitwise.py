@@ -329,7 +329,6 @@ REFINED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", REFINED)
 def test_gradients_of_a_search_leave_no_trace(name: str, tmp_path: Path) -> None:
     """Goes red if a search puts anything into ``.grad``, or leaves a graph in what validation steps write."""
@@ -343,7 +342,6 @@ def test_gradients_of_a_search_leave_no_trace(name: str, tmp_path: Path) -> None
     assert "refined-0" in names
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TRAINERS)
 def test_features_of_the_trainer_work_as_before(name: str, tmp_path: Path) -> None:
     assert_same_run(Case(**TRAINERS[name]), tmp_path, min_searches=2)

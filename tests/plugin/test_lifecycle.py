@@ -61,7 +61,7 @@ def searching(trainer: pl.Trainer) -> bool:
 @pytest.mark.parametrize("fail_at", [3, 25])
 def test_a_failing_search_changes_nothing_and_ends_nothing(fail_at: int, tmp_path: Path) -> None:
     Fails.num_searched = 0
-    case = Case(model=partial(Fails, fail_at, ValueError))
+    case = Case(model=partial(Fails, fail_at, ValueError), expected=["No merge at step .*: ValueError: no such batch"])
     plain = fit(case, tmp_path / "plain")
     merged = fit(case, tmp_path / "merged", [make_merge(on_error="warn")])
     compare_runs(plain, merged)
@@ -181,7 +181,7 @@ def test_a_misspelt_monitor_is_found_before_the_first_step(several: bool, tmp_pa
 
 
 def test_without_a_sanity_check_a_misspelt_monitor_is_only_warned_of(tmp_path: Path) -> None:
-    case = Case(trainer={"num_sanity_val_steps": 0})
+    case = Case(trainer={"num_sanity_val_steps": 0}, expected=["`monitor` must be a metric that validation logs"])
     merge = make_merge(monitor="val_los", on_error="warn", every_n_epochs=1)
     plain = fit(case, tmp_path / "plain")
     merged = fit(case, tmp_path / "merged", [merge])

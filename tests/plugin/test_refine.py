@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,6 +21,7 @@ from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
 from tests.support.models import Noisy
 from tests.support.slopes import compare_slopes
+from tests.support.trainers import make_trainer
 
 NUM_STEPS = 80
 
@@ -37,16 +38,7 @@ def run(root: Path, make: type[LightningModule], val: Any = None, **options: Any
         "save_top_k": -1,
     }
     callback = CheckpointMergeCallback(**{**defaults, **options})
-    trainer = Trainer(
-        max_steps=NUM_STEPS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-        default_root_dir=root,
-    )
+    trainer = make_trainer(root, callback, max_steps=NUM_STEPS)
     train = DataLoader(torch.randint(16, (2048,)), batch_size=8)
     trainer.fit(module, train, val or loader(torch.arange(16).repeat(52)))
     torch.save(module.state_dict(), root / "latest.pt")
