@@ -3,9 +3,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from safetensors.torch import save_file
 
 from lightning_ckmerge import EvaluationConfig, SearchConfig, load_merged, search_checkpoints
 from lightning_ckmerge.checkpoints.formats import find_sources, open_source
+from lightning_ckmerge.cli.main import app
 from lightning_ckmerge.errors import ArtifactError, ConfigError, MonitorError
 from lightning_ckmerge.tensorfiles.durable import file_record
 from tests.support.commands import ckmerge, ckmerge_json
 from tests.support.offline import EVERY, NUM_STEPS, PointsData, Wandering, train_without_merging, write_config
 from tests.support.postgres import PG_CTL, postgres
+from tests.support.ranks import forkserver
 from tests.support.trainers import make_trainer
 
 ROOT = Path(__file__).parents[2]
@@ -138,13 +139,10 @@ def test_other_checkpoints_are_another_search(checkpoints: Path, tmp_path: Path)
     assert len(ckmerge_json("show", found["artifact"])["snapshots"]) == 3
 
 
-def start(args: list[object], cwd: Path) -> subprocess.Popen[str]:
-    program = "from lightning_ckmerge.cli.main import app; app()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, *map(str, args)]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def run_elsewhere(args: list[str], cwd: Path, output: Path) -> None:
+    os.chdir(cwd)
+    with output.open("w") as file, redirect_stdout(file):
+        app(args)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -162,11 +160,20 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def test_processes_share_one_search(checkpoints: Path, tmp_path: Path, database: str) -> None:
     """In processes of their own, from another directory, as on several devices."""
     args = search_args(checkpoints, tmp_path, "--n-trials", 8, "--storage", database, "--json")
-    processes = [start(args, tmp_path), start([*args, "--worker"], tmp_path)]
-    outputs = [p.communicate(timeout=200) for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], outputs
-    assert json.loads(outputs[0][0])["verdict"]["status"] == "accepted"
-    assert json.loads(outputs[1][0])["scored"] >= 1
+    commands = [[*map(str, args)], [*map(str, args), "--worker"]]
+    outputs = [tmp_path / f"{i}.json" for i in range(len(commands))]
+    processes = [
+        forkserver().Process(target=run_elsewhere, args=(command, tmp_path, output))
+        for command, output in zip(commands, outputs, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+    assert [p.exitcode for p in processes] == [0, 0], "the tracebacks are on stderr"
+    first, worker = (json.loads(output.read_text()) for output in outputs)
+    assert first["verdict"]["status"] == "accepted"
+    assert worker["scored"] >= 1
     study = optuna.load_study(study_name=None, storage=database)
     trials = [t for t in study.trials if t.user_attrs["name"].startswith("trial-")]
     assert 8 <= len(trials) <= 9

@@ -29,7 +29,7 @@ from lightning_ckmerge.plugin.publish import publisher, reports
 from lightning_ckmerge.plugin.restore.paused_run import PausedRun
 from lightning_ckmerge.search.study import SearchStudy
 from lightning_ckmerge.tensorfiles.writer import HashedFile, ShardWriter
-from tests.support.rank_runs import Classifier, fit, make_rank_merge, same_trail
+from tests.support.rank_runs import Classifier, fit, fit_plain, make_rank_merge, same_trail
 from tests.support.ranks import RankPool
 
 
@@ -121,9 +121,10 @@ def faults_in_one_run(rank: int, strategy: str, stages: list[str], root: str) ->
     """Search after each step; all but the last search fail, each at a stage of its own."""
     options: dict[str, Any] = {"max_epochs": 3, "max_steps": FaultAtEachSearch.FIRST + len(stages)}
     at_each = FaultAtEachSearch(rank, stages)
-    run = fit(strategy, root, merge_for(root, "warn", every_n_train_steps=1), others=[at_each], **options)
+    merge = merge_for(root, "warn", every_n_train_steps=1)
+    run = fit(strategy, root, merge, others=[at_each], expected=["boom"], **options)
     missed = {s: f.count for s, f in zip(stages, at_each.faults, strict=True) if f.is_here and not f.happened}
-    return {"same": same_trail(run, fit(strategy, root, None, **options)), "called only": missed}
+    return {"same": same_trail(run, fit_plain(strategy, root, **options)), "called only": missed}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -187,8 +188,8 @@ class FailsInValidation(Classifier):
 
 def in_validation(failing_batch: int, root: str) -> bool:
     model = partial(FailsInValidation, failing_batch)
-    found = fit("ddp", root, merge_for(root, "warn"), model=model, val_check_interval=1.0)
-    baseline = fit("ddp", root, None, model=model, val_check_interval=1.0)
+    found = fit("ddp", root, merge_for(root, "warn"), model=model, val_check_interval=1.0, expected=["boom"])
+    baseline = fit_plain("ddp", root, model=model, val_check_interval=1.0)
     return same_trail(found, baseline)
 
 
@@ -201,8 +202,8 @@ def test_a_validation_step_fails(ranks: RankPool, tmp_path: Path, failing_batch:
 def with_lost_snapshot(root: str) -> bool:
     """The disk of rank 1 is full for its second snapshot."""
     with Fault(1, (storage, "write_file", 2)):
-        found = fit("ddp", root, merge_for(root, "raise", every_n_train_steps=3))
-    return same_trail(found, fit("ddp", root, None))
+        found = fit("ddp", root, merge_for(root, "raise", every_n_train_steps=3), expected=["boom"])
+    return same_trail(found, fit_plain("ddp", root))
 
 
 def test_rings_stay_alike_when_a_rank_loses_a_snapshot(ranks: RankPool, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lightning_ckmerge import SearchConfig
 from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.errors import UnsupportedError
 from lightning_ckmerge.plugin.evaluate.weight_gradients import GradientRecorder
-from tests.support.rank_runs import Classifier, fit, make_rank_merge, points, published, same_trail
+from tests.support.rank_runs import Classifier, fit, fit_plain, make_rank_merge, points, published, same_trail
 from tests.support.ranks import RankPool
 from tests.support.slopes import compare_slopes
 from tests.support.trainers import SearchNow
@@ -27,7 +27,7 @@ def refined_and_plain(strategy: str, accumulate: int, root: str) -> dict[str, An
     merges = (make_rank_merge(root, search=REFINE), make_rank_merge(f"{root}/b", every_n_train_steps=5, search=REFINE))
     options = {"accumulate_grad_batches": accumulate}
     run = fit(strategy, root, merges[0], others=[merges[1], SearchNow()], **options)
-    baseline = fit(strategy, root, None, **options)
+    baseline = fit_plain(strategy, root, **options)
     same_gradients = all(
         (a.grad is None) == (b.grad is None) and (a.grad is None or torch.equal(a.grad, b.grad))
         for a, b in zip(run.module.parameters(), baseline.module.parameters(), strict=True)
@@ -92,7 +92,7 @@ def with_fault(root: str) -> dict[str, Any]:
         if dist.get_rank() == 1:
             monkeypatch.setattr(GradientRecorder, "watching", lambda self, step: 1 / 0)
         run = fit("ddp", root, callback)
-    return {"same": same_trail(run, fit("ddp", root, None))}
+    return {"same": same_trail(run, fit_plain("ddp", root))}
 
 
 def test_a_fault_on_one_rank_ends_the_refinement_alone(ranks: RankPool, tmp_path: Path) -> None:

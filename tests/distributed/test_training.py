@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.support.rank_runs import Classifier, TiedGPT, fit, make_rank_merge, published, same_trail
+from tests.support.rank_runs import Classifier, TiedGPT, fit, fit_plain, make_rank_merge, published, same_trail
 from tests.support.ranks import RankPool
 from tests.support.trainers import SearchNow
 
@@ -25,7 +25,7 @@ def both_runs(strategy: str, model: str, accumulate: int, root: str, more: Any =
         make_rank_merge(f"{root}/b", every_n_train_steps=5),
     )
     run = fit(strategy, root, merges[0], model=MODELS[model], others=[merges[1], SearchNow()], **options)
-    baseline = fit(strategy, root, None, model=MODELS[model], **options)
+    baseline = fit_plain(strategy, root, model=MODELS[model], **options)
     best = merges[0].best_artifact
     return {"same": same_trail(run, baseline), "scale": run.module.scale == baseline.module.scale, "best": str(best)}
 

@@ -68,8 +68,9 @@ def refined(manifest: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("monitor", "mode", "val"),
     [
-        ("val_loss", "min", None),
-        ("val_gain", "max", None),
+        # Eight batches, each of all symbols: a quotient takes two evaluations for each group and snapshot.
+        ("val_loss", "min", loader(torch.arange(16).repeat(52), batch_size=104)),
+        ("val_gain", "max", loader(torch.arange(16).repeat(52), batch_size=104)),
         # The last batch is smaller, and counts less.
         ("val_loss/dataloader_idx_1", "min", [loader(torch.arange(16)), loader(torch.arange(16).repeat(2) // 2, 6)]),
     ],

@@ -153,6 +153,22 @@ def fit(
     return Run(trainer.lightning_module, trainer, callback)
 
 
+_PLAIN_RUNS: dict[Any, Run] = {}
+
+
+def fit_plain(strategy: str, root: str, *, model: Callable[[], pl.LightningModule] = Classifier, **options: Any) -> Run:
+    """Return the run without the merge callback; under DDP, once for all tests of these processes that compare with it.
+
+    All ranks have to call this alike, as they have to call ``fit``.
+    """
+    key = (strategy, model, tuple((name, repr(value)) for name, value in sorted(options.items())))
+    if not strategy.startswith("ddp"):
+        return fit(strategy, root, None, model=model, **options)
+    if key not in _PLAIN_RUNS:
+        _PLAIN_RUNS[key] = fit(strategy, root, None, model=model, **options)
+    return _PLAIN_RUNS[key]
+
+
 def same_trail(run: Run, baseline: Run) -> bool:
     """Whether weights and buffers were equal bit for bit after each batch."""
     trails = run.module.trail, baseline.module.trail

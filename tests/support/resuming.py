@@ -1,10 +1,9 @@
-"""One training process: ``python -m tests.support.resuming ROOT JSON``. Its data and noise depend on the step alone."""
+"""One training process, which is ended, or dies, and goes on. Its data and noise depend on the step alone."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +97,3 @@ def main(root: Path, options: dict[str, Any]) -> None:
         **options,
     )
     (root / "notes.json").write_text(json.dumps(notes.batches))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
