@@ -133,7 +133,7 @@ def test_options_in_the_documentation_exist() -> None:
         (("report", "nowhere"), "ArtifactError"),
         (("merge", "nowhere", "--schedule", "uniform", "--out", "out"), "ArtifactError"),
         (("export", "nowhere", "--out", "out"), "ArtifactError"),
-        (("plan", "nowhere.yaml"), "FileNotFoundError"),
+        (("plan", "nowhere.yaml"), "ConfigError"),
         (("show", "nowhere", "--nope"), "NoSuchOption"),
         (("merge",), "MissingParameter"),
     ],

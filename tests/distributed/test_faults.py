@@ -16,7 +16,6 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torchmetrics.classification import BinaryAccuracy
 
 from lightning_ckmerge import ArtifactConfig
-from lightning_ckmerge.artifact import shards
 from lightning_ckmerge.artifact.publish import ArtifactStore
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.buffer import storage
@@ -29,6 +28,7 @@ from lightning_ckmerge.plugin.evaluate.halves import Batches
 from lightning_ckmerge.plugin.publish import publisher, reports
 from lightning_ckmerge.plugin.restore.paused_run import PausedRun
 from lightning_ckmerge.search.study import SearchStudy
+from lightning_ckmerge.tensorfiles.writer import ShardWriter
 from tests.distributed.trainers import Classifier, fit, make_merge, same_trail
 from tests.ranks import RankPool
 
@@ -51,7 +51,7 @@ STAGES: dict[str, tuple[Any, str, int]] = {
     "batch": (evaluation, "_record", 4),
     "manifest": (publisher, "build_manifest", 1),
     "gathering": (publisher, "GatheredWeights", 1),
-    "weights": (shards.ShardWriter, "_append", 2),
+    "weights": (ShardWriter, "_append", 2),
     "checkpoint": (publisher, "dump_weights", 1),
     "restoring": (PausedRun, "__exit__", 1),
 }

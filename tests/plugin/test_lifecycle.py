@@ -62,7 +62,7 @@ class Fails(Classifier):
 
 def searching(trainer: pl.Trainer) -> bool:
     return not trainer.sanity_checking and any(
-        c._run is not None and c._run._searching for c in trainer.callbacks if isinstance(c, CheckpointMergeCallback)
+        c._run is not None and c._run._is_searching for c in trainer.callbacks if isinstance(c, CheckpointMergeCallback)
     )
 
 
@@ -373,7 +373,7 @@ def test_a_search_stops_early_within_its_limit(tmp_path: Path) -> None:
             if searching(self.trainer):
                 time.sleep(0.02)
 
-    options = search_with(n_trials=500, timeout_s=3, min_gain_left=0)
+    options = search_with(n_trials=500, timeout_s=5, min_gain_left=0)
     run = fit(Case(model=Slow), tmp_path, [make_merge(search=options, every_n_train_steps=8)])
     (manifest,) = manifests(merges_dir(run))
     assert 0 < len(manifest["trials"]) < 500
