@@ -98,14 +98,10 @@ class Artifact:
         """
         if not self.has_weights:
             verdict = self.manifest["verdict"]
-            why = (
-                "its search was rejected"
-                if verdict["status"] == "rejected"
-                else "better ones took the places that `save_top_k` grants"
-            )
+            why = "its search was rejected" if verdict["status"] == "rejected" else "`save_top_k` kept better artifacts"
             raise ArtifactError(
                 f"an artifact must hold weights to be loaded, got the record {self.path}: {why} "
-                f"({verdict['sentence']}). Load another artifact, or go on with the latest weights."
+                f"({verdict['sentence']}). Load another artifact, or continue with the latest weights."
             )
         # Reviewing artifacts needs no torch, which takes seconds to import.
         from lightning_ckmerge.tensorfiles.reader import StoredWeights
@@ -210,7 +206,7 @@ def load_merged(
         if choice := tell_choice(Path(source)):
             warnings.warn(choice, stacklevel=2)
     if isinstance(artifact, Artifact) and (caveat := artifact.caveat):
-        warnings.warn(f"{artifact.path} is not the best of its run. {caveat}", stacklevel=2)
+        warnings.warn(f"Newer weights beat {artifact.path}, the best artifact of its run. {caveat}", stacklevel=2)
     stored = artifact.tensors()
     state = {name: value for name, value in model.state_dict().items() if not _is_extra_state(name)}
     names = {name for name in stored if not _is_extra_state(name)}
@@ -240,8 +236,7 @@ def load_merged(
     if left_out := _described(apart):
         warnings.warn(
             f"Loaded {len(names & state.keys())} of the {len(state)} tensors of {type(model).__name__} from "
-            f"{artifact.path}, as `strict=False` allows. Left out are names {left_out}. What is missing keeps its "
-            "value.",
+            f"{artifact.path}, as `strict=False` allows ({left_out}). Missing tensors keep their values.",
             stacklevel=2,
         )
     if at_any_rank:

@@ -309,7 +309,7 @@ def _as_artifact_error(path: Path) -> Iterator[None]:
     except Exception as error:
         raise ArtifactError(
             f"an artifact must be written whole, got {type(error).__name__} for {path}: {error}. Earlier artifacts are "
-            "untouched; free disk space or mend the cause, and the next search publishes again."
+            "untouched; free disk space or fix the cause, and the next search publishes again."
         ) from error
 
 

@@ -92,7 +92,7 @@ class Claim:
         if home is not None and not (moves and base not in (home, home.parent)) and self._take_home(home):
             assert run_id is not None
             shared = home.parent if LATER_RUN.fullmatch(home.name) else home
-            notes = [] if base == shared else [f"This run goes on where it has been, in {home}."]
+            notes = [] if base == shared else [f"This run continues in {home}."]
             self.place = Place(dirpath=home, run_id=run_id, source=home, notes=(*notes, *_others(shared, home)))
             return
         alive = home is not None and is_alive(home)
@@ -237,11 +237,11 @@ def tell_choice(path: Path) -> str | None:
     linked = path.resolve().parent if dirpath != path and path.is_dir() else newest.resolve()
     if linked == newest.resolve():
         return (
-            f"{dirpath} holds {len(runs)} runs, and this is the newest, {runs[newest].name}. Name another by its path, "
-            f"such as {other}."
+            f"Using {runs[newest].name}, the newest of {len(runs)} runs in {dirpath}. For another, pass its path, such "
+            f"as {other}."
         )
     taken = next((name.name for run, name in runs.items() if run.resolve() == linked), "an earlier run")
-    return f"{path} is of {taken}: the newest run, {runs[newest].name}, has no accepted merge."
+    return f"{path} belongs to {taken}: the newest run, {runs[newest].name}, has no accepted merge yet."
 
 
 def run_of(path: Path) -> Path:
@@ -296,12 +296,15 @@ def _snapshots(dirpath: Path, run_id: str = "*") -> list[Path]:
 
 def _reasons(base: Path, dirpath: Path, home: Path | None, run_id: str | None, *, alive: bool) -> Iterator[str]:
     if alive:
-        yield f"Run {run_id} is alive in {home}: this one goes on from its checkpoint as another run, in {dirpath}."
+        yield (
+            f"Run {run_id} is still running in {home}, so this one continues from its checkpoint as a new run in "
+            f"{dirpath}."
+        )
     elif home is not None:
-        yield f"This run goes on in {dirpath}; what it published before, and its snapshots, stay in {home}."
+        yield f"This run continues in {dirpath}; its earlier artifacts and snapshots stay in {home}."
     elif dirpath != base:
         yield (
-            f"{base} holds another run: this one goes to {dirpath}, and tools take it where they are given {base}. The "
+            f"{base} already holds a run, so this one writes to {dirpath}; commands given {base} use this one. The "
             f"first run is named {base / FIRST_RUN}; the first accepted merge of this one moves {base / BEST_NAME}."
         )
 
@@ -344,4 +347,4 @@ def help_on(path: Path) -> str | None:
     if not found:
         return None
     rest = f" and {len(found) - NUM_HELPED} more" if len(found) > NUM_HELPED else ""
-    return f"Below it there are the runs {', '.join(map(str, found[-NUM_HELPED:]))}{rest}: name one."
+    return f"It contains the runs {', '.join(map(str, found[-NUM_HELPED:]))}{rest}: pass one of them."

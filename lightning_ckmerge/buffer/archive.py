@@ -131,8 +131,8 @@ class Archive:
         self.entries += [e for e in wanted if found.get(e.stored.name) == e.stored.num_bytes]
         if missing := [e for e in wanted if e not in self.entries]:
             self._warnings.append(
-                f"Snapshots must be where the checkpoint says, got no whole file for {len(missing)} of {len(wanted)}, "
-                f"{missing[0].stored.name} the first. Resume with the `dirpath` of the run; until then, "
+                f"The checkpoint's snapshots must be on disk, got {len(missing)} of {len(wanted)} missing or "
+                f"incomplete, starting with {missing[0].stored.name}. Resume with the run's `dirpath`; until then, "
                 f"{lost(*(e.segment for e in missing))}."
             )
         kept = {e.stored.name for e in self.entries} | ({state.file.name} if usable and state.file else set())
@@ -180,4 +180,4 @@ def lost(*segments: Segment) -> str:
         spans.append((first, segment.last_step))
     told = ", ".join(str(last) if first == last else f"{first} to {last}" for first, last in spans)
     noun = "step" if len(spans) == 1 and spans[0][0] == spans[0][1] else "steps"
-    return f"merges do without {noun} {told}"
+    return f"merges will miss {noun} {told}"

@@ -84,7 +84,10 @@ class SnapshotParts:
         # A part of what FSDP1 has flattened has one dimension.
         shaped = [b for b in bounds if len(b) == len(known)] or bounds
         if len({len(b) for b in shaped}) > 1:
-            raise SnapshotError(f"the parts of a tensor must have its dimensions, got others for {name!r}.")
+            raise SnapshotError(
+                f"the parts of a tensor must agree on its dimensions, got a difference for {name!r}. The file is "
+                "damaged: remove it."
+            )
         found = tuple(map(max, zip(*shaped, strict=True)))
         return tuple(known) if found == (whole(known).numel,) else found
 
@@ -192,10 +195,12 @@ def reshard(states: Sequence[BufferState], dirpaths: Sequence[Path], new: NewRan
         except OtherModelError as error:  # and so are all others
             step = first.progress.last_step
             anew = Progress.after(step)
-            warnings = [f"{error} The model has changed since the checkpoint: the buffer starts anew at step {step}."]
+            warnings = [
+                f"{error} The model has changed since the checkpoint, so the buffer starts again at step {step}."
+            ]
             return replace(first, run_id=run_id, entries=(), file=None, saved=True, progress=anew), warnings
         except (SnapshotError, OSError) as error:
-            warnings.append(f"{error} A buffer for other ranks cannot be made of that: {lost(entry.segment)}.")
+            warnings.append(f"{error} This snapshot cannot be resharded: {lost(entry.segment)}.")
     file = None
     if first.file is not None:
         try:

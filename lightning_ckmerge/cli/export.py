@@ -89,8 +89,8 @@ def _checked_prefix(source: Source, prefix: str | None) -> str | None:
         return whole
     tops = sorted({f"{name.partition('.')[0]}." for name in source.specs if "." in name})
     raise ArtifactError(
-        f"--prefix must stand before the names of some weights, got {prefix!r}, which none begins with. They begin "
-        f"with {', '.join(tops[:NUM_LISTED]) or 'no prefix'}; leave --prefix out where there is none."
+        f"--prefix must start at least one weight's name, got {prefix!r}. The names start with "
+        f"{', '.join(tops[:NUM_LISTED]) or 'no prefix'}; leave --prefix out where there is none."
     )
 
 
@@ -168,9 +168,8 @@ def _find_model(source: Source, config_dir: Path, prefix: str | None) -> tuple[s
         if prefix is None:
             named = json.loads((config_dir / CONFIG_NAME).read_text(encoding="utf-8")).get("architectures")
             raise ConfigError(
-                f"`architectures` in {config_dir / CONFIG_NAME} must name a model of transformers, which must be "
-                f"installed, for its tensors' names to be found, got {named}. Name it there, install transformers, or "
-                "name the prefix with --prefix, such as `model.`"
+                f"`architectures` in {config_dir / CONFIG_NAME} must name a model of an installed transformers, got "
+                f"{named}. Install it, correct the entry, or pass --prefix, such as `model.`"
             )
         return prefix, None
     found = find_prefix([n for n in source.specs if prefix is None or n.startswith(prefix)], expected.kept)

@@ -73,7 +73,9 @@ def search(
     mode: Annotated[
         str | None, typer.Option("--mode", help="min if lower is better, max if higher is; in place of the config's.")
     ] = None,
-    n_trials: Annotated[int | None, typer.Option("--n-trials", help="Likewise.")] = None,
+    n_trials: Annotated[
+        int | None, typer.Option("--n-trials", help="Number of sampler trials, in place of the config's.")
+    ] = None,
     last: Annotated[int | None, typer.Option("--last", help="Use the newest so many checkpoints.")] = None,
     model_class: ModelClass = None,
     data_class: DataClass = None,
@@ -177,7 +179,7 @@ def _settings(configured: Configured, config: Path) -> list[MergeSettings]:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 
     if not configured.callbacks:
-        typer.echo(f"note: {config} has no CheckpointMergeCallback; its defaults are taken.", err=True)
+        typer.echo(f"note: {config} has no CheckpointMergeCallback; using its defaults.", err=True)
     return [callback.settings for callback in configured.callbacks or [CheckpointMergeCallback()]]
 
 

@@ -121,9 +121,12 @@ def _print_verification(found: dict[str, Any]) -> None:
         names = ", ".join(built["different"][:5])
         out.print(
             f"rebuild: {built['compared']} tensors compared bit for bit, {len(built['different'])} different"
-            f"{': ' + names if names else ''}; {len(built['not_compared'])} not compared, which are no merge."
+            f"{': ' + names if names else ''}; {len(built['not_compared'])} skipped (not produced by merging)."
         )
         if built["different"]:
-            out.print("note: BatchNorm statistics that `evaluation.recalibrate_batches` re-estimated are no merge.")
+            out.print(
+                "note: BatchNorm statistics re-estimated by `evaluation.recalibrate_batches` are not merged, so they "
+                "differ."
+            )
     text, style = STATES[found["state"]]
     out.print(f"{found['artifact']}: {text}", style=style)

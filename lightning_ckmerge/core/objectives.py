@@ -119,16 +119,15 @@ def require_modes(monitored: Sequence[Monitored], higher_is_better: Mapping[str,
     """
     for metric in monitored:
         known: dict[str, Mode | None] = {
-            "by its name": mode_by_name(metric.monitor),
-            "as torchmetrics says": _mode(higher_is_better.get(metric.monitor)),
+            "judging by its name": mode_by_name(metric.monitor),
+            "according to torchmetrics": _mode(higher_is_better.get(metric.monitor)),
         }
         for source, mode in known.items():
             if mode is not None and mode != metric.mode:
                 better = "higher" if mode == "max" else "lower"
                 raise ConfigError(
-                    f"`mode` must follow the metric, got {metric.mode!r} for {metric.monitor!r}, of which {better} "
-                    f"values are better {source}. Set it to {mode!r}; or, if {metric.mode!r} is right all the same, "
-                    "set `check_mode` to false."
+                    f"`mode` must match the metric, got {metric.mode!r} for {metric.monitor!r}, for which {better} is "
+                    f"better {source}. Use {mode!r}, or set `check_mode: false` if {metric.mode!r} is intended."
                 )
 
 

@@ -157,8 +157,8 @@ class Ownership:
         thawed = [n for n, _, t in self._tensors() if n in self._frozen and t.requires_grad]
         if thawed:
             raise FinalError(
-                f"the base of an adapter must stay frozen, got {len(thawed)} of its tensors that are trained now, such "
-                f"as {thawed[0]!r}, and are in no snapshot. Thaw them before `fit` starts, so that they are."
+                f"an adapter's base must stay frozen during `fit`, got {len(thawed)} trainable tensors, such as "
+                f"{thawed[0]!r}, that no snapshot holds. Unfreeze them before `fit`."
             )
 
     def settle(self) -> None:

@@ -131,7 +131,7 @@ class CheckpointMergeCallback(Callback):
         target = best_target(dirpath) if dirpath is not None else None
         artifact = Artifact.open(target, verify=False) if target is not None else None
         if artifact is not None and (caveat := artifact.caveat):
-            rank_zero_warn(f"The best artifact is not the best of its run. {caveat}")
+            rank_zero_warn(f"Newer weights beat the best artifact. {caveat}")
         return artifact
 
     def search_now(self) -> Artifact | None:

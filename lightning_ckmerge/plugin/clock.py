@@ -65,7 +65,7 @@ class Clock:
         """Raise ``SkipError`` if the next search may take less than ``needed_s`` seconds, or none at all."""
         allowed_s, allowed_by = self.allowance(config, is_last=is_last)
         if allowed_s is not None and (allowed_s < needed_s or allowed_s == 0):
-            needs = f", and the least of searches needs {needed_s:.3g} s" if needed_s else ""
+            needs = f", but the shortest search needs {needed_s:.3g} s" if needed_s else ""
             raise SkipError(
                 f"`{allowed_by}` leaves {allowed_s:.3g} s{needs}. Raise `{allowed_by}`, or search less often.",
                 needed_s=needed_s,

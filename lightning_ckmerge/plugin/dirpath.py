@@ -67,7 +67,7 @@ def find_fault(dirpath: Path) -> str | None:
     except (OSError, ValueError) as error:  # a ValueError for a name with a NUL
         reason = getattr(error, "strerror", None) or error
         return (
-            f"`dirpath` must be a directory that can be written to, got {dirpath}: {reason}. Name another one, or mend "
+            f"`dirpath` must be a directory that can be written to, got {dirpath}: {reason}. Name another one, or fix "
             "its permissions."
         )
     finally:
@@ -88,8 +88,8 @@ def _claim(trainer: Trainer, base: Path, state: dict[str, Any] | None, *, moves:
 def _local(name: str, path: str | os.PathLike[str]) -> Path:
     if URL.match(os.fspath(path)):
         raise ConfigError(
-            f"artifacts go to a directory of this machine, got the URL {os.fspath(path)!r} in `{name}`. Set `dirpath` "
-            "to a local or mounted path, and copy what is published from there."
+            f"`{name}` must be a local path, got the URL {os.fspath(path)!r}. Set `dirpath` to a local or mounted "
+            "path, and copy the artifacts from there."
         )
     return Path(os.path.abspath(Path(path).expanduser()))
 

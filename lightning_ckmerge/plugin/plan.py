@@ -59,7 +59,7 @@ class Known:
 
 @dataclass(kw_only=True)
 class Plan:
-    """What one callback will do and take. Sizes are bytes a rank, but for the disk's; ``None``: nothing tells it.
+    """What one callback will do and take. Sizes are bytes per rank, except on disk; ``None``: unknown.
 
     To tell people of something else, add a field, fill it in ``make_plan``, and give it a row in ``plan_rows``; what
     they should act on goes into ``warnings``.
@@ -184,19 +184,19 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     def known(value: float | None) -> str:
         return MISSING if value is None else count(value)
 
-    steps = "as many optimizer steps as training will tell" if plan.total_steps is None else None
+    steps = "an unknown number of optimizer steps" if plan.total_steps is None else None
     each = " a rank" if plan.num_ranks > 1 else ""
     searches = "" if plan.num_searches is None else f"{count(plan.num_searches)}: "
     rows = [
         ("run", f"{steps or f'{count(plan.total_steps or 0)} optimizer steps'}, {plan.strategy}, {_ranks(plan)}"),
         ("model", f"{count(plan.num_parameters)} parameters"),
         ("adapters", plan.adapters),
-        ("not averaged", plan.left_out and f"{plan.left_out}: as the latest weights have them"),
+        ("not averaged", plan.left_out and f"{plan.left_out}: copied from the latest weights"),
         ("snapshots", f"{plan.snapshots}, the finest of {_steps(plan.segment_steps)}"),
         (f"buffer{each}", f"{size(plan.buffer_memory)} in memory and at most {size(plan.buffer_disk)} on disk"),
         (
             f"during a search{each}",
-            f"at most {size(plan.search_memory)} of host memory more, and {size(MAX_COPIED_BYTES)} of other state",
+            f"at most {size(plan.search_memory)} of extra host memory, plus {size(MAX_COPIED_BYTES)} for other state",
         ),
         ("disk, buffer and artifacts", f"{size(plan.disk)}, {_free(plan)}, in {plan.dirpath}"),
         ("searches", f"{searches}{plan.when}"),
@@ -250,8 +250,8 @@ def _when(settings: MergeSettings, total_steps: int | None) -> str:
     if (interval := triggers.train_time_interval) is not None:
         return f"every {interval} of training{last}"
     if total_steps is None:
-        only = "at the end alone" if end else "none"
-        return f"{only}, since the run's length is unknown; set `every_n_train_steps` for more"
+        only = "at the end only" if end else "none"
+        return f"{only}, because the run's length is unknown; set `every_n_train_steps` for more"
     return f"after each quarter of the run{'' if end else ' but the last'}"
 
 
@@ -343,7 +343,7 @@ def _warnings(plan: Plan, settings: MergeSettings) -> list[str]:
         found.append("One validation batch cannot be split: nothing could be confirmed. Use more or smaller batches.")
     elif plan.confirm_batches is not None and plan.confirm_batches < MIN_CONFIRM_BATCHES:
         found.append(
-            f"A verdict needs {MIN_CONFIRM_BATCHES} batches or more, and {plan.confirm_batches} are kept for it: every "
+            f"A verdict needs at least {MIN_CONFIRM_BATCHES} confirmation batches, got {plan.confirm_batches}: every "
             "gain will be `unconfirmed`. Use more or smaller batches."
         )
     if settings.save_top_k == -1:
@@ -483,7 +483,8 @@ def _configure_model(module: LightningModule, warnings: list[str]) -> None:
         module.configure_model()
     except Exception as error:  # it may want the strategy's mesh
         warnings.append(
-            f"`configure_model` could not run here ({type(error).__name__}: {error}): what it builds is not counted."
+            f"`configure_model` could not run here ({type(error).__name__}: {error}): the plan leaves out what it "
+            "builds."
         )
 
 
@@ -522,9 +523,9 @@ def _warnings_of_run(trainer: Any, known: Known) -> list[str]:
     found = []
     if (known.dirpath / TIMELINE_NAME).is_file():
         found.append(
-            f"{known.dirpath} holds the artifacts of an earlier run: a new one goes to a directory of its own below, "
-            "`run=2` or later, and one that is resumed goes on where it has been."
+            f"{known.dirpath} already holds a run. A new run writes to `run=2` or the next number below it; a resumed "
+            "run continues in its own directory."
         )
     if trainer.fast_dev_run:
-        found.append("The callback does nothing in a `fast_dev_run`: this plan is not of the run itself.")
+        found.append("The callback does nothing in a `fast_dev_run`; this plan is for the run without it.")
     return found

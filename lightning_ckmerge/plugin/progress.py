@@ -54,7 +54,7 @@ def harmless(what: str, trainer: Trainer | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = f"{what} failed: {explain(error)}. The search and its artifact are not touched by this."
+        text = f"{what} failed: {explain(error)}. The search and its artifact are unaffected."
         if trainer is None:
             rank_zero_warn(text)
         else:

@@ -78,8 +78,8 @@ class TriggerState:
 class LearningRates:
     """The learning rates of all parameter groups: the highest, as a share of its own peak, over the steps.
 
-    Groups at a constant rate keep a run high, and so does a rate that nobody can see: to look in vain costs a search,
-    not to look may cost the run's best model.
+    A group at a constant rate keeps a run high. Unknown rates count as high: a needless search costs minutes, a skipped
+    one may cost the best model.
     """
 
     def __init__(self) -> None:
@@ -115,14 +115,14 @@ class LearningRates:
             first_step: The first step that the buffer's snapshots stand for; not less than before.
         """
         if self._is_rising:
-            return "the learning rate is still rising, and merging the weights of a warm-up gains little"
+            return "the learning rate is still warming up, so merging would gain little"
         self._levels = [(s, level) for s, level in self._levels if s >= first_step]
         if not self._levels or self._levels[-1][1] >= DECAYED_SHARE * self._levels[0][1]:
             return None
         share = 100 * self._levels[-1][1] / self._levels[0][1]
         return (
-            f"the learning rate has been decayed, to {share:.2g} % of its peak over the buffer's snapshots, and little "
-            "is to be expected of merging"
+            f"the learning rate has decayed to {share:.2g} % of its peak over the buffered steps, so merging would "
+            "gain little"
         )
 
     def state_dict(self) -> dict[str, Any]:

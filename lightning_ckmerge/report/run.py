@@ -37,7 +37,7 @@ BADGES = {
     "rejected": "Merging did not help",
     SKIPPED: "No search took place",
 }
-STALE_BADGE = "Merging helped on the way, and newer weights are better"
+STALE_BADGE = "Merging helped earlier; newer weights are better now"
 
 
 class Standing(Protocol):
@@ -151,7 +151,7 @@ def summarize(timeline: Sequence[Record], best: str | None, dirpath: Path, stand
             f"lightning-ckmerge: {_tally(timeline)}",
             f"  {_finding(leader)}",
             *([f"  {standing.advice}"] if standing is not None else []),
-            f"  What to use: {load}. Report: {dirpath / 'report.html'}",
+            f"  Use: {load}. Report: {dirpath / 'report.html'}",
         ]
     )
 

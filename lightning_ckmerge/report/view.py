@@ -54,15 +54,12 @@ NEXT = {
         "merge looks good to you, load it by the name of its own directory."
     ),
     "rejected": (
-        "Nothing: go on with the latest weights. Merging gains most at a high learning rate; it gains little early in "
+        "Continue with the latest weights. Merging gains most at a high learning rate; it gains little early in "
         "a run and after a decay."
     ),
-    "skipped": "Go on with the latest weights. The table says why no search took place, and what to change.",
+    "skipped": "Continue with the latest weights. The table says why no search took place, and what to change.",
 }
-OUTRANKED = (
-    "Use a better merge of this run, which took the place that `save_top_k` grants: the page of all searches names the "
-    "best one."
-)
+OUTRANKED = "Use a better merge of this run: `save_top_k` kept that one instead. The run's report names the best."
 # A candidate's name, and what it means to people.
 MEANINGS = {
     r"latest": "the weights as they were trained, at this step",

@@ -1,4 +1,4 @@
-"""The paper's sampler: a Gaussian process whose acquisition function is chosen by its past luck."""
+"""The paper's sampler: a Gaussian process whose acquisition function is chosen by past performance (GP-Hedge)."""
 
 from __future__ import annotations
 

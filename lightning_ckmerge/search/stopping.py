@@ -50,13 +50,13 @@ class Stopping:
             SearchError: The terminator fails.
         """
         if self.terminator is not None and _says_stop(self.terminator, study):
-            return f"`search.terminator`, {type(self.terminator).__name__}, says so"
+            return f"`search.terminator` ({type(self.terminator).__name__}) stopped the search"
         if not self.min_gain_left or num_trials < MIN_TRIALS or not gain > 0:
             return None
         share = expected_improvement(study) / gain
         if share >= self.min_gain_left:
             return None
-        return f"{100 * share:.2g} % of the gain is left to expect, less than `search.min_gain_left`"
+        return f"further trials should add only {100 * share:.2g} % of the gain, less than `search.min_gain_left`"
 
 
 NEVER = Stopping()
@@ -131,6 +131,6 @@ class Budget:
         if self.forecast_s <= self._allowed_s:
             return None
         return (
-            f"{self.forecast_s:.3g} s would exceed the {self._allowed_s:.3g} s that {self._reason} allows, "
-            f"{self.elapsed_s:.3g} s are spent"
+            f"the search would take {self.forecast_s:.3g} s, but {self._reason} allows {self._allowed_s:.3g} s "
+            f"({self.elapsed_s:.3g} s spent so far)"
         )

@@ -188,7 +188,7 @@ def _anchor(verdict: Verdict, winner: Scored, best_anchor: Scored) -> str:
     is_news = best_anchor is not winner and best_anchor.candidate.name != "latest"
     if not is_news or best_anchor.confirm is None or verdict.others:
         return ""
-    return f" The best anchor, {best_anchor.candidate.name}, comes to {value_told(best_anchor.confirm.value)}."
+    return f" The best anchor, {best_anchor.candidate.name}, scores {value_told(best_anchor.confirm.value)}."
 
 
 def _what_would_decide(verdict: Verdict, gains: Sequence[Gain], winner: Scored, latest: Scored) -> str:
@@ -199,7 +199,7 @@ def _what_would_decide(verdict: Verdict, gains: Sequence[Gain], winner: Scored, 
     needed = [batches_needed(verdict.num_differences, g.gain, g.interval) for g in gains if g.interval is not None]
     known = [n for n in needed if n is not None]
     if not known:
-        return f"So small a difference would take more than {MOST_TIMES} times as much validation data to tell."
+        return f"Telling so small a difference from zero would take over {MOST_TIMES} times as much validation data."
     if _in_blocks(latest, 0):
         return f"About {min(known) / verdict.num_differences:.2g} times as many batches would decide at this spread."
     return f"About {min(known)} such batches would decide at this spread."

@@ -76,7 +76,7 @@ def inside(directory: Path, name: str) -> Path:
     ):
         raise ArtifactError(
             f"the files of an artifact must lie inside it, got {name!r} in {directory}. Do not use this artifact: it "
-            "was tampered with."
+            "may have been tampered with."
         )
     return path
 

@@ -126,9 +126,9 @@ def test_a_pool_stands_for_both(kind: str, num_updates: int) -> None:
 @pytest.mark.parametrize(
     ("spans", "told"),
     [
-        ([(3, 3)], "merges do without step 3"),
-        ([(1, 4), (5, 8)], "merges do without steps 1 to 8"),
-        ([(1, 4), (5, 5), (9, 9)], "merges do without steps 1 to 5, 9"),
+        ([(3, 3)], "merges will miss step 3"),
+        ([(1, 4), (5, 8)], "merges will miss steps 1 to 8"),
+        ([(1, 4), (5, 5), (9, 9)], "merges will miss steps 1 to 5, 9"),
     ],
 )
 def test_lost_steps_are_told_in_one_breath(spans: list[tuple[int, int]], told: str) -> None:

@@ -52,8 +52,8 @@ class Announcer:
             return
         self._warned.add(id(logger))
         told = (
-            f"{type(logger).__name__} could not log a merge search: {type(error).__name__}: {error}. The search itself "
-            "is published; this is said once."
+            f"{type(logger).__name__} could not log a merge search: {type(error).__name__}: {error}. The artifact is "
+            "published. This warning appears once."
         )
         say(self._trainer, told, rank_zero_warn)
 

@@ -133,11 +133,11 @@ class Publisher:
             searched_s: Seconds that all searches of the run have taken, this one included.
         """
         verdict = outcome.verdict
-        with harmless("What is said of a search", self._trainer):
+        with harmless("Announcing the search", self._trainer):
             found = f"Merge search at step {outcome.step}: {verdict.sentence} {self._whereabouts(artifact)}"
             say(self._trainer, "\n".join([found, *(f"  Note: {warning}" for warning in verdict.warnings)]))
         self.show_run()
-        with harmless("What loggers are told of a search", self._trainer):
+        with harmless("Logging the search", self._trainer):
             self._announcer.announce(outcome, artifact, searched_s)
 
     def _whereabouts(self, artifact: Artifact) -> str:
@@ -147,7 +147,7 @@ class Publisher:
         return f"Artifact: {artifact.path}{gone}"
 
     def show_run(self) -> None:
-        """Show the run's searches so far. What is published stays so, whatever an older file makes of this."""
+        """Show the run's searches so far. A failure here never affects a published artifact."""
         if self._comm.rank == 0:
             with harmless("The run's report", self._trainer):
                 write_run_report(self._dirpath)

@@ -150,9 +150,8 @@ class RankBuffer:
         self._changes = []
         if is_loss:
             self._warn(
-                f"The model has changed by step {step}, got {listed(changes)} added, removed, replaced or of another "
-                "shape, precision or device: snapshots from before cannot be merged with it, and the buffer starts "
-                "anew."
+                f"The model changed by step {step}: {listed(changes)} were added, removed, replaced, resized, cast or "
+                "moved. Older snapshots no longer fit, so the buffer starts again."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -189,4 +188,6 @@ class RankBuffer:
             kind = NUMBER.sub("", warning)
             self._told[kind] += 1
             if self._told[kind] <= MAX_TOLD:
-                self._warn(warning + (" Further ones are not told." if self._told[kind] == MAX_TOLD else ""))
+                self._warn(
+                    warning + (" Further warnings of this kind are suppressed." if self._told[kind] == MAX_TOLD else "")
+                )
