@@ -84,7 +84,7 @@ class Artifact:
 
     @property
     def caveat(self) -> str | None:
-        """Which weights are better than this best artifact of its run, as far as that was measured."""
+        """The newer weights that beat this best artifact of its run, as far as that was measured."""
         standing = read_standing(self.path.parent)
         own = (self.manifest.get("run_id", ""), self.path.name)
         is_stale = standing is not None and standing.is_stale and (standing.run_id, standing.best) == own
@@ -129,7 +129,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class MergedFiles:
-    """What ``ckmerge merge`` wrote: weights that no search has chosen.
+    """The output of ``ckmerge merge``: weights that no search has chosen.
 
     Args:
         path: The directory, or a ``.safetensors`` file.
@@ -189,8 +189,8 @@ def load_merged(
             several runs in it, for that of the one that began last, and a warning says how to name another. Also
             the directory or the ``.safetensors`` file that ``ckmerge merge`` wrote.
         model: The LightningModule that was trained, or one with the same ``state_dict`` names.
-        strict: Refuse missing and unexpected names. Otherwise what fits is loaded, and a warning lists what is not; no
-            name in common, or another shape, is refused in any case.
+        strict: Refuse missing and unexpected names. Otherwise matching tensors are loaded, and a warning lists the
+            others; no name in common, or another shape, is refused in any case.
         verify: Compare each file's SHA-256 first.
 
     Raises:
@@ -296,7 +296,7 @@ def _nothing_accepted(dirpath: Path, records: Sequence[Mapping[str, Any]], choic
     searches = "1 search" if len(records) == 1 else f"{len(records)} searches"
     return ArtifactError(
         f"a run must have an accepted artifact with weights, got {searches} in {dirpath}: {found}. Name an artifact by "
-        f"its own directory{such}, or go on with the latest weights. {choice or ''}".rstrip()
+        f"its own directory{such}, or continue with the latest weights. {choice or ''}".rstrip()
     )
 
 

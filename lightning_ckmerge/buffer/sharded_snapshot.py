@@ -81,7 +81,7 @@ class SnapshotParts:
         """
         known = self._shapes.get(name, ())
         bounds = [tuple(stop for _, stop in part.box.ranges_D) for part in self._parts[name]]
-        # A part of what FSDP1 has flattened has one dimension.
+        # A part of a tensor that FSDP1 has flattened has one dimension.
         shaped = [b for b in bounds if len(b) == len(known)] or bounds
         if len({len(b) for b in shaped}) > 1:
             raise SnapshotError(
@@ -102,7 +102,7 @@ class SnapshotParts:
         """Return a part of one tensor, put together from the files' parts.
 
         Raises:
-            SnapshotError: They do not cover it, are of another precision, or a file is not what was written.
+            SnapshotError: They do not cover it, are of another precision, or a file is damaged.
         """
         result = torch.empty(box.shape, dtype=dtype)
         missing = torch.ones(box.shape, dtype=torch.bool)
@@ -176,7 +176,7 @@ class NewRank:
 
 
 def reshard(states: Sequence[BufferState], dirpaths: Sequence[Path], new: NewRank) -> tuple[BufferState, list[str]]:
-    """Return a state from which the new rank's buffer goes on, its files written, and what was lost.
+    """Return a state for the new rank's buffer, its files written, and warnings of the losses.
 
     Args:
         states: Of all old ranks, by rank; durable ones.
@@ -218,7 +218,7 @@ def _build(
     if len(known) < len(olds):
         raise SnapshotError(f"a snapshot must be held by all old ranks, got one that {len(olds) - len(known)} lack.")
     paths = [DiskStorage(d).path(s.name) for d, s in zip(dirpaths, known, strict=True)]
-    # Each rank goes on with its own buffers, a new one with rank 0's.
+    # Each rank keeps its own buffers, a new one takes rank 0's.
     parts = SnapshotParts(paths, [s.sha256 or "" for s in known], new.shapes, first=new.rank)
     parts.check_model()
 

@@ -82,7 +82,7 @@ class DistributedWeights(Mapping[str, Tensor]):
         state: dict[str, Any] = {full: torch.empty(spec.shape, dtype=self._dtypes[name])}
         try:
             with warnings.catch_warnings():
-                # torch remarks that there is no process group, which is what `no_dist` says.
+                # torch remarks on the missing process group, which `no_dist` asks for.
                 warnings.simplefilter("ignore", UserWarning)
                 load(state, storage_reader=self._reader, no_dist=True)
         except (CheckpointException, Exception) as error:  # the first is no `Exception`

@@ -29,8 +29,8 @@ class Rebuilt:
 
     Args:
         num_compared: Tensors that were built again.
-        different: Those that are not equal, bit for bit.
-        not_compared: Tensors that are no merge: they are the latest weights' (integers), or lie in no snapshot.
+        different: Tensors that are not equal, bit for bit.
+        not_compared: Tensors that are no merge: they are the latest weights' (integers), or in no snapshot.
     """
 
     num_compared: int
@@ -53,7 +53,7 @@ def rebuild(
         artifact: Holds weights.
         buffer: The run's snapshots, of all ranks; found by their SHA-256.
         latest: The latest weights at that step, which no buffer keeps.
-        checkpoints: What an offline search merged; found by their SHA-256 likewise.
+        checkpoints: The inputs of an offline search; found by their SHA-256.
         on_tensor: Told of the tensors done, and of how many there are.
 
     Raises:

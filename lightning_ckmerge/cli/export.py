@@ -30,7 +30,7 @@ def export(
         typer.Option("--config-from", help="Directory with the model's config.json, and its tokenizer if it has one."),
     ] = None,
     prefix: Annotated[
-        str | None, typer.Option("--prefix", help="What stands before the pretrained model's names, such as `model.`")
+        str | None, typer.Option("--prefix", help="Prefix of the pretrained model's names, such as `model.`")
     ] = None,
     key: Key = None,
     max_shard_size: MaxShardSize = "5GB",
@@ -39,7 +39,7 @@ def export(
     """Write a directory that Hugging Face's `from_pretrained` opens: weights, config, tokenizer, model card.
 
     The model is found among the LightningModule's names by its config (with transformers installed), or by --prefix.
-    An artifact of PEFT's adapters needs neither: it becomes what `PeftModel.from_pretrained` opens.
+    An artifact of PEFT's adapters needs neither: it becomes a directory that `PeftModel.from_pretrained` opens.
 
     \b
     Examples:
@@ -79,7 +79,7 @@ def export(
 
 
 def _checked_prefix(source: Source, prefix: str | None) -> str | None:
-    """Return the prefix with its dot; names must begin with it."""
+    """Return the prefix with its dot; names must start with it."""
     from lightning_ckmerge.errors import ArtifactError
 
     if not prefix:
@@ -105,7 +105,7 @@ def _verdict(source: Source) -> str | None:
 
 
 def _adapters_of(source: Source) -> dict[str, Any] | None:
-    """What the manifest says about adapters, where the source is an artifact that holds them alone."""
+    """The manifest's entry for adapters, where the source is an artifact that holds them alone."""
     from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, read_manifest
 
     return read_manifest(source.path).get("adapters") if (source.path / MANIFEST_NAME).is_file() else None

@@ -26,7 +26,7 @@ LOWER = """
 loss losses error errors err errs perplexity ppl nll mse mae rmse msle rmsle mape smape wer cer ter der eer fid
 bpb bpc ce bce xent crossentropy kl kld kldiv fpr fnr ece brier lpips regret
 """
-# With one of these, a name says the opposite of what its other words say, or nothing.
+# With one of these, a name says the opposite of its other words, or nothing.
 UNSURE = """
 neg negative minus inv inverse inverted one gap drop diff difference delta change std var variance improvement
 reduction decrease increase attack
@@ -94,7 +94,7 @@ class Monitored(Protocol):
 
 
 def mode_by_name(monitor: str) -> Mode | None:
-    """Return the mode that a metric's name speaks for; ``None`` where it says nothing, or two things.
+    """Return the mode that a metric's name implies; ``None`` where it implies none, or both.
 
     >>> mode_by_name("val_acc"), mode_by_name("valid/mAP50"), mode_by_name("MeanSquaredError"), mode_by_name("rouge1")
     ('max', 'max', 'min', 'max')
@@ -111,11 +111,11 @@ def mode_by_name(monitor: str) -> Mode | None:
 
 
 def require_modes(monitored: Sequence[Monitored], higher_is_better: Mapping[str, bool] = MappingProxyType({})) -> None:
-    """Raise ``ConfigError`` where a metric speaks against its ``mode``.
+    """Raise ``ConfigError`` where a metric contradicts its ``mode``.
 
     Args:
         monitored: Metrics and their modes.
-        higher_is_better: What torchmetrics says of logged metric objects, by the name they are logged under.
+        higher_is_better: Torchmetrics' attribute of logged metric objects, by the name they are logged under.
     """
     for metric in monitored:
         known: dict[str, Mode | None] = {

@@ -73,7 +73,7 @@ class Alone:
         return [value]
 
     def give_up(self, error: BaseException) -> None:
-        """Nobody waits."""
+        """Do nothing: no rank waits."""
 
     def close(self) -> None:
         """Nothing was opened."""
@@ -119,7 +119,7 @@ class Ranks:
 
 
 def _is_known(error: BaseException | None) -> bool:
-    """Whether the others have left already: they were told of this error, or of one on the way to it."""
+    """Whether the others have left already: they know this error, or one that led to it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, PeerError) or TOLD in vars(error):

@@ -1,4 +1,4 @@
-"""What a run will take, told before it starts: one record, made and shown alike by ``fit`` and by ``ckmerge plan``."""
+"""A run's costs, told before it starts: one record, made and shown by both ``fit`` and ``ckmerge plan``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FORWARDS_PER_TRAINING_BATCH = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What is known of a run before its first step.
+    """The facts about a run before its first step.
 
     Args:
         length: How long it is.
@@ -59,10 +59,10 @@ class Known:
 
 @dataclass(kw_only=True)
 class Plan:
-    """What one callback will do and take. Sizes are bytes per rank, except on disk; ``None``: unknown.
+    """The actions and costs of one callback. Sizes are bytes per rank, except on disk; ``None``: unknown.
 
-    To tell people of something else, add a field, fill it in ``make_plan``, and give it a row in ``plan_rows``; what
-    they should act on goes into ``warnings``.
+    To show something else, add a field, fill it in ``make_plan``, and give it a row in ``plan_rows``; calls for action
+    go into ``warnings``.
 
     Args:
         strategy: Class of the strategy.
@@ -73,7 +73,7 @@ class Plan:
         num_searches: Searches over the run, the one at its end counted.
         when: When they are due.
         interval: Optimizer steps between two of them.
-        snapshots: What the buffer keeps.
+        snapshots: Contents of the buffer.
         segment_steps: Length of the finest segment.
         buffer_memory: Memory of the buffer.
         buffer_disk: The buffer's files.
@@ -82,19 +82,19 @@ class Plan:
         disk: Buffer and artifacts, over all ranks.
         free_disk: Free bytes where artifacts go.
         dirpath: Where artifacts go.
-        candidates: What a search scores.
+        candidates: Candidates of a search.
         num_candidates: Most anchors and trials of a search.
         search_batches: Validation batches that a candidate is scored on, on each rank.
-        confirm_batches: Those kept for the verdict.
-        num_confirmed: Candidates that are scored on them, at most.
+        confirm_batches: Batches kept for the verdict.
+        num_confirmed: Most candidates scored on them.
         evaluations: Most forward batches of one search.
         share: Expected share of the training between two searches.
         cap: Share of the training time that all searches may take.
         groups: The groups of tensors with coefficients of their own.
-        adapters: What is buffered and merged of a model with adapters.
-        left_out: What is not averaged, by name.
-        faults: What would end the run, or let it end badly; the plan is not one to start.
-        warnings: What the user should know.
+        adapters: The buffered and merged part of a model with adapters.
+        left_out: Tensors that are not averaged, by name.
+        faults: Reasons why the run would fail; do not start it.
+        warnings: Notes for the user.
     """
 
     strategy: str
@@ -132,10 +132,10 @@ def make_plan(settings: MergeSettings, trainer: Trainer, model: RankModel, known
     """Return the plan of one settings. Nothing is read, written or moved.
 
     Args:
-        settings: What it was asked for.
+        settings: The callback's settings.
         trainer: The Trainer; it need not have started.
-        model: What this process holds of the module.
-        known: What is known of the run.
+        model: This process's part of the module.
+        known: The facts about the run.
     """
     config, steps = settings.buffer, known.length.steps
     segment_steps = finest_segment(config, steps)
@@ -235,7 +235,7 @@ def num_searches(settings: MergeSettings, length: RunLength) -> int | None:
         return within + settings.triggers.on_train_end
     if total is None:
         return None
-    # What has been searched at the last step is not searched again.
+    # A step that has been searched is not searched again.
     return int(total // every) + (settings.triggers.on_train_end and total % every > 0)
 
 
@@ -384,7 +384,7 @@ def _share(plan: Plan) -> str:
 
 
 def _least(cap: float) -> str:
-    """What all searches may take of a run, however short it is."""
+    """The time that all searches may take of a run, however short it is."""
     return f"{cap * MIN_TRAINING_S:.3g} s"
 
 
@@ -408,7 +408,7 @@ def forecast(
     num_ranks = trainer.num_devices * trainer.num_nodes
     _configure_model(module, warnings)
     train = [_batches_of(loader, trainer.limit_train_batches, num_ranks) for loader in loaders.train or ()]
-    # Of several training loaders, shorter ones begin anew.
+    # Of several training loaders, shorter ones start again.
     length = run_length(trainer, max(train, default=math.inf), _steps_per_update(module, warnings))
     val = loaders.val
     dirpath, fault = _directory(trainer, settings)
@@ -428,7 +428,7 @@ def forecast(
 
 
 def _directory(trainer: Any, settings: MergeSettings) -> tuple[Path, str | None]:
-    """Return where artifacts go, or what that is below, and why they cannot."""
+    """Return where artifacts go, or its parent and the reason why they cannot."""
     try:
         dirpath = root_of(trainer, settings.dirpath)
     except ConfigError as error:
@@ -446,7 +446,7 @@ def _loaders(module: LightningModule, datamodule: LightningDataModule | None, wa
         for stage in ("train", "val"):
             made = getattr(owner, f"{stage}_dataloader")()
             found[stage] = list(_flattened(made))
-    except Exception as error:  # the user's own code, which may want what only a run has
+    except Exception as error:  # the user's own code may need a running Trainer
         warnings.append(
             f"The data could not be set up here ({type(error).__name__}: {error}): batches and evaluations are not "
             "counted. Run `plan` where the data is."

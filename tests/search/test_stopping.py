@@ -64,7 +64,8 @@ def test_it_stops_where_less_than_the_share_is_left(tmp_path: Path) -> None:
     assert MIN_TRIALS <= len(search.trials) < NUM_TRIALS
     assert search.found_enough
     assert search.stopped_early is not None
-    assert search.stopped_early.startswith(f"after 9 anchors and {len(search.trials)} trials: further trials should add only 0.")
+    expected = f"after 9 anchors and {len(search.trials)} trials: further trials should add only 0."
+    assert search.stopped_early.startswith(expected)
     assert search.stopped_early.endswith(" % of the gain, less than `search.min_gain_left`")
 
 

@@ -26,7 +26,7 @@ def kernel(name: KernelName, segments_K: Sequence[Segment], tau: float) -> tuple
 
     Source:
         Power: Karras et al. 2024, arXiv:2312.02696, equation 5. Minus-sqrt: WSM, arXiv:2507.17634, where a step weighs
-        what a learning rate that falls as ``1 - sqrt`` loses at it.
+        as much as a learning rate falling as ``1 - sqrt`` loses at it.
     """
     return {"exponential": exponential_kernel, "power": power_kernel, "minus_sqrt": minus_sqrt_kernel}[name](
         segments_K, tau
