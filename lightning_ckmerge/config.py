@@ -120,7 +120,7 @@ class SearchConfig:
             run counts as at least 200 s long, which makes 10 s of 5 %. Searches before the last one leave half of
             the rest for it. ``None``: no such limit.
         at_low_lr: Whether to run a scheduled search, the last one too, while the learning rate is still rising, or has
-            fallen below 10 % of its peak over the buffer's snapshots, so that little is to be expected: ``skip`` or
+            fallen below 10 % of its peak over the buffer's snapshots, so that merging would gain little: ``skip`` or
             ``search``.
         constraints: Other logged metrics that may not get worse than the latest weights' by more than stated.
         storage: Optuna storage URL; ``None``: a journal file beside the artifacts.

@@ -77,7 +77,7 @@ class SourceWeights:
 
     Args:
         source: The checkpoint.
-        on_tensor: Told of the bytes of each tensor that was read.
+        on_tensor: Called with the bytes of each tensor that was read.
     """
 
     def __init__(self, source: Source, on_tensor: Callable[[int], None] = lambda num_bytes: None) -> None:

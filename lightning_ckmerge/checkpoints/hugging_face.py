@@ -151,7 +151,7 @@ def find_prefix(names: Collection[str], required: Collection[str]) -> str:
         return found[0]
     if found:
         raise ArtifactError(
-            f"one pretrained model must lie in the weights, got it under {', '.join(map(repr, found))}. "
+            f"the weights must hold one pretrained model, got it under {', '.join(map(repr, found))}. "
             "Choose one with `--prefix`."
         )
     missing = min((sorted(r for r in required if f"{p}{r}" not in names) for p in {*prefixes, ""}), key=len)

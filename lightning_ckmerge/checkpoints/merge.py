@@ -59,7 +59,7 @@ class MergedWeights:
     Args:
         sources_K: K checkpoints of one model, oldest first.
         method: How to merge.
-        on_tensor: Told of the bytes of each tensor that was merged.
+        on_tensor: Called with the bytes of each merged tensor.
 
     Raises:
         ArtifactError: Names or shapes differ.

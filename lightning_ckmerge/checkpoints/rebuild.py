@@ -54,7 +54,7 @@ def rebuild(
         buffer: The run's snapshots, of all ranks; found by their SHA-256.
         latest: The latest weights at that step, which no buffer keeps.
         checkpoints: The inputs of an offline search; found by their SHA-256.
-        on_tensor: Told of the tensors done, and of how many there are.
+        on_tensor: Called with the number of tensors done and their total.
 
     Raises:
         SnapshotError: A snapshot with a coefficient other than 0 is not there.

@@ -56,9 +56,9 @@ class CheckpointMergeCallback(Callback):
         artifact: Contents of an artifact.
         apply: ``emit``: never touch the module. ``on_train_end``: load the best accepted merge into the module after
             training, if it is better than the final weights on the batches that no search has chosen by.
-        on_error: ``warn``: a failing search is reported, and training goes on. ``raise``: it ends training.
-        check_mode: Refuse a ``mode`` that speaks against the metric's name, or against ``higher_is_better`` of the
-            torchmetrics object that is logged. ``False`` takes it as it is.
+        on_error: ``warn``: a failing search is reported, and training continues. ``raise``: it ends training.
+        check_mode: Refuse a ``mode`` that contradicts the metric's name, or ``higher_is_better`` of the logged
+            torchmetrics object. ``False`` accepts it.
 
     Raises:
         ConfigError: An argument is outside its range, or arguments contradict each other.

@@ -48,7 +48,7 @@ STATUS_TITLES = {
 
 
 NEXT = {
-    "accepted": "Use the merge: to evaluate, to release, to fine-tune. Training itself goes on from its own weights.",
+    "accepted": "Use the merge: to evaluate, to release, to fine-tune. Training itself continues from its own weights.",
     "unconfirmed": (
         "Nothing is lost: the merge is kept, and `best` stays where it was. The verdict says what would decide. If the "
         "merge looks good to you, load it by the name of its own directory."

@@ -24,7 +24,7 @@ def file_record(path: Path, on_bytes: Callable[[int], None] = lambda num_bytes: 
 
     Args:
         path: The file.
-        on_bytes: Told of the bytes of each piece that was read; its exception ends the reading.
+        on_bytes: Called with the bytes of each piece that was read; its exception ends the reading.
     """
     sha256 = hashlib.sha256()
     total = 0

@@ -25,7 +25,7 @@ def test_a_plan_counts_what_the_run_will_take(tmp_path: Path) -> None:
     plan = plan_of(write_config(tmp_path, buffer={"capacity": 4, "every_n_train_steps": 5}, save_top_k=2))
     assert plan["num_parameters"] == 9
     assert (plan["total_steps"], plan["num_searches"], plan["segment_steps"]) == (NUM_STEPS, 4, 5)
-    # Two segments in progress; twice the ring, a pair being pooled, and what the last two checkpoints hold.
+    # Two segments in progress; twice the buffer, a pair being pooled, and what the last two checkpoints hold.
     assert plan["buffer_memory"] == 2 * MODEL_BYTES
     assert plan["search_memory"] == MODEL_BYTES + 256_000_000
     assert plan["disk"] == (2 * 4 + 2 + 2) * MODEL_BYTES + 3 * MODEL_BYTES
