@@ -349,7 +349,7 @@ def test_a_search_that_cannot_keep_within_its_limit_is_skipped(
     lines = [r.message for r in caplog.records if r.message.startswith("No merge search at step ")]
     assert len(lines) == 2
     assert all(f"Raise `{name}`, or search less often." in line for line in lines)
-    assert "the least of searches needs" in lines[1]
+    assert "the shortest search needs" in lines[1]
     first, second = read_timeline(merges_dir(run))
     assert [r["status"] for r in (first, second)] == ["skipped", "skipped"]
     assert (first["step"], second["step"]) == (5, 10)
