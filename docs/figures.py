@@ -30,7 +30,7 @@ def figures() -> dict[str, str]:
     return {"buffer.svg": buffer_figure(), "coefficients.svg": coefficients_figure()}
 
 
-def ring(num_steps: int) -> list[Segment]:
+def buffered(num_steps: int) -> list[Segment]:
     """Return the default buffer's segments after so many steps of a run, oldest first."""
     segments: list[Segment] = []
     for last in range(FINEST, num_steps + 1, FINEST):
@@ -48,14 +48,14 @@ def buffer_figure() -> str:
     for row, moment in enumerate(moments):
         y = 12 + 30 * row
         parts.append(text(LEFT - 10, y + 14, f"step {moment}", anchor="end"))
-        parts += [box(s, y, 20, BLUE, opacity=0.75) for s in ring(moment)]
+        parts += [box(s, y, 20, BLUE, opacity=0.75) for s in buffered(moment)]
     y = 12 + 30 * len(moments)
     return picture([*parts, *steps_axis(y)], y + 24)
 
 
 def coefficients_figure() -> str:
     """Return three merges of the last buffer: how much a step of each snapshot weighs."""
-    segments_K = ring(NUM_STEPS)
+    segments_K = buffered(NUM_STEPS)
     merges = {
         "uniform mean": exponential_kernel(segments_K, float("inf")),
         f"EMA, tau {TAU:g}": exponential_kernel(segments_K, TAU),

@@ -1,6 +1,6 @@
 """Checkpoint merging during pretraining: a Lightning callback that finds the best merge of the recent weights.
 
-Names are loaded when they are first used, so that what needs no Trainer starts without Lightning.
+Names are loaded when they are first used, so that code without a Trainer starts without Lightning.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Checks arguments against their own annotations, so that no field needs a check of its type by hand.
+"""Checks arguments against their own annotations, so that no field needs a type check of its own.
 
-What means the same is turned into what is annotated: NumPy's numbers into Python's, any sequence into a list or tuple,
+Equivalent values are converted to the annotated type: NumPy's numbers into Python's, any sequence into a list or tuple,
 a mapping into the config class whose fields it names.
 """
 
@@ -43,7 +43,7 @@ def checked(section: str = "") -> Callable[[Function], Function]:
     """Return a decorator for ``__init__``: arguments must be as annotated, and arrive as annotated.
 
     Args:
-        section: What stands before the arguments' names in messages.
+        section: Prefix of the arguments' names in messages.
     """
 
     def decorate(function: Function) -> Function:
@@ -65,11 +65,11 @@ def checked(section: str = "") -> Callable[[Function], Function]:
 
 
 def check_fields(config: Any, section: str = "") -> None:
-    """Make the fields of a frozen dataclass what their annotations say.
+    """Convert the fields of a frozen dataclass to their annotations.
 
     Args:
         config: The dataclass.
-        section: What stands before the fields' names in messages.
+        section: Prefix of the fields' names in messages.
 
     Raises:
         ConfigError: One of them cannot be that.
@@ -120,9 +120,9 @@ def check(name: str, value: object, hint: Any, default: object = inspect.Paramet
 
     Args:
         name: The argument's dotted name, for messages.
-        value: What was given.
+        value: The given value.
         hint: The annotation.
-        default: What it would be if it were left out.
+        default: Its default.
 
     Raises:
         ConfigError: It cannot be that.
@@ -221,7 +221,7 @@ def _number(value: Any, kind: type) -> Any:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """Return what an annotation allows, one kind each."""
+    """Return the kinds of value that an annotation allows."""
     if get_origin(hint) in (Union, types.UnionType):
         return tuple(option for part in get_args(hint) for option in _options(part))
     return (hint,)

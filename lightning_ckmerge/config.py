@@ -33,7 +33,7 @@ AdapterMerge = Literal["factors", "products"]
 
 @dataclass(frozen=True, kw_only=True)
 class BufferConfig:
-    """What the buffer keeps, and where.
+    """Contents and place of the buffer.
 
     Args:
         capacity: Snapshots kept; at least 2.
@@ -43,12 +43,12 @@ class BufferConfig:
             length is known, else 25 steps, doubled as the run grows.
         snapshot: ``mean``: the running mean of the weights over the segment. ``point``: the weights at its end.
         update_every_n_steps: Optimizer steps between two updates of the running mean; at least 1. Every step would
-            cost 1.4 % of a short one (17 M parameters, 256 tokens). An odd number averages out what alternates.
+            cost 1.4 % of a short one (17 M parameters, 256 tokens). An odd number averages out alternation.
         storage: ``disk``: safetensors files, written behind training, which survive a restart. ``cpu``: host
             memory. ``device``: memory of the weights' device.
         dtype: Precision of the stored snapshots. ``None``: float32 for means, the weights' own for points.
         bucket_size: Most extra memory that a merge takes while ranks that hold the model whole (DDP) send each other
-            what they have merged, such as ``"64MB"``.
+            their shares of it, such as ``"64MB"``.
     """
 
     capacity: int = 10
@@ -117,10 +117,10 @@ class SearchConfig:
             ``ddp``. ``None``: none.
         timeout_s: Seconds that one search may take; it stops early rather than exceed.
         max_fraction_of_training: Share of the training time so far that all searches together may take, in (0, 1]; a
-            run counts as at least 200 s long, which makes 10 s of 5 %. Searches before the last one leave half of what
-            is there for it. ``None``: no such limit.
-        at_low_lr: What becomes of a scheduled search, the last one too, while the learning rate is still rising, or has
-            fallen below 10 % of its peak over the buffer's snapshots, so that little is to be expected: ``skip`` or
+            run counts as at least 200 s long, which makes 10 s of 5 %. Searches before the last one leave half of
+            the rest for it. ``None``: no such limit.
+        at_low_lr: Whether to run a scheduled search, the last one too, while the learning rate is still rising, or has
+            fallen below 10 % of its peak over the buffer's snapshots, so that merging would gain little: ``skip`` or
             ``search``.
         constraints: Other logged metrics that may not get worse than the latest weights' by more than stated.
         storage: Optuna storage URL; ``None``: a journal file beside the artifacts.
@@ -154,7 +154,7 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """On what data a candidate is scored, and how.
+    """The data that score a candidate, and how.
 
     Args:
         limit_batches: Like ``limit_val_batches``: batches a loader (int), or a share of them (float in (0, 1]).
@@ -200,13 +200,13 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactConfig:
-    """What an artifact holds.
+    """Contents of an artifact.
 
     Args:
         formats: ``safetensors`` (always written) and, on request, ``ckpt`` (a weights-only Lightning checkpoint) and
             ``hf`` (a directory that ``from_pretrained`` opens, of the transformers or PEFT model inside the module).
         max_shard_size: Largest weights file, such as ``"5GB"`` or ``"500MB"``; larger models are sharded.
-        adapters: How LoRA layers of PEFT are merged, for the search and the artifact alike. ``factors``: ``A`` and
+        adapters: How LoRA layers of PEFT are merged, for both the search and the artifact. ``factors``: ``A`` and
             ``B`` are averaged each, the rank stays. ``products``: the sum of the products ``B A``, exactly, which has
             the rank of all merged snapshots together.
     """
@@ -227,7 +227,7 @@ class ArtifactConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Triggers:
-    """What makes a search due. Without a trigger: each quarter of the run, where its length is known.
+    """Conditions that make a search due. Without a trigger: each quarter of the run, where its length is known.
 
     Args:
         every_n_train_steps: Optimizer steps between searches.
@@ -248,30 +248,30 @@ class Triggers:
         if len(given) > 1:
             raise ConfigError(f"only one of {', '.join(names)} may be set, got {' and '.join(given)}. Keep one.")
         for name in names[:2]:
-            require_at_least(name, getattr(self, name), 1, "Leave it out for the default schedule.")
+            require_at_least(name, getattr(self, name), 1, "Leave it out for the default triggers.")
         if self.train_time_interval is not None and self.train_time_interval <= timedelta(0):
             raise ConfigError(
                 f"`train_time_interval > 0` must hold, got {self.train_time_interval}. Leave it out for the default "
-                "schedule."
+                "triggers."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeSettings:
-    """All that one callback was asked for.
+    """All settings of one callback.
 
     Args:
         objectives: The metrics to search by, at least one; charts and ``save_top_k`` go by the first.
-        triggers: What makes a search due.
+        triggers: Conditions that make a search due.
         dirpath: Where artifacts go; ``None``: beside the logger's files.
         save_top_k: Artifacts kept, by value; -1: all, 0: records only.
-        buffer: What the buffer keeps.
+        buffer: Contents and place of the buffer.
         search: How a search spends its trials.
-        evaluation: On what data candidates are scored.
-        artifact: What an artifact holds.
+        evaluation: The data that score candidates.
+        artifact: Contents of an artifact.
         apply: Whether the best merge is loaded into the module after training.
         on_error: Whether a failing search is reported or raised.
-        check_mode: Whether to refuse a mode that the metric speaks against.
+        check_mode: Whether to refuse a mode that contradicts the metric.
 
     Raises:
         ConfigError: The parts contradict each other.
@@ -327,7 +327,7 @@ class MergeSettings:
         return self.on_error == "raise"
 
     def check_modes(self, higher_is_better: Mapping[str, bool]) -> None:
-        """Raise ``ConfigError`` where a metric, or the object that logs it, speaks against its ``mode``."""
+        """Raise ``ConfigError`` where a metric, or the object that logs it, contradicts its ``mode``."""
         if self.check_mode:
             require_modes([*self.objectives, *self.search.constraints], higher_is_better)
 

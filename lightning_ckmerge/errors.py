@@ -7,7 +7,7 @@ CkmergeError
 ├── SnapshotError      a snapshot is missing, damaged, or does not fit the model
 ├── SearchError        a search could not be carried out
 │   ├── SkipError      nothing is wrong, but there is no search now; all ranks raise it together
-│   └── FinalError     the next search would fare alike, and there is none in this run
+│   └── FinalError     the next search would fail too, so there is none in this run
 │       └── TraceError a search has left a trace in the run
 ├── PeerError          another rank failed, and this one gives up with it
 └── ArtifactError      an artifact is missing, damaged, or could not be written
@@ -42,11 +42,11 @@ class SearchError(CkmergeError):
 
 
 class SkipError(SearchError):
-    """There is no search now, though nothing is wrong. All ranks raise it together.
+    """No search is possible now, though nothing is wrong. All ranks raise it together.
 
     Args:
-        reason: Why not, and what to do about it.
-        needed_s: Seconds that the least of searches would have needed, where time is the reason.
+        reason: Why not, with a remedy.
+        needed_s: Seconds that the shortest search would have needed, where time is the reason.
     """
 
     def __init__(self, reason: str, *, needed_s: float = 0.0) -> None:
@@ -71,7 +71,7 @@ class ArtifactError(CkmergeError):
 
 
 def explain(error: Exception) -> str:
-    """Return what to tell people of an error: our own messages say all, others need their type.
+    """Return an error's text for people: our own messages are complete, others need their type.
 
     >>> explain(SearchError("there is nothing to merge.")), explain(OSError("disk full"))
     ('there is nothing to merge.', 'OSError: disk full')

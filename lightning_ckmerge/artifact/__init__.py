@@ -1,1 +1,1 @@
-"""What a search publishes: directories of safetensors and JSON, written whole or not at all, checked before use."""
+"""The artifacts of searches: directories of safetensors and JSON, written whole or not at all, checked before use."""

@@ -1,4 +1,4 @@
-"""A run's whole history of merges, read from its ``dirpath``: what the report of a run shows."""
+"""A run's whole history of merges, read from its ``dirpath``, for the report of the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class History:
     """The searches of one run.
 
     Args:
-        dirpath: Where the run's artifacts lie.
+        dirpath: Directory of the run's artifacts.
         timeline: A record a search, oldest first; at least one.
         manifests: Name of each artifact that is still there, and its checked manifest.
         best: Name of the best accepted artifact; ``None`` if there is none.
@@ -38,7 +38,7 @@ class History:
 
 
 def read_history(dirpath: str | os.PathLike[str]) -> History:
-    """Return the history of the run whose artifacts lie in ``dirpath``: of several, of the one that began last.
+    """Return the history of the run with artifacts in ``dirpath``: of several, of the one that started last.
 
     Raises:
         ArtifactError: There was no search, or a file is damaged.

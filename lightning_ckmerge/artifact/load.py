@@ -84,7 +84,7 @@ class Artifact:
 
     @property
     def caveat(self) -> str | None:
-        """Which weights are better than this best artifact of its run, as far as that was measured."""
+        """The newer weights that beat this best artifact of its run, as far as that was measured."""
         standing = read_standing(self.path.parent)
         own = (self.manifest.get("run_id", ""), self.path.name)
         is_stale = standing is not None and standing.is_stale and (standing.run_id, standing.best) == own
@@ -98,14 +98,10 @@ class Artifact:
         """
         if not self.has_weights:
             verdict = self.manifest["verdict"]
-            why = (
-                "its search was rejected"
-                if verdict["status"] == "rejected"
-                else "better ones took the places that `save_top_k` grants"
-            )
+            why = "its search was rejected" if verdict["status"] == "rejected" else "`save_top_k` kept better artifacts"
             raise ArtifactError(
                 f"an artifact must hold weights to be loaded, got the record {self.path}: {why} "
-                f"({verdict['sentence']}). Load another artifact, or go on with the latest weights."
+                f"({verdict['sentence']}). Load another artifact, or continue with the latest weights."
             )
         # Reviewing artifacts needs no torch, which takes seconds to import.
         from lightning_ckmerge.tensorfiles.reader import StoredWeights
@@ -133,7 +129,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class MergedFiles:
-    """What ``ckmerge merge`` wrote: weights that no search has chosen.
+    """The output of ``ckmerge merge``: weights that no search has chosen.
 
     Args:
         path: The directory, or a ``.safetensors`` file.
@@ -193,8 +189,8 @@ def load_merged(
             several runs in it, for that of the one that began last, and a warning says how to name another. Also
             the directory or the ``.safetensors`` file that ``ckmerge merge`` wrote.
         model: The LightningModule that was trained, or one with the same ``state_dict`` names.
-        strict: Refuse missing and unexpected names. Otherwise what fits is loaded, and a warning lists what is not; no
-            name in common, or another shape, is refused in any case.
+        strict: Refuse missing and unexpected names. Otherwise matching tensors are loaded, and a warning lists the
+            others; no name in common, or another shape, is refused in any case.
         verify: Compare each file's SHA-256 first.
 
     Raises:
@@ -210,7 +206,7 @@ def load_merged(
         if choice := tell_choice(Path(source)):
             warnings.warn(choice, stacklevel=2)
     if isinstance(artifact, Artifact) and (caveat := artifact.caveat):
-        warnings.warn(f"{artifact.path} is not the best of its run. {caveat}", stacklevel=2)
+        warnings.warn(f"Newer weights beat {artifact.path}, the best artifact of its run. {caveat}", stacklevel=2)
     stored = artifact.tensors()
     state = {name: value for name, value in model.state_dict().items() if not _is_extra_state(name)}
     names = {name for name in stored if not _is_extra_state(name)}
@@ -240,8 +236,7 @@ def load_merged(
     if left_out := _described(apart):
         warnings.warn(
             f"Loaded {len(names & state.keys())} of the {len(state)} tensors of {type(model).__name__} from "
-            f"{artifact.path}, as `strict=False` allows. Left out are names {left_out}. What is missing keeps its "
-            "value.",
+            f"{artifact.path}, as `strict=False` allows ({left_out}). Missing tensors keep their values.",
             stacklevel=2,
         )
     if at_any_rank:
@@ -301,7 +296,7 @@ def _nothing_accepted(dirpath: Path, records: Sequence[Mapping[str, Any]], choic
     searches = "1 search" if len(records) == 1 else f"{len(records)} searches"
     return ArtifactError(
         f"a run must have an accepted artifact with weights, got {searches} in {dirpath}: {found}. Name an artifact by "
-        f"its own directory{such}, or go on with the latest weights. {choice or ''}".rstrip()
+        f"its own directory{such}, or continue with the latest weights. {choice or ''}".rstrip()
     )
 
 

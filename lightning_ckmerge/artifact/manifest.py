@@ -38,8 +38,8 @@ def build_manifest(outcome: SearchOutcome) -> Manifest:
     """
     winner = outcome.winner
 
-    def trial(t: Scored) -> dict[str, Any]:
-        return _trial(t, outcome.anchors[0], sign_of(outcome.mode))
+    def record(t: Scored) -> dict[str, Any]:
+        return _scored(t, outcome.anchors[0], sign_of(outcome.mode))
 
     manifest: Manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -51,8 +51,8 @@ def build_manifest(outcome: SearchOutcome) -> Manifest:
         "coordinates": winner.candidate.coordinates,
         "snapshots": [_snapshot(s) for s in outcome.snapshots_K],
         "coefficients": list(winner.candidate.coefficients_K),
-        "anchors": [trial(t) for t in outcome.anchors],
-        "trials": [trial(t) for t in outcome.trials],
+        "anchors": [record(t) for t in outcome.anchors],
+        "trials": [record(t) for t in outcome.trials],
         "evaluation": {k: list(v) if isinstance(v, tuple) else v for k, v in vars(outcome.evaluation).items()},
         "cost": dict(vars(outcome.cost), seconds=dict(outcome.cost.seconds)),
         "software": software(),
@@ -108,7 +108,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 @lru_cache(maxsize=64)
 def _fault_in(text: str) -> tuple[str, object, str] | None:
-    """Remember what has been checked: a run reads its artifacts' manifests at every search, and checking takes time."""
+    """Remember checked manifests: a run reads its artifacts' manifests at every search, and checking takes time."""
     return _find_fault(json.loads(text))
 
 
@@ -162,20 +162,20 @@ def _verdict(verdict: Verdict, winner: Scored) -> dict[str, Any]:
     }
 
 
-def _trial(trial: Scored, latest: Scored, sign: int) -> dict[str, Any]:
+def _scored(scored: Scored, latest: Scored, sign: int) -> dict[str, Any]:
     # Reading manifests needs no SciPy, which takes seconds to import.
     from lightning_ckmerge.search.interval import score_gain
 
-    gain, interval = (None, None) if trial is latest else score_gain(trial.search, latest.search, sign)
+    gain, interval = (None, None) if scored is latest else score_gain(scored.search, latest.search, sign)
     return {
-        "name": trial.candidate.name,
-        "coefficients": list(trial.candidate.coefficients_K),
-        "coordinates": trial.candidate.coordinates,
-        "search": _score(trial.search),
+        "name": scored.candidate.name,
+        "coefficients": list(scored.candidate.coefficients_K),
+        "coordinates": scored.candidate.coordinates,
+        "search": _score(scored.search),
         "search_gain": _finite(gain) if gain is not None else None,
         "search_interval": _interval(interval),
-        "confirm": _score(trial.confirm) if trial.confirm else None,
-        "feasible": trial.feasible,
+        "confirm": _score(scored.confirm) if scored.confirm else None,
+        "feasible": scored.feasible,
     }
 
 
@@ -229,7 +229,7 @@ def _shorten(text: str) -> str:
 
 
 def software() -> dict[str, str | None]:
-    """Return the versions of what an artifact depends on; ``None`` for what is not installed."""
+    """Return the versions of an artifact's dependencies; ``None`` for one that is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name, distribution in DISTRIBUTIONS.items():
         try:

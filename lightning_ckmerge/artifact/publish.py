@@ -73,11 +73,11 @@ class ArtifactStore:
     ) -> Artifact:
         """Publish one search, and return its artifact, on every rank.
 
-        A crash at any moment leaves the earlier artifacts and ``best`` as they were; what was staged is removed by the
+        A crash at any moment leaves the earlier artifacts and ``best`` as they were; staged files are removed by the
         next call.
 
         Args:
-            manifest: What ``build_manifest`` returned; left unchanged. Rank 0's counts.
+            manifest: As returned by ``build_manifest``; left unchanged. Rank 0's counts.
             weights: The merged model; ``None`` for a record. Not written where ``keeps_weights`` says no.
             extras: Called on every rank, in order, with the staging directory and the manifest, its ``files`` so far
                 included. They add files or directories.
@@ -148,10 +148,10 @@ class ArtifactStore:
 
         Args:
             path: Its directory, which is made.
-            manifest: As for ``publish``, like the rest.
-            weights: Likewise.
-            extras: Likewise.
-            comm: Likewise.
+            manifest: As for ``publish``.
+            weights: As for ``publish``.
+            extras: As for ``publish``.
+            comm: As for ``publish``.
         """
         on_rank_zero(comm, partial(path.mkdir, parents=True))
         complete = self._stage(path, manifest, weights, extras, comm)
@@ -203,14 +203,14 @@ class ArtifactStore:
         return sorted(found, key=lambda a: self._rank(a.manifest, like))
 
     def _found(self) -> Iterator[Artifact]:
-        """Yield what is there, oldest first."""
+        """Yield the artifacts, oldest first."""
         for path in sorted(self.dirpath.glob("step=*"), key=_age):
             if ARTIFACT_NAME.fullmatch(path.name) and not path.is_symlink():
                 with contextlib.suppress(ArtifactError):  # damaged or not ours: neither counted nor removed
                     yield Artifact(path, read_manifest(path))
 
     def _rank(self, manifest: Manifest, like: Manifest) -> tuple[bool, bool, float]:
-        """Return what sorts better artifacts first; those measured on other batches than ``like`` come later."""
+        """Return a key that sorts better artifacts first; those measured on other batches than ``like`` come later."""
         verdict = manifest["verdict"]
         value = float("inf") if verdict["value"] is None else verdict["value"] * sign_of(self.mode)
         return verdict["status"] != "accepted", not _same_batches(manifest, like), value
@@ -254,7 +254,7 @@ class ArtifactStore:
         shutil.rmtree(doomed, ignore_errors=True)
 
     def _sweep(self) -> None:
-        """Remove what a crash left."""
+        """Remove the remains of a crash."""
         for path in self.dirpath.glob(".tmp-*"):
             if TEMPORARY_NAME.fullmatch(path.name):
                 if path.is_dir() and not path.is_symlink():
@@ -296,7 +296,7 @@ def _same_batches(one: Manifest, other: Manifest) -> bool:
 
 
 def _measured(manifest: Manifest) -> tuple[str | None, str, str]:
-    """Return what two artifacts share if one can be better than the other: run, metric and mode."""
+    """Return the run, metric and mode, which two artifacts must share to be compared."""
     return manifest.get("run_id"), manifest["monitor"], manifest["mode"]
 
 
@@ -309,7 +309,7 @@ def _as_artifact_error(path: Path) -> Iterator[None]:
     except Exception as error:
         raise ArtifactError(
             f"an artifact must be written whole, got {type(error).__name__} for {path}: {error}. Earlier artifacts are "
-            "untouched; free disk space or mend the cause, and the next search publishes again."
+            "untouched; free disk space or fix the cause, and the next search publishes again."
         ) from error
 
 

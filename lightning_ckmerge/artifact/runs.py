@@ -41,7 +41,7 @@ HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What ``run.json`` says.
+    """The contents of ``run.json``.
 
     Args:
         run_id: Eight hexadecimal digits.
@@ -56,13 +56,13 @@ class RunRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a run goes on.
+    """The place where a run continues.
 
     Args:
         dirpath: Its directory.
         run_id: Its own, which a run that branches off a living one does not share.
-        source: Where the snapshots lie that its checkpoint names; ``None``: there are none to be found.
-        notes: What people should know.
+        source: Directory of the snapshots that its checkpoint names; ``None``: there are none to be found.
+        notes: Messages for people.
     """
 
     dirpath: Path
@@ -75,10 +75,10 @@ class Claim:
     """A run's directory, held until ``release``. Made by one rank for all.
 
     Args:
-        base: Where the run's artifacts go, if nobody else's are there.
-        run_id: Of the run that goes on; ``None``: a new one.
+        base: Where the run's artifacts go, if no other run's are there.
+        run_id: Of the run that continues; ``None``: a new one.
         earlier: Where it may have been, likeliest first.
-        moves: Whether it goes on below ``base`` wherever it has been.
+        moves: Whether it continues below ``base`` wherever it has been.
 
     Raises:
         OSError: No directory can be written.
@@ -92,7 +92,7 @@ class Claim:
         if home is not None and not (moves and base not in (home, home.parent)) and self._take_home(home):
             assert run_id is not None
             shared = home.parent if LATER_RUN.fullmatch(home.name) else home
-            notes = [] if base == shared else [f"This run goes on where it has been, in {home}."]
+            notes = [] if base == shared else [f"This run continues in {home}."]
             self.place = Place(dirpath=home, run_id=run_id, source=home, notes=(*notes, *_others(shared, home)))
             return
         alive = home is not None and is_alive(home)
@@ -107,7 +107,7 @@ class Claim:
             self._lock.release()
 
     def _take_home(self, home: Path) -> bool:
-        """Go on where the run was, unless it is alive there or nothing can be written."""
+        """Continue where the run was, unless it is alive there or nothing can be written."""
         self._lock = DirectoryLock.acquire(home)
         record = read_run(home)
         if self._lock is None or record is None:
@@ -153,7 +153,7 @@ class DirectoryLock:
     def acquire(cls, dirpath: Path) -> DirectoryLock | None:
         """Return the lock of a directory; ``None`` if a living run has it.
 
-        Where the file system knows no locks, or the directory cannot be written, it is not sure that nobody lives.
+        Where the file system knows no locks, or the directory cannot be written, it is not sure that no run is alive.
         """
         dirpath = dirpath.resolve()
         if dirpath in cls._held:
@@ -189,7 +189,7 @@ def is_alive(dirpath: Path) -> bool:
 
 
 def read_run(dirpath: Path) -> RunRecord | None:
-    """Return whose directory it is; ``None`` if nobody says. A damaged record is that of a run nobody knows."""
+    """Return the record of a directory's run; ``None`` without one. A damaged record is an unknown run's."""
     try:
         record = json.loads((dirpath / RUN_NAME).read_text(encoding="utf-8"))
         return RunRecord(
@@ -218,7 +218,7 @@ def find_run(dirpath: Path) -> Path:
 
 
 def list_runs(dirpath: Path) -> dict[Path, Path]:
-    """Return what a ``dirpath`` holds, in the order of their numbers: each run's name, a path, and its directory."""
+    """Return the runs of a ``dirpath``, in the order of their numbers: each one's name, a path, and its directory."""
     if is_first(dirpath):
         return {dirpath: dirpath.parent}
     found = [p for p in _runs(dirpath) if (p / RUN_NAME).exists() or (p / TIMELINE_NAME).exists()]
@@ -237,11 +237,11 @@ def tell_choice(path: Path) -> str | None:
     linked = path.resolve().parent if dirpath != path and path.is_dir() else newest.resolve()
     if linked == newest.resolve():
         return (
-            f"{dirpath} holds {len(runs)} runs, and this is the newest, {runs[newest].name}. Name another by its path, "
-            f"such as {other}."
+            f"Using {runs[newest].name}, the newest of {len(runs)} runs in {dirpath}. For another, pass its path, such "
+            f"as {other}."
         )
     taken = next((name.name for run, name in runs.items() if run.resolve() == linked), "an earlier run")
-    return f"{path} is of {taken}: the newest run, {runs[newest].name}, has no accepted merge."
+    return f"{path} belongs to {taken}: the newest run, {runs[newest].name}, has no accepted merge yet."
 
 
 def run_of(path: Path) -> Path:
@@ -255,7 +255,7 @@ def is_first(path: Path) -> bool:
 
 
 def likely(old: Path, roots: Iterable[Path]) -> Iterator[Path]:
-    """Yield where a directory may be now that what it lay in has been moved or copied; where it was comes last."""
+    """Yield where a directory may be now that a parent has been moved or copied; its old place comes last."""
     for root in roots:
         for num_parts in range(1, len(old.parts)):
             yield root.joinpath(*old.parts[-num_parts:])
@@ -296,12 +296,15 @@ def _snapshots(dirpath: Path, run_id: str = "*") -> list[Path]:
 
 def _reasons(base: Path, dirpath: Path, home: Path | None, run_id: str | None, *, alive: bool) -> Iterator[str]:
     if alive:
-        yield f"Run {run_id} is alive in {home}: this one goes on from its checkpoint as another run, in {dirpath}."
+        yield (
+            f"Run {run_id} is still running in {home}, so this one continues from its checkpoint as a new run in "
+            f"{dirpath}."
+        )
     elif home is not None:
-        yield f"This run goes on in {dirpath}; what it published before, and its snapshots, stay in {home}."
+        yield f"This run continues in {dirpath}; its earlier artifacts and snapshots stay in {home}."
     elif dirpath != base:
         yield (
-            f"{base} holds another run: this one goes to {dirpath}, and tools take it where they are given {base}. The "
+            f"{base} already holds a run, so this one writes to {dirpath}; commands given {base} use this one. The "
             f"first run is named {base / FIRST_RUN}; the first accepted merge of this one moves {base / BEST_NAME}."
         )
 
@@ -331,7 +334,7 @@ def _lock(descriptor: int) -> None:
 
 
 def help_on(path: Path) -> str | None:
-    """Return what to name instead of a path that is no run and no artifact; ``None`` if nothing speaks for anything."""
+    """Return a better path than one that is no run and no artifact, in a sentence; ``None`` if none is known."""
     if path.is_file() and path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".safetensors"):
         return (
             f"This is a checkpoint: `ckmerge merge {path} ...` merges it with others, and `ckmerge export` writes it "
@@ -344,4 +347,4 @@ def help_on(path: Path) -> str | None:
     if not found:
         return None
     rest = f" and {len(found) - NUM_HELPED} more" if len(found) > NUM_HELPED else ""
-    return f"Below it there are the runs {', '.join(map(str, found[-NUM_HELPED:]))}{rest}: name one."
+    return f"It contains the runs {', '.join(map(str, found[-NUM_HELPED:]))}{rest}: pass one of them."

@@ -52,9 +52,9 @@ class Standing:
         weights = f"the {'final ' if self.is_final else ''}weights of step {self.step}"
         merge, monitor = f"the best merge, of step {self.best_step}", self.monitor
         if self.is_stale:
-            found = f"Use {weights}: {monitor} {self.value:.4g}, against {self.best_value:.4g} of {merge}"
+            found = f"Use {weights}: {monitor} {self.value:.4g}, versus {self.best_value:.4g} for {merge}"
         else:
-            found = f"Use {merge}: {monitor} {self.best_value:.4g}, against {self.value:.4g} of {weights}"
+            found = f"Use {merge}: {monitor} {self.best_value:.4g}, versus {self.value:.4g} for {weights}"
         return f"{found}, on the same batches{_interval(self.interval)}."
 
 

@@ -59,7 +59,7 @@ def skip_record(step: int, monitor: str, mode: Mode, reason: str, seconds: float
         monitor: The metric.
         mode: Its mode.
         reason: Why it was skipped.
-        seconds: What it took all the same.
+        seconds: The time that it took anyway.
     """
     return {
         "step": step,
@@ -79,7 +79,7 @@ def skip_record(step: int, monitor: str, mode: Mode, reason: str, seconds: float
 
 
 def append_timeline(dirpath: Path, record: dict[str, Any]) -> None:
-    """Append one record. What a crash left of an unfinished last line is cut off first."""
+    """Append one record. An unfinished last line, from a crash, is cut off first."""
     line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
     with (dirpath / TIMELINE_NAME).open("a+b") as file:
         file.seek(0)

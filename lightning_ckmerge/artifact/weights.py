@@ -38,7 +38,7 @@ def write_weights(
 
     Args:
         directory: Exists where rank 0 is; elsewhere too, if the file system is shared.
-        weights: What to write.
+        weights: The weights.
         max_shard_size: Bytes above which the model is split; a larger tensor has a shard of its own.
         comm: The ranks; ``None``: a process alone.
         metadata: Texts for the header of each file.

@@ -1,4 +1,4 @@
-"""The rolling buffer of snapshots: what is kept, how it is stored, how it survives a restart."""
+"""The rolling buffer of snapshots: its contents, their storage, and how they survive a restart."""
 
 from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage

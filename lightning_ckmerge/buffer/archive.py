@@ -1,6 +1,6 @@
 """The snapshots that the buffer keeps, and the files behind them: carries out the decisions of ``retention``.
 
-A file goes when what replaces it is complete and the last checkpoint does not need it. So a crash at any moment leaves
+A file goes when its replacement is complete and the last checkpoint does not need it. So a crash at any moment leaves
 a checkpoint with all that it names.
 """
 
@@ -27,9 +27,9 @@ class Archive:
     Args:
         config: How many, and laid out how.
         layout: Of the stored snapshots.
-        storage: Where they lie.
-        run_id: Eight hexadecimal digits that begin the name of every file.
-        warnings: Takes what went wrong without stopping anything.
+        storage: Their place.
+        run_id: Eight hexadecimal digits that start the name of every file.
+        warnings: Takes faults that stop nothing.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Archive:
             finest: Steps of the finest segment.
 
         Raises:
-            SnapshotError: One of a pair was damaged, or there was no space for what they were pooled into; it is gone.
+            SnapshotError: One of a pair was damaged, or there was no space for the pooled one; it is gone.
         """
         capacity, layout = self._config.capacity, self._config.layout
         while action := decide([e.segment for e in self.entries], capacity=capacity, layout=layout, finest=finest):
@@ -112,13 +112,13 @@ class Archive:
         self._saved_names = state.names
 
     def release(self) -> None:
-        """Delete what is retired and the last state does not need."""
+        """Delete the retired files that the last state does not need."""
         for name in self._retired - self._saved_names:
             self._delete(name)
         self._retired &= self._saved_names
 
     def reopen(self, state: BufferState, *, usable: bool) -> None:
-        """Take over the files of an earlier process. Those that its state does not name go with the next ``release``.
+        """Take over the files of an earlier process. Files that its state does not name go with the next ``release``.
 
         Args:
             state: That state.
@@ -131,8 +131,8 @@ class Archive:
         self.entries += [e for e in wanted if found.get(e.stored.name) == e.stored.num_bytes]
         if missing := [e for e in wanted if e not in self.entries]:
             self._warnings.append(
-                f"Snapshots must be where the checkpoint says, got no whole file for {len(missing)} of {len(wanted)}, "
-                f"{missing[0].stored.name} the first. Resume with the `dirpath` of the run; until then, "
+                f"The checkpoint's snapshots must be on disk, got {len(missing)} of {len(wanted)} missing or "
+                f"incomplete, starting with {missing[0].stored.name}. Resume with the run's `dirpath`; until then, "
                 f"{lost(*(e.segment for e in missing))}."
             )
         kept = {e.stored.name for e in self.entries} | ({state.file.name} if usable and state.file else set())
@@ -180,4 +180,4 @@ def lost(*segments: Segment) -> str:
         spans.append((first, segment.last_step))
     told = ", ".join(str(last) if first == last else f"{first} to {last}" for first, last in spans)
     noun = "step" if len(spans) == 1 and spans[0][0] == spans[0][1] else "steps"
-    return f"merges do without {noun} {told}"
+    return f"merges will miss {noun} {told}"

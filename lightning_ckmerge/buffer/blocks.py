@@ -34,9 +34,9 @@ def pool_blocks(
 
     Args:
         older: Tensors in the order of ``layout.slots``.
-        newer: Likewise.
+        newer: Tensors in the same order.
         share_of_newer: Its part of the mean, in (0, 1).
-        layout: What both hold, and what the mean will.
+        layout: Of both snapshots and of their mean.
     """
     for slot, old, new in zip(layout.slots, older, newer, strict=True):
         dtype = torch.promote_types(slot.dtype, torch.float32)
@@ -50,5 +50,5 @@ def pool_blocks(
 
 @torch.no_grad()
 def fill_nonfinite(mean: Tensor, newest: Tensor) -> None:
-    """Copy what is not finite in ``mean`` from ``newest``: the mean of two masks of ``-inf`` is ``nan``."""
+    """Copy elements that are not finite in ``mean`` from ``newest``: the mean of two masks of ``-inf`` is ``nan``."""
     torch.where(mean.isfinite(), mean, newest.to(mean.dtype), out=mean)

@@ -1,4 +1,4 @@
-"""What a search merges: the buffer's snapshots and the latest weights.
+"""The inputs of a search: the buffer's snapshots and the latest weights.
 
 Letters: K snapshots, oldest first, the last one being the latest weights; N tensors of the model.
 """
@@ -24,7 +24,7 @@ class Merger:
         layout: The model's layout, which every snapshot shares.
         find_targets: Returns the N live tensors, in the layout's order. Asked at each merge: hooks may put others in
             their place, or give them other memory.
-        snapshots: What the buffer holds.
+        snapshots: The buffer's snapshots.
         latest: N tensors: the live weights as they were when the search began.
         step: Optimizer steps taken so far.
         group_of: Tensor name -> group, where coefficients differ between groups.

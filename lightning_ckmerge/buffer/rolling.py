@@ -28,7 +28,7 @@ from lightning_ckmerge.core.layout import Flats, TensorLayout
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.errors import SnapshotError
 
-# One fills while the other is written; of a long segment, the other is what has been averaged before.
+# One fills while the other is written; of a long segment, the other holds the mean so far.
 NUM_ACCUMULATORS = 2
 # Where the run's length is unknown, the finest segment stays between 1 % and 2 % of it.
 MAX_FINEST_SEGMENTS = 100
@@ -56,7 +56,7 @@ class RollingBuffer:
     """At most ``config.capacity`` snapshots of the recent past, and the segment in progress.
 
     Args:
-        config: What to keep.
+        config: The settings of the buffer.
         layout: The model's floating tensors, in their own precision.
         storage: Where snapshots go.
         device: The weights' device; the running means live there too.
@@ -115,7 +115,7 @@ class RollingBuffer:
         return self._progress.first_step
 
     def restart_segment(self) -> None:
-        """Begin the segment in progress again, after the last step."""
+        """Start the segment in progress again, after the last step."""
         if self._open_file:
             self._archive.retire(self._open_file.name)
             self._open_file = None
@@ -123,7 +123,7 @@ class RollingBuffer:
         self._progress = Progress.after(self._progress.last_step)
 
     def start_anew(self, layout: TensorLayout, step: int) -> None:
-        """Go on after ``step`` with a model of another layout: the snapshots, which do not fit it, are given up.
+        """Continue after ``step`` with a model of another layout: the snapshots, which do not fit it, are given up.
 
         Files that the last checkpoint needs stay until there is a newer one.
         """
@@ -199,7 +199,7 @@ class RollingBuffer:
         return entries[0].segment.first_step if entries else self._progress.first_step
 
     def keep(self, segments: Collection[Segment]) -> None:
-        """Drop the snapshots of other segments, which another rank has lost: rings that differ pool other pairs."""
+        """Drop the snapshots of other segments, which another rank has lost: buffers that differ pool other pairs."""
         self._writer.flush()
         for entry in list(self._archive.entries):
             if entry.segment not in segments:
@@ -207,12 +207,12 @@ class RollingBuffer:
                 self._warnings.append(f"A snapshot must be held by all ranks, got one lost: {lost(entry.segment)}.")
 
     def take_warnings(self) -> list[str]:
-        """Return what went wrong since the last call, for the caller to report. Does not wait for the writer."""
+        """Return the faults since the last call, for the caller to report. Does not wait for the writer."""
         failures = [str(error) for error in self._writer.take_failures()]
         return [self._warnings.popleft() for _ in range(len(self._warnings))] + failures
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain data from which ``load_state_dict`` goes on; no tensors.
+        """Return plain data for ``load_state_dict``; no tensors.
 
         A durable storage gets the mean in progress as a file, so that nothing is lost; ``saved`` says whether it did.
         The files that this state names are kept until the first update after the next state was taken.
@@ -234,7 +234,7 @@ class RollingBuffer:
         return state.to_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state, in a buffer that has not been updated yet. ``take_warnings`` says what was lost.
+        """Restore a state into a buffer that has not been updated yet. ``take_warnings`` names the losses.
 
         Files of the same run that the state does not name are deleted by the first update: a crash left them, or steps
         that are undone by then.

@@ -70,7 +70,7 @@ class SegmentMean:
         return self._mean
 
     def resume(self, flats: Flats, num_updates: int) -> None:
-        """Go on with what ``read`` returned before a restart, after so many updates."""
+        """Restore the mean that ``read`` returned before a restart, after so many updates."""
         self._mean, self._num_updates = self._acquire(), num_updates
         self._means = self._views(self._mean)
         for dtype, flat in flats.items():

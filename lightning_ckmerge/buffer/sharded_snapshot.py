@@ -81,10 +81,13 @@ class SnapshotParts:
         """
         known = self._shapes.get(name, ())
         bounds = [tuple(stop for _, stop in part.box.ranges_D) for part in self._parts[name]]
-        # A part of what FSDP1 has flattened has one dimension.
+        # A part of a tensor that FSDP1 has flattened has one dimension.
         shaped = [b for b in bounds if len(b) == len(known)] or bounds
         if len({len(b) for b in shaped}) > 1:
-            raise SnapshotError(f"the parts of a tensor must have its dimensions, got others for {name!r}.")
+            raise SnapshotError(
+                f"the parts of a tensor must agree on its dimensions, got a difference for {name!r}. The file is "
+                "damaged: remove it."
+            )
         found = tuple(map(max, zip(*shaped, strict=True)))
         return tuple(known) if found == (whole(known).numel,) else found
 
@@ -99,7 +102,7 @@ class SnapshotParts:
         """Return a part of one tensor, put together from the files' parts.
 
         Raises:
-            SnapshotError: They do not cover it, are of another precision, or a file is not what was written.
+            SnapshotError: They do not cover it, are of another precision, or a file is damaged.
         """
         result = torch.empty(box.shape, dtype=dtype)
         missing = torch.ones(box.shape, dtype=torch.bool)
@@ -173,7 +176,7 @@ class NewRank:
 
 
 def reshard(states: Sequence[BufferState], dirpaths: Sequence[Path], new: NewRank) -> tuple[BufferState, list[str]]:
-    """Return a state from which the new rank's buffer goes on, its files written, and what was lost.
+    """Return a state for the new rank's buffer, its files written, and warnings of the losses.
 
     Args:
         states: Of all old ranks, by rank; durable ones.
@@ -192,10 +195,12 @@ def reshard(states: Sequence[BufferState], dirpaths: Sequence[Path], new: NewRan
         except OtherModelError as error:  # and so are all others
             step = first.progress.last_step
             anew = Progress.after(step)
-            warnings = [f"{error} The model has changed since the checkpoint: the buffer starts anew at step {step}."]
+            warnings = [
+                f"{error} The model has changed since the checkpoint, so the buffer starts again at step {step}."
+            ]
             return replace(first, run_id=run_id, entries=(), file=None, saved=True, progress=anew), warnings
         except (SnapshotError, OSError) as error:
-            warnings.append(f"{error} A buffer for other ranks cannot be made of that: {lost(entry.segment)}.")
+            warnings.append(f"{error} This snapshot cannot be resharded: {lost(entry.segment)}.")
     file = None
     if first.file is not None:
         try:
@@ -213,7 +218,7 @@ def _build(
     if len(known) < len(olds):
         raise SnapshotError(f"a snapshot must be held by all old ranks, got one that {len(olds) - len(known)} lack.")
     paths = [DiskStorage(d).path(s.name) for d, s in zip(dirpaths, known, strict=True)]
-    # Each rank goes on with its own buffers, a new one with rank 0's.
+    # Each rank keeps its own buffers, a new one takes rank 0's.
     parts = SnapshotParts(paths, [s.sha256 or "" for s in known], new.shapes, first=new.rank)
     parts.check_model()
 

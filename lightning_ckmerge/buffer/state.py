@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a buffer: plain data, no tensors."""
+"""A buffer's state in a checkpoint: plain data, no tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_ckmerge.errors import SnapshotError
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A snapshot that is kept. A thinned point's segment reaches further back than its name says."""
+    """A kept snapshot. A pooled point's segment reaches further back than its name says."""
 
     segment: Segment
     stored: Stored
@@ -64,7 +64,7 @@ class BufferState:
         segment_steps: Length of the finest segment.
         entries: The kept snapshots, oldest first.
         progress: The segment in progress.
-        saved: Whether resuming goes on with that segment; otherwise it starts again.
+        saved: Whether resuming continues that segment; otherwise it starts again.
         file: The mean of that segment, where there is one and it could be saved.
     """
 
@@ -88,7 +88,7 @@ class BufferState:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> BufferState:
-        """Return what ``to_dict`` was called on.
+        """Return the state that ``to_dict`` was called on.
 
         Raises:
             SnapshotError: This is not the state of a buffer.
@@ -102,7 +102,7 @@ class BufferState:
                 raise ValueError(f"run_id {result.run_id!r}")
         except (KeyError, TypeError, ValueError, AssertionError) as error:
             raise SnapshotError(
-                f"a buffer's state must be what `state_dict` returned, got {type(error).__name__}: {error}. "
+                f"a buffer's state must come from `state_dict`, got {type(error).__name__}: {error}. "
                 "Resume from a checkpoint that this version of the package wrote."
             ) from error
         return result

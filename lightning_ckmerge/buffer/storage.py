@@ -35,7 +35,7 @@ class Stored:
 
 
 class Storage(Protocol):
-    """Keeps snapshots by name. Which ones to keep, pool and delete is the buffer's decision; where they lie, how they
+    """Keeps snapshots by name. Which ones to keep, pool and delete is the buffer's decision; where they are, how they
     are written whole or not at all, and how they are checked before use is the storage's.
     """
 
@@ -46,13 +46,13 @@ class Storage(Protocol):
         """Keep a snapshot, given as its flat memory in one-dimensional pieces. Raises ``OSError``, leaving nothing."""
 
     def read(self, stored: Stored, layout: TensorLayout) -> Flats:
-        """Return a snapshot's memory, to be read only. Raises ``SnapshotError`` if it is not what was written."""
+        """Return a snapshot's memory, to be read only. Raises ``SnapshotError`` if it differs from the written one."""
 
     def delete(self, name: str) -> None:
         """Forget a snapshot; nothing happens if it is gone."""
 
     def contents(self, run_id: str) -> dict[str, int]:
-        """Return what an earlier process of the run left here: name -> bytes, half-written ones included."""
+        """Return the files that an earlier process of the run left here: name -> bytes, half-written ones included."""
 
 
 class DiskStorage:
@@ -62,7 +62,7 @@ class DiskStorage:
 
     def __init__(self, dirpath: str | os.PathLike[str]) -> None:
         self.dirpath = Path(dirpath)
-        # Files that this process has written or hashed, by what changes when something else writes to them.
+        # Files that this process has written or hashed, by attributes that change when something else writes to them.
         self._known: dict[str, tuple[int, ...]] = {}
 
     def write(self, name: str, layout: TensorLayout, blocks: Iterable[Tensor]) -> Stored:
@@ -233,7 +233,7 @@ def check_digest(path: Path, sha256: str) -> None:
 
 
 def header_bytes(layout: TensorLayout) -> bytes:
-    """Return what stands before the data: one entry a slot, in the order of the data."""
+    """Return the header before the data: one entry a slot, in the order of the data."""
     specs = {slot.name: tensor_spec(slot.shape, slot.dtype) for slot in layout.slots}
     return encode_header(specs, {}, alignment=ALIGNMENT, separators=(",", ":"))
 
@@ -244,7 +244,7 @@ def _entries(header: bytes) -> dict[str, Any]:
 
 
 def _first_difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    """Name the first tensor that two headers describe differently, with what each says."""
+    """Name the first tensor that two headers describe differently, with both descriptions."""
     for name in (*expected, *found):
         is_, should_be = _described(found.get(name)), _described(expected.get(name))
         if is_ != should_be:

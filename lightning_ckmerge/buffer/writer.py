@@ -36,7 +36,7 @@ class Writer:
         self._jobs.join()
 
     def take_failures(self) -> list[Exception]:
-        """Return what jobs have raised since the last call, in order, without waiting."""
+        """Return the errors of jobs since the last call, in order, without waiting."""
         return [self._failures.popleft() for _ in range(len(self._failures))]
 
     def close(self) -> None:
@@ -60,7 +60,7 @@ class Writer:
 
 
 def reached(device: torch.device) -> torch.cuda.Event | None:
-    """Return what happens on a GPU once all work queued so far is done; ``None`` for the CPU, where it is done."""
+    """Return an event that a GPU reaches once its queued work is done; ``None`` for the CPU, where it already is."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
@@ -68,7 +68,7 @@ def reached(device: torch.device) -> torch.cuda.Event | None:
 def beside_training(device: torch.device, ready: torch.cuda.Event | None) -> Iterator[None]:
     """Work on a stream of its own, once ``ready`` has happened; all of it is done in the end.
 
-    Neither thread waits for the other: training's stream goes on, and copies to the host overlap with it.
+    Neither thread waits for the other: training's stream continues, and copies to the host overlap with it.
     """
     if ready is None:
         yield

@@ -82,7 +82,7 @@ class DistributedWeights(Mapping[str, Tensor]):
         state: dict[str, Any] = {full: torch.empty(spec.shape, dtype=self._dtypes[name])}
         try:
             with warnings.catch_warnings():
-                # torch remarks that there is no process group, which is what `no_dist` says.
+                # torch remarks on the missing process group, which `no_dist` asks for.
                 warnings.simplefilter("ignore", UserWarning)
                 load(state, storage_reader=self._reader, no_dist=True)
         except (CheckpointException, Exception) as error:  # the first is no `Exception`
@@ -139,12 +139,14 @@ def _read_metadata(path: Path) -> Metadata:
             "Restore it from a copy."
         ) from error
     if not isinstance(metadata, Metadata):
-        raise ArtifactError(f"{METADATA_NAME} must hold a checkpoint's metadata, got {type(metadata).__name__}.")
+        raise ArtifactError(
+            f"{METADATA_NAME} must hold a checkpoint's metadata, got {type(metadata).__name__}. Restore it from a copy."
+        )
     # A shard's path is data too: it must not leave the directory.
     for stored in metadata.storage_data.values():
         if Path(stored.relative_path).name != stored.relative_path:
             raise ArtifactError(
                 f"the files of a checkpoint must lie inside it, got {stored.relative_path!r} in {path}. "
-                "Do not use this checkpoint: it was tampered with."
+                "Do not use this checkpoint: it may have been tampered with."
             )
     return metadata

@@ -68,7 +68,7 @@ class Source:
     is_lightning: bool = False
 
     def named(self, records: Mapping[Path, FileRecord]) -> dict[str, FileRecord]:
-        """Return what is known of its files, by their names in the checkpoint's directory."""
+        """Return the facts about its files, by their names in the checkpoint's directory."""
         return {path.name: records[path] for path in self.files}
 
 
@@ -77,7 +77,7 @@ class SourceWeights:
 
     Args:
         source: The checkpoint.
-        on_tensor: Told of the bytes of each tensor that was read.
+        on_tensor: Called with the bytes of each tensor that was read.
     """
 
     def __init__(self, source: Source, on_tensor: Callable[[int], None] = lambda num_bytes: None) -> None:
@@ -145,7 +145,7 @@ def open_source(path: Path, key: str | None = None) -> Source:
 
 
 def find_sources(directory: Path) -> list[Path]:
-    """Return the checkpoints that lie directly in ``directory``, by their names' steps, then by name.
+    """Return the checkpoints directly in ``directory``, by their names' steps, then by name.
 
     Raises:
         ArtifactError: There is none.
@@ -218,7 +218,7 @@ def oldest_first(sources: Sequence[Source]) -> list[int]:
 
 
 def _distinct(sources: Iterable[Source]) -> list[Source]:
-    """Return one source a step; those that tell none stay."""
+    """Return one source a step; sources without a step stay."""
     by_step: dict[int | Path, Source] = {}
     for source in sources:
         by_step.setdefault(source.path if source.step is None else source.step, source)
@@ -232,7 +232,7 @@ def _looks_like_one(path: Path) -> bool:
 
 
 def read_torch(path: Path) -> Any:
-    """Return what a torch file holds, tensors mapped.
+    """Return the contents of a torch file, tensors mapped.
 
     Raises:
         ArtifactError: It is damaged, or needs code to be loaded.
@@ -311,7 +311,7 @@ def _open_safetensors(path: Path, kind: str, files: Sequence[Path], step: int | 
 def _open_distributed(path: Path, key: str | None) -> Source:
     from lightning_ckmerge.checkpoints.distributed import DistributedWeights
 
-    # Lightning writes what is no tensor beside the shards.
+    # Lightning writes everything but tensors beside the shards.
     is_lightning = (path / "meta.pt").is_file()
     weights = DistributedWeights(path, (key,) if key else LIGHTNING_KEYS if is_lightning else ("",))
     return Source(
@@ -332,7 +332,7 @@ def _lightning_step(meta: Path) -> int | None:
 
     try:
         content = torch.load(meta, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError):  # it holds what needs code: the name must do
+    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError):  # its contents need code: the name must do
         content = None
     step = content.get("global_step") if isinstance(content, Mapping) else None
     return step if isinstance(step, int) else _named_step(meta.parent)
@@ -356,6 +356,6 @@ def _named_step(path: Path) -> int | None:
 
 
 def _refused(error: Exception) -> str:
-    """What the restricted unpickler stumbled over, as far as its message tells."""
+    """The object that the restricted unpickler refused, as far as its message tells."""
     match = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
     return f"`{match[1]}`" if match else "something else"

@@ -33,7 +33,7 @@ class HubWeights:
 
     Args:
         weights: All weights.
-        prefix: What stands before the pretrained model's names, such as ``"model."``; may be empty.
+        prefix: Prefix of the pretrained model's names, such as ``"model."``; may be empty.
         kept: The names to write of tensors that share memory, as the model's own order has them; ``None``: all of them,
             each written out.
     """
@@ -84,7 +84,7 @@ class RenamedWeights:
 
     Args:
         weights: All weights.
-        names: What to call them, each with the name that it has. Tied ones are written once a name.
+        names: New name of each -> its present name. Tied ones are written once a name.
     """
 
     def __init__(self, weights: Weights, names: Mapping[str, str]) -> None:
@@ -101,7 +101,7 @@ class RenamedWeights:
 def write_adapters(
     directory: Path, weights: Weights, exported: Mapping[str, Any], card: str, comm: Comm | None = None
 ) -> None:
-    """Write what ``PeftModel.from_pretrained`` opens: each adapter's weights and config, and a card. A collective.
+    """Write the files for ``PeftModel.from_pretrained``: each adapter's weights and config, and a card. A collective.
 
     As in PEFT, the adapter ``default`` lies in the directory itself, others in one of their name.
 
@@ -112,7 +112,7 @@ def write_adapters(
         card: The model card's text.
         comm: The ranks; ``None``: a process alone.
     """
-    # Likewise.
+    # As above: merging checkpoints needs no torch.
     from lightning_ckmerge.artifact.weights import write_weights
     from lightning_ckmerge.distributed.comm import Alone
 
@@ -131,7 +131,7 @@ def write_adapters(
 
 
 def find_prefix(names: Collection[str], required: Collection[str]) -> str:
-    """Return what stands before a pretrained model's names in a LightningModule's.
+    """Return the prefix of a pretrained model's names in a LightningModule's.
 
     Args:
         names: The LightningModule's.
@@ -151,7 +151,7 @@ def find_prefix(names: Collection[str], required: Collection[str]) -> str:
         return found[0]
     if found:
         raise ArtifactError(
-            f"one pretrained model must lie in the weights, got it under {', '.join(map(repr, found))}. "
+            f"the weights must hold one pretrained model, got it under {', '.join(map(repr, found))}. "
             "Choose one with `--prefix`."
         )
     missing = min((sorted(r for r in required if f"{p}{r}" not in names) for p in {*prefixes, ""}), key=len)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RECIPE_KEY = "ckmerge_recipe"
 BLOCK_BYTES = 1 << 20
-# Of a Lightning checkpoint: what a merge has no use for, and which belongs to no weights but the newest.
+# Keys of a Lightning checkpoint without meaning for a merge: they belong to the newest weights alone.
 STATE_OF_TRAINING = {"optimizer_states", "lr_schedulers", "callbacks", "loops", "MixedPrecision", "amp_scaling_state"}
 AVERAGED_STATISTICS = ("running_mean", "running_var")
 
@@ -54,12 +54,12 @@ class Method:
 class MergedWeights:
     """The merge of K checkpoints; a block is computed when it is asked for.
 
-    Integer and boolean tensors are the newest checkpoint's. Names that share a tensor in every checkpoint go on to.
+    Integer and boolean tensors are the newest checkpoint's. Names that share a tensor in every checkpoint still do.
 
     Args:
         sources_K: K checkpoints of one model, oldest first.
         method: How to merge.
-        on_tensor: Told of the bytes of each tensor that was merged.
+        on_tensor: Called with the bytes of each merged tensor.
 
     Raises:
         ArtifactError: Names or shapes differ.
@@ -87,7 +87,7 @@ class MergedWeights:
         return sum(spec.nbytes for name, spec in self.specs.items() if name not in self.aliases)
 
     def prepare(self) -> None:
-        """Load what the arithmetic needs: a tenth of a second to two, in which something else can be done."""
+        """Load the libraries for the arithmetic: a tenth of a second to two, in which something else can be done."""
         floating = {
             s.specs[name].dtype for s in self._sources_K for name, spec in self.specs.items() if spec.is_floating
         }
@@ -178,8 +178,8 @@ def write_merge(
 
     Args:
         out: The directory; must not exist.
-        merged: What to write.
-        recipe: What ``build_recipe`` returned. It goes into each file's header too.
+        merged: The weights.
+        recipe: As returned by ``build_recipe``. It goes into each file's header too.
         max_shard_size: Bytes above which the weights are split over several files.
         copies: Files to copy beside them, such as a model's config and tokenizer.
 
@@ -208,8 +208,8 @@ def write_checkpoint(out: Path, merged: MergedWeights, recipe: Recipe, like: Sou
 
     Args:
         out: The file; must not exist.
-        merged: What to write.
-        recipe: What ``build_recipe`` returned. The checkpoint holds it, as text, under ``ckmerge_recipe``.
+        merged: The weights.
+        recipe: As returned by ``build_recipe``. The checkpoint holds it, as text, under ``ckmerge_recipe``.
         like: A Lightning checkpoint, for hyper-parameters and all else that is no weight and no state of training.
 
     Raises:
@@ -243,7 +243,7 @@ def newest_lightning(sources_K: Sequence[Source]) -> Source:
 
 
 def build_recipe(sources_K: Sequence[Source], method: Method, inputs_K: Sequence[Mapping[str, FileRecord]]) -> Recipe:
-    """Return how a merge is made: inputs with their hashes, and what they are weighted with.
+    """Return how a merge is made: inputs with their hashes, and their coefficients.
 
     Args:
         sources_K: K checkpoints, oldest first.
@@ -269,7 +269,7 @@ def build_recipe(sources_K: Sequence[Source], method: Method, inputs_K: Sequence
 
 
 def _notes(source: Source) -> list[str]:
-    """Return what the user of a merge should know of it."""
+    """Return the caveats of a merge for its user."""
     averaged = [name for name in source.specs if name.rpartition(".")[2] in AVERAGED_STATISTICS]
     layers = {name.rpartition(".")[0] for name in averaged}
     if not layers:
@@ -297,7 +297,7 @@ def _check_order(sources_K: Sequence[Source]) -> None:
     if steps != sorted(steps):
         raise ConfigError(
             f"checkpoints must be given oldest first, got steps {', '.join(map(str, steps))}. Sort them: the last one "
-            "gives what cannot be averaged."
+            "gives the tensors that cannot be averaged."
         )
 
 

@@ -29,8 +29,8 @@ class Rebuilt:
 
     Args:
         num_compared: Tensors that were built again.
-        different: Those that are not equal, bit for bit.
-        not_compared: Tensors that are no merge: they are the latest weights' (integers), or lie in no snapshot.
+        different: Tensors that are not equal, bit for bit.
+        not_compared: Tensors that are no merge: they are the latest weights' (integers), or in no snapshot.
     """
 
     num_compared: int
@@ -53,8 +53,8 @@ def rebuild(
         artifact: Holds weights.
         buffer: The run's snapshots, of all ranks; found by their SHA-256.
         latest: The latest weights at that step, which no buffer keeps.
-        checkpoints: What an offline search merged; found by their SHA-256 likewise.
-        on_tensor: Told of the tensors done, and of how many there are.
+        checkpoints: The inputs of an offline search; found by their SHA-256.
+        on_tensor: Called with the number of tensors done and their total.
 
     Raises:
         SnapshotError: A snapshot with a coefficient other than 0 is not there.

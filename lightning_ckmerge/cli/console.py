@@ -35,7 +35,7 @@ class Advance(Protocol):
     """Moves a bar on; a new total takes the place of the old one."""
 
     def __call__(self, amount: int, total: int | None = None) -> None:
-        """Add ``amount`` to what is done."""
+        """Add ``amount`` to the progress."""
 
 
 def console() -> Console:
@@ -72,7 +72,7 @@ def status_text(status: str) -> Any:
 
 
 def verdict_text(verdict: Mapping[str, Any]) -> Any:
-    """Return a verdict in one line: its status in its colour, and the sentence, which may begin with it."""
+    """Return a verdict in one line: its status in its colour, and the sentence, which may start with it."""
     from rich.text import Text
 
     rest = verdict["sentence"].removeprefix(f"{verdict['status'].capitalize()}: ")
@@ -162,7 +162,7 @@ def tell_choice(path: Path, *, as_json: bool) -> dict[str, str]:
 
 
 def fail(message: str, kind: str, *, as_json: bool = False) -> typer.Exit:
-    """Print an error in one line, for programs as JSON on standard output too, and return what ends the command."""
+    """Print an error in one line, for programs also as JSON on standard output, and return the command's exit."""
     line = " ".join(message.split())
     typer.echo(f"error: {line}", err=True)
     if as_json:

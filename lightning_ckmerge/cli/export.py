@@ -30,7 +30,7 @@ def export(
         typer.Option("--config-from", help="Directory with the model's config.json, and its tokenizer if it has one."),
     ] = None,
     prefix: Annotated[
-        str | None, typer.Option("--prefix", help="What stands before the pretrained model's names, such as `model.`")
+        str | None, typer.Option("--prefix", help="Prefix of the pretrained model's names, such as `model.`")
     ] = None,
     key: Key = None,
     max_shard_size: MaxShardSize = "5GB",
@@ -39,7 +39,7 @@ def export(
     """Write a directory that Hugging Face's `from_pretrained` opens: weights, config, tokenizer, model card.
 
     The model is found among the LightningModule's names by its config (with transformers installed), or by --prefix.
-    An artifact of PEFT's adapters needs neither: it becomes what `PeftModel.from_pretrained` opens.
+    An artifact of PEFT's adapters needs neither: it becomes a directory that `PeftModel.from_pretrained` opens.
 
     \b
     Examples:
@@ -79,7 +79,7 @@ def export(
 
 
 def _checked_prefix(source: Source, prefix: str | None) -> str | None:
-    """Return the prefix with its dot; names must begin with it."""
+    """Return the prefix with its dot; names must start with it."""
     from lightning_ckmerge.errors import ArtifactError
 
     if not prefix:
@@ -89,8 +89,8 @@ def _checked_prefix(source: Source, prefix: str | None) -> str | None:
         return whole
     tops = sorted({f"{name.partition('.')[0]}." for name in source.specs if "." in name})
     raise ArtifactError(
-        f"--prefix must stand before the names of some weights, got {prefix!r}, which none begins with. They begin "
-        f"with {', '.join(tops[:NUM_LISTED]) or 'no prefix'}; leave --prefix out where there is none."
+        f"--prefix must start at least one weight's name, got {prefix!r}. The names start with "
+        f"{', '.join(tops[:NUM_LISTED]) or 'no prefix'}; leave --prefix out where there is none."
     )
 
 
@@ -105,7 +105,7 @@ def _verdict(source: Source) -> str | None:
 
 
 def _adapters_of(source: Source) -> dict[str, Any] | None:
-    """What the manifest says about adapters, where the source is an artifact that holds them alone."""
+    """The manifest's entry for adapters, where the source is an artifact that holds them alone."""
     from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, read_manifest
 
     return read_manifest(source.path).get("adapters") if (source.path / MANIFEST_NAME).is_file() else None
@@ -168,9 +168,8 @@ def _find_model(source: Source, config_dir: Path, prefix: str | None) -> tuple[s
         if prefix is None:
             named = json.loads((config_dir / CONFIG_NAME).read_text(encoding="utf-8")).get("architectures")
             raise ConfigError(
-                f"`architectures` in {config_dir / CONFIG_NAME} must name a model of transformers, which must be "
-                f"installed, for its tensors' names to be found, got {named}. Name it there, install transformers, or "
-                "name the prefix with --prefix, such as `model.`"
+                f"`architectures` in {config_dir / CONFIG_NAME} must name a model of an installed transformers, got "
+                f"{named}. Install it, correct the entry, or pass --prefix, such as `model.`"
             )
         return prefix, None
     found = find_prefix([n for n in source.specs if prefix is None or n.startswith(prefix)], expected.kept)

@@ -1,4 +1,4 @@
-"""``ckmerge``: look at what a run left behind, check it, and use it."""
+"""``ckmerge``: look at a run's artifacts, check them, and use them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AS_JSON = "lightning_ckmerge.as_json"
 
 
 class Commands(TyperGroup):
-    """Says what went wrong in one line; only what is our own mistake shows a traceback."""
+    """Reports an error in one line; only our own mistakes show a traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         """Remember whether programs are listening, also where the arguments turn out to be wrong."""

@@ -60,7 +60,7 @@ def merge(
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     require_absent(out)
     sources_K, method = _in_order(open_sources(checkpoints, key), weights, schedule)
-    # Refuses what does not fit, before anything is hashed.
+    # Refuses inputs that do not fit, before anything is hashed.
     preparing = threading.Thread(target=MergedWeights(sources_K, method).prepare)
     preparing.start()
     records = hash_files([file for source in sources_K for file in source.files], "Hashing the checkpoints")
@@ -84,7 +84,7 @@ def _in_order(sources_K: list[Source], weights: str | None, schedule: str | None
 
     method = _method(weights, schedule, len(sources_K))
     order = oldest_first(sources_K)
-    # A schedule's coefficients are those of places; numbers were given to checkpoints.
+    # A schedule gives its coefficients to places; numbers were given to checkpoints.
     if weights is not None and len(method.weights_K) == len(order):
         method = replace(method, weights_K=tuple(method.weights_K[i] for i in order))
     return [sources_K[i] for i in order], method
@@ -133,7 +133,7 @@ def _method(weights: str | None, schedule: str | None, num_checkpoints: int) -> 
 
 
 def _side_files(source: Source) -> list[Path]:
-    """What `from_pretrained` wants beside the weights, where the newest checkpoint has it."""
+    """The files that `from_pretrained` wants beside the weights, where the newest checkpoint has them."""
     from lightning_ckmerge.checkpoints.hugging_face import side_files
 
     return side_files(source.path) if source.kind == "huggingface" else []

@@ -35,7 +35,7 @@ def plan(
     data_class: DataClass = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what a run will take, before an allocation is spent: memory, disk, evaluations, strategy support.
+    """Show a run's costs, before an allocation is spent: memory, disk, evaluations, strategy support.
 
     Builds the model and the loaders on this machine's CPU; trains nothing, writes nothing. Run it where training would
     be started. Exit code 1: the run should not be started like this.
@@ -73,7 +73,9 @@ def search(
     mode: Annotated[
         str | None, typer.Option("--mode", help="min if lower is better, max if higher is; in place of the config's.")
     ] = None,
-    n_trials: Annotated[int | None, typer.Option("--n-trials", help="Likewise.")] = None,
+    n_trials: Annotated[
+        int | None, typer.Option("--n-trials", help="Number of sampler trials, in place of the config's.")
+    ] = None,
     last: Annotated[int | None, typer.Option("--last", help="Use the newest so many checkpoints.")] = None,
     model_class: ModelClass = None,
     data_class: DataClass = None,
@@ -83,7 +85,7 @@ def search(
     """Search for the best merge of checkpoints on disk, as the callback does during training, and publish it.
 
     Model, data and arguments of the search come from the config; the newest checkpoint is the latest weights. Stopped
-    and started again, it goes on. Several processes share one search over --storage, each with its own device
+    and started again, it continues. Several processes share one search over --storage, each with its own device
     (CUDA_VISIBLE_DEVICES): one publishes, the others are started with --worker. Exit code 1: the merge was not
     accepted.
 
@@ -111,7 +113,7 @@ def search(
                 sources,
                 out.absolute(),
                 help_only=worker,
-                on_scored=lambda trial, total: advance(1, total),
+                on_scored=lambda scored, total: advance(1, total),
             )
     if isinstance(found, int):
         print_json({"scored": found}) if as_json else console().print(f"scored {found} candidates for the search")
@@ -167,17 +169,17 @@ def _build(
 
 
 def _yaml_fault(error: Exception) -> str:
-    """Say what is no YAML, and where, in few words."""
+    """Name the YAML error and its line, in few words."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     return str(error) if mark is None or problem is None else f"{problem} in line {mark.line + 1}"
 
 
 def _settings(configured: Configured, config: Path) -> list[MergeSettings]:
-    """Return those of the config's callbacks, or of one with the default arguments."""
+    """Return the settings of the config's callbacks, or of one with the default arguments."""
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 
     if not configured.callbacks:
-        typer.echo(f"note: {config} has no CheckpointMergeCallback; its defaults are taken.", err=True)
+        typer.echo(f"note: {config} has no CheckpointMergeCallback; using its defaults.", err=True)
     return [callback.settings for callback in configured.callbacks or [CheckpointMergeCallback()]]
 
 
@@ -192,7 +194,7 @@ def _monitoring(settings: MergeSettings, monitor: str | None, mode: str | None) 
 
 
 def _adapted(settings: MergeSettings, storage: str | None, n_trials: int | None, worker: bool) -> MergeSettings:
-    """Return the settings with what the command line says; what goes wrong is raised."""
+    """Return the settings with the command line's values; errors are raised."""
     own = settings.search
     search = replace(
         own,

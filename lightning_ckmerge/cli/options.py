@@ -13,7 +13,7 @@ ArtifactPath = Annotated[
     typer.Argument(metavar="ARTIFACT", help="An artifact (step=...), a run's `best`, or a run, for its best."),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="DIR", help="The callback's dirpath.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="What to write; must not exist.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write; must not exist.")]
 MaxShardSize = Annotated[str, typer.Option("--max-shard-size", help="Largest weights file.")]
 Key = Annotated[
     str | None,

@@ -1,4 +1,4 @@
-"""What a Hugging Face config says about its model's tensors, asked of transformers where it is installed."""
+"""The tensors of a Hugging Face config's model, asked of transformers where it is installed."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ CANDIDATE_HEADER = ("candidate", "", "search half", "confirmation half", "gain o
 
 
 def list_searches(directory: RunPath, as_json: Json = False) -> None:
-    """List a run's searches: when, how they ended, what was gained, and what is still there.
+    """List a run's searches: when, how they ended, their gains, and which artifacts are left.
 
     Of several runs that share a directory, all are listed. Each is named by its path, the first as `run=1`.
 
@@ -94,7 +94,7 @@ def report(
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print the report of a search as Markdown and say where its page is; of a run, write both anew.
+    """Print the report of a search as Markdown and say where its page is; of a run, write both again.
 
     \b
     Examples:
@@ -118,7 +118,7 @@ def report(
 
 
 def _listed(name: Path, directory: Path) -> dict[str, Any]:
-    """Return a run's searches, each with what is left of its artifact, be it damaged."""
+    """Return a run's searches, each with the state of its artifact, even if damaged."""
     from lightning_ckmerge.artifact.load import best_target
     from lightning_ckmerge.artifact.standing import read_standing
     from lightning_ckmerge.artifact.timeline import read_timeline

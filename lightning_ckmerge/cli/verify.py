@@ -29,7 +29,7 @@ def verify(
         Path | None, typer.Option("--latest", help="A checkpoint of the artifact's step, for --rebuild.")
     ] = None,
     checkpoints: Annotated[
-        Path | None, typer.Option("--checkpoints", help="What an offline search merged, for --rebuild.")
+        Path | None, typer.Option("--checkpoints", help="Inputs of an offline search, for --rebuild.")
     ] = None,
     key: Key = None,
     as_json: Json = False,
@@ -37,8 +37,8 @@ def verify(
     """Check an artifact's files against the hashes in its manifest.
 
     With --rebuild its weights are merged again from the snapshots that the run still keeps, found by their SHA-256, and
-    compared bit for bit. Exit code 1: a file is not what was published, or the rebuilt weights differ ("NOT SOUND"), or
-    a snapshot that counts is no longer kept, so that the files are sound but what was asked is open ("cannot be
+    compared bit for bit. Exit code 1: a file or the rebuilt weights differ from the published ones ("NOT SOUND"),
+    or a snapshot that counts is no longer kept, so that the files are sound and the rebuild is open ("cannot be
     rebuilt").
 
     \b
@@ -69,7 +69,7 @@ def verify(
 
 
 def _check_files(artifact: Artifact) -> dict[str, str]:
-    """Return what each listed file is: ``ok``, ``missing``, ``another size`` or ``another SHA-256``."""
+    """Return the state of each listed file: ``ok``, ``missing``, ``another size`` or ``another SHA-256``."""
     from lightning_ckmerge.tensorfiles.durable import inside
 
     listed = artifact.manifest["files"]
@@ -121,9 +121,12 @@ def _print_verification(found: dict[str, Any]) -> None:
         names = ", ".join(built["different"][:5])
         out.print(
             f"rebuild: {built['compared']} tensors compared bit for bit, {len(built['different'])} different"
-            f"{': ' + names if names else ''}; {len(built['not_compared'])} not compared, which are no merge."
+            f"{': ' + names if names else ''}; {len(built['not_compared'])} skipped (not produced by merging)."
         )
         if built["different"]:
-            out.print("note: BatchNorm statistics that `evaluation.recalibrate_batches` re-estimated are no merge.")
+            out.print(
+                "note: BatchNorm statistics re-estimated by `evaluation.recalibrate_batches` are not merged, so they "
+                "differ."
+            )
     text, style = STATES[found["state"]]
     out.print(f"{found['artifact']}: {text}", style=style)

@@ -1,1 +1,1 @@
-"""Pure parts: where snapshots lie in a run, spaces, merge arithmetic, records. Imports torch and nothing else."""
+"""Pure parts: segments of a run, spaces, merge arithmetic, records. Imports torch and nothing else."""

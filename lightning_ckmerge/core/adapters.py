@@ -1,6 +1,6 @@
 """PEFT's adapters in a module: which weights they leave alone, and the exact merge of LoRA's products.
 
-peft is not imported: its models and layers are told by the attributes that it documents for authors of adapters.
+peft is not imported: its models and layers are known by the attributes that it documents for authors of adapters.
 
 A LoRA layer adds ``s B A``, with a number ``s``. The average of the factors keeps their rank, but
 ``(sum_k c_k B_k) (sum_k c_k A_k)`` is not ``sum_k c_k B_k A_k``. The latter is
@@ -25,7 +25,7 @@ Side = Literal["A", "B"]
 # Where a layer keeps its factors, and which of their dimensions is the rank.
 SIDES: dict[str, Side] = {"lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"}
 RANK_DIM: dict[Side, int] = {"A": 0, "B": 1}
-# DoRA fills the last one; it is told by its variant.
+# DoRA fills the last one; it is known by its variant.
 PLAIN_LORA = {*SIDES, "lora_magnitude_vector"}
 
 
@@ -71,7 +71,7 @@ def frozen_base(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that PEFT has frozen, by name; tied ones under each of their names.
 
     Other frozen parameters are not among them, nor are frozen adapters: to need no gradient is not to stay constant. A
-    teacher follows its student, and callbacks thaw layers. The base of adapters is meant to stay as it is.
+    teacher follows its student, and callbacks unfreeze layers. The base of adapters is meant to stay as it is.
     """
     found = {}
     for path, model in peft_models(module).items():
@@ -93,7 +93,7 @@ def left_out(entries: Iterable[str], known: Collection[str], frozen: Collection[
     >>> left_out(["q.weight", "q.weight.absmax", "lora_A.weight"], ["q.weight", "lora_A.weight"], ["q.weight"])
     ['q.weight', 'q.weight.absmax']
     """
-    # What a quantised layer keeps beside its weight is no parameter.
+    # A quantised layer's entries beside its weight are no parameters.
     layers = tuple({f"{name.rpartition('.')[0]}." for name in frozen})
     return [n for n in entries if n in frozen or (n not in known and n.startswith(layers))]
 
@@ -167,7 +167,7 @@ def fits(name: str, shape: tuple[int, ...], other: tuple[int, ...], *, at_any_ra
 
 
 def at_rank(config: Mapping[str, Any], ratio: float) -> dict[str, Any]:
-    """Return what changes in a LoRA config at ``ratio`` times its rank and the same scaling.
+    """Return the changes of a LoRA config at ``ratio`` times its rank and the same scaling.
 
     >>> at_rank({"r": 4, "lora_alpha": 8, "rank_pattern": {"q": 2}}, 3)
     {'r': 12, 'lora_alpha': 24, 'rank_pattern': {'q': 6}, 'alpha_pattern': {}}
@@ -190,7 +190,7 @@ def give_ranks(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None
     """Give LoRA layers, and the configs that speak of them, the ranks of ``shapes`` at the same scaling.
 
     Args:
-        module: Changed in place; what is in the factors of another rank is lost.
+        module: Changed in place; the contents of factors of another rank are lost.
         shapes: Of factors, by name.
     """
     names = {id(p): name for name, p in module.named_parameters(remove_duplicate=False)}

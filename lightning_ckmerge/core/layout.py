@@ -1,4 +1,4 @@
-"""Which tensors a snapshot holds, and where each lies in the snapshot's flat memory.
+"""Which tensors a snapshot holds, and the place of each in the snapshot's flat memory.
 
 A snapshot is one flat tensor a storage dtype. Names are sorted as safetensors sorts them, so a snapshot's file and its
 memory are the same bytes, and a file can be mapped instead of read.
@@ -39,7 +39,7 @@ class OwnedTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """Where one tensor lies: ``numel`` elements from ``offset`` in the flat tensor of ``dtype``."""
+    """The place of one tensor: ``numel`` elements from ``offset`` in the flat tensor of ``dtype``."""
 
     name: str
     role: Role

@@ -70,7 +70,7 @@ def merge_tensor(target: Tensor, sources_K: Sequence[Tensor], c_K: Sequence[floa
 def blending(c_K: Sequence[float]) -> list[tuple[int, float]]:
     """Return in which order snapshots move a mean, and each one's share: ``mean += share (source - mean)``.
 
-    The largest coefficient comes first: so what has been added up never comes near 0, whatever is negative.
+    The largest coefficient comes first: so the running sum never comes near 0, even with negative coefficients.
 
     >>> blending([0.25, 0.0, 1.0, -0.25])
     [(2, 1.0), (0, 0.2), (3, -0.25)]
@@ -122,7 +122,7 @@ def cut(tensor: Tensor, numel: int = BLOCK_NUMEL) -> tuple[Tensor, ...]:
 
 
 def _like(total: Tensor, source: Tensor) -> Tensor:
-    # It crosses to a GPU in its own precision; from pinned memory without waiting, since what follows is queued there.
+    # It crosses to a GPU in its own precision; from pinned memory without waiting: later operations queue behind it.
     return source.to(total.device, non_blocking=total.device.type == "cuda").to(total.dtype)
 
 

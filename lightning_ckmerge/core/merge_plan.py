@@ -1,4 +1,4 @@
-"""All tensors of a model at once: what is prepared once for the many merges of a search.
+"""All tensors of a model at once, prepared once for the many merges of a search.
 
 Letters: K snapshots, oldest first; N tensors of one snapshot.
 """
@@ -27,7 +27,7 @@ Memory = tuple[int, torch.dtype, torch.device, torch.Size, tuple[int, ...]]
 class MergePlan:
     """Merges N tensors of K snapshots into N others, any number of times, in no more memory than one block.
 
-    Tensors may get other memory between two merges (``p.data = ...``, ``module.to(...)``): the plan is then made anew.
+    Tensors may get other memory between two merges (``p.data = ...``, ``module.to(...)``): the plan is then made again.
 
     Args:
         targets_N: The tensors to overwrite: floating, any shape, dtype, device and strides.

@@ -52,7 +52,7 @@ def mix_tensors(tensors_K: Sequence[Tensor], w_K: Sequence[float]) -> Tensor:
 def mix_bytes(
     blocks_K: Sequence[memoryview], types_K: Sequence[str], w_K: Sequence[float], target: memoryview, target_type: str
 ) -> None:
-    """Fill ``target`` with what ``mix_tensors`` returns; the arguments are those of ``mix_blocks``."""
+    """Fill ``target`` with the result of ``mix_tensors``; the arguments are those of ``mix_blocks``."""
     tensors_K = [torch.frombuffer(block, dtype=DTYPES[t]) for block, t in zip(blocks_K, types_K, strict=True)]
     torch.frombuffer(target, dtype=DTYPES[target_type]).copy_(mix_tensors(tensors_K, w_K))
 

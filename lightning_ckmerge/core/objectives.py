@@ -26,7 +26,7 @@ LOWER = """
 loss losses error errors err errs perplexity ppl nll mse mae rmse msle rmsle mape smape wer cer ter der eer fid
 bpb bpc ce bce xent crossentropy kl kld kldiv fpr fnr ece brier lpips regret
 """
-# With one of these, a name says the opposite of what its other words say, or nothing.
+# With one of these, a name says the opposite of its other words, or nothing.
 UNSURE = """
 neg negative minus inv inverse inverted one gap drop diff difference delta change std var variance improvement
 reduction decrease increase attack
@@ -94,7 +94,7 @@ class Monitored(Protocol):
 
 
 def mode_by_name(monitor: str) -> Mode | None:
-    """Return the mode that a metric's name speaks for; ``None`` where it says nothing, or two things.
+    """Return the mode that a metric's name implies; ``None`` where it implies none, or both.
 
     >>> mode_by_name("val_acc"), mode_by_name("valid/mAP50"), mode_by_name("MeanSquaredError"), mode_by_name("rouge1")
     ('max', 'max', 'min', 'max')
@@ -111,24 +111,23 @@ def mode_by_name(monitor: str) -> Mode | None:
 
 
 def require_modes(monitored: Sequence[Monitored], higher_is_better: Mapping[str, bool] = MappingProxyType({})) -> None:
-    """Raise ``ConfigError`` where a metric speaks against its ``mode``.
+    """Raise ``ConfigError`` where a metric contradicts its ``mode``.
 
     Args:
         monitored: Metrics and their modes.
-        higher_is_better: What torchmetrics says of logged metric objects, by the name they are logged under.
+        higher_is_better: Torchmetrics' attribute of logged metric objects, by the name they are logged under.
     """
     for metric in monitored:
         known: dict[str, Mode | None] = {
-            "by its name": mode_by_name(metric.monitor),
-            "as torchmetrics says": _mode(higher_is_better.get(metric.monitor)),
+            "judging by its name": mode_by_name(metric.monitor),
+            "according to torchmetrics": _mode(higher_is_better.get(metric.monitor)),
         }
         for source, mode in known.items():
             if mode is not None and mode != metric.mode:
                 better = "higher" if mode == "max" else "lower"
                 raise ConfigError(
-                    f"`mode` must follow the metric, got {metric.mode!r} for {metric.monitor!r}, of which {better} "
-                    f"values are better {source}. Set it to {mode!r}; or, if {metric.mode!r} is right all the same, "
-                    "set `check_mode` to false."
+                    f"`mode` must match the metric, got {metric.mode!r} for {metric.monitor!r}, for which {better} is "
+                    f"better {source}. Use {mode!r}, or set `check_mode: false` if {metric.mode!r} is intended."
                 )
 
 

@@ -1,4 +1,4 @@
-"""What a search finds: plain records, which the manifest, the report and the loggers read.
+"""The results of a search: plain records, which the manifest, the report and the loggers read.
 
 Letters: K snapshots, oldest first; B batches.
 """
@@ -64,9 +64,9 @@ class Candidate:
         name: ``latest``, ``uniform-4``, ``ema-120``, ... for an anchor; ``trial-7`` for a sampler's proposal;
             ``refined-2`` for one by gradients.
         coefficients_K: K numbers that sum to 1.
-        coordinates: Its place in the searched space; ``None`` for what lies outside it.
-        by_group: Each group's own coefficients, where groups of tensors differ; ``coefficients_K`` are then what they
-            deviate from.
+        coordinates: Its place in the searched space; ``None`` for a candidate outside it.
+        by_group: Each group's own coefficients, where groups of tensors differ; ``coefficients_K`` are then their
+            common centre.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Candidate:
 
     @property
     def coefficients(self) -> Coefficients:
-        """What is merged."""
+        """The coefficients of the merge."""
         return self.by_group or self.coefficients_K
 
 
@@ -85,7 +85,7 @@ class Scored:
     """A scored candidate, anchor or not.
 
     Args:
-        candidate: What was scored.
+        candidate: The scored candidate.
         search: Its score on the search half.
         confirm: Its score on the confirmation half, for those that verdicts compare: the winner, the latest weights and
             the best anchor, and the others of a Pareto front.
@@ -122,17 +122,17 @@ class Verdict:
         gain: Improvement over the latest weights, in the metric's unit; above 0 is better in either mode.
         interval: Its 95 % interval; ``None`` where there was too little data for one.
         num_differences: Paired differences that the interval rests on: unseen batches, or blocks of them where the
-            metric is no mean over batches. What ranks evaluate side by side counts as one.
+            metric is no mean over batches. Batches that ranks evaluate side by side count as one.
         best_anchor: Name of the best known merge (by the search half), the latest weights included; not of where the
             search began.
-        gain_over_best_anchor: Improvement over it, likewise.
+        gain_over_best_anchor: Improvement over it, in the metric's unit.
         interval_over_best_anchor: Its 95 % interval.
         equivalent_steps: Further training steps that would gain as much at the run's current slope; ``None`` where that
             is not well known, or nothing was accepted.
         others: Gains over the latest weights in the other monitored metrics.
         front: Names of the candidates that form the Pareto front on the search half; empty for one monitored metric.
         sentence: All of this for people.
-        warnings: What else they should know.
+        warnings: Further notes for people.
     """
 
     status: Status
@@ -168,14 +168,14 @@ class SnapshotRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord:
-    """On what the candidates were scored.
+    """The data that scored the candidates.
 
     Args:
         search_batches: Batches of each loader in the search half.
         confirm_batches: Batches of each loader in the confirmation half.
         search_samples: Samples in the search half, where the metric says so (it counts batch sizes).
-        confirm_samples: Samples in the confirmation half, likewise.
-        fingerprint: SHA-256 over what identifies batches and metric; equal if two searches are comparable.
+        confirm_samples: Samples in the confirmation half, where the metric says so.
+        fingerprint: SHA-256 that identifies batches and metric; equal if two searches are comparable.
     """
 
     search_batches: tuple[int, ...]
@@ -187,7 +187,7 @@ class EvaluationRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a search took.
+    """The costs of a search.
 
     Args:
         seconds: By phase: ``anchors``, ``trials``, ``gradients`` where there were some, ``confirm``, ``other``.
@@ -211,11 +211,11 @@ class SearchOutcome:
     Args:
         step: Optimizer steps taken when it ran.
         space: Name of the searched space.
-        snapshots_K: What was merged, oldest first; the last is the latest weights.
+        snapshots_K: The merged snapshots, oldest first; the last is the latest weights.
         group_of: Tensor name -> group, where coefficients differ between groups.
         winner: The best of anchors and trials on the search half, among those that hold the constraints.
         anchors: In the order in which they were scored; the first is ``latest``.
-        trials: The sampler's proposals, likewise, and what a refinement by gradients added.
+        trials: The sampler's proposals in the same order, and the candidates of a refinement by gradients.
         front: Where several metrics are monitored, other merges of the Pareto front, each with its own verdict; the
             winner is the front's knee.
     """
@@ -245,5 +245,5 @@ class SearchOutcome:
         return min(finite, key=lambda t: sign * t.search.value).candidate.coordinates if finite else None
 
     def members(self) -> list[SearchOutcome]:
-        """Return this search as told of each other merge of the front."""
-        return [replace(self, winner=trial, verdict=verdict, front=()) for trial, verdict in self.front]
+        """Return this search once for each other merge of the front, as its winner."""
+        return [replace(self, winner=member, verdict=verdict, front=()) for member, verdict in self.front]

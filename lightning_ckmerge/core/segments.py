@@ -1,4 +1,4 @@
-"""Where a snapshot lies in the run."""
+"""The place of a snapshot in the run."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class TensorSpec:
 
     Args:
         shape: Its shape.
-        dtype: A name of ``TENSOR_TYPES``; PyTorch's own for what safetensors cannot hold.
+        dtype: A name of ``TENSOR_TYPES``; PyTorch's own for a dtype that safetensors cannot hold.
         itemsize: Bytes an element.
     """
 

@@ -26,7 +26,7 @@ def change_told(
 ) -> tuple[str, str]:
     """Return a metric's change in words, and its interval; the second is empty where there is none.
 
-    A change is told as a share of the value before, unless a share makes no sense: around zero, below it, or beyond
+    A change is given as a share of the value before, unless a share makes no sense: around zero, below it, or beyond
     100 %.
 
     >>> change_told("val_loss", "min", 0.38, 0.306, (0.061, 0.091))

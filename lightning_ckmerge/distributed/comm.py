@@ -1,7 +1,7 @@
 """How ranks talk, so that a fault on one becomes the same decision on all.
 
-All talk between two collectives of tensors goes through ``exchange``, and each message says whether its sender is well.
-A rank that fails sends its error as its next message and leaves; its peers find it in theirs and leave too, all at the
+Between two collectives of tensors, ranks talk through ``exchange`` alone. Every message carries the sender's error, if
+any. A rank that fails sends its error as its next message and leaves; its peers receive it and leave too, all at the
 same message. So no rank waits for one that is gone.
 """
 
@@ -73,7 +73,7 @@ class Alone:
         return [value]
 
     def give_up(self, error: BaseException) -> None:
-        """Nobody waits."""
+        """Do nothing: no rank waits."""
 
     def close(self) -> None:
         """Nothing was opened."""
@@ -96,7 +96,7 @@ class Ranks:
         messages = self._gather(_Message(value=value))
         for rank, message in enumerate(messages):
             if message.error is not None:
-                raise PeerError(f"rank {rank} failed: {message.error}")
+                raise PeerError(f"rank {rank} failed: {message.error.rstrip('.')}. See rank {rank}'s log.")
         return [message.value for message in messages]
 
     def give_up(self, error: BaseException) -> None:
@@ -119,7 +119,7 @@ class Ranks:
 
 
 def _is_known(error: BaseException | None) -> bool:
-    """Whether the others have left already: they were told of this error, or of one on the way to it."""
+    """Whether the others have left already: they know this error, or one that led to it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, PeerError) or TOLD in vars(error):

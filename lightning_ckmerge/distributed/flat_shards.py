@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-# What wrappers put into names, and take out of ``state_dict``'s again.
+# Parts that wrappers put into names, and take out of ``state_dict``'s again.
 WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -53,7 +53,7 @@ def flat_shards(module: nn.Module) -> Iterator[FlatShard]:
 
 
 def clean_name(name: str) -> str:
-    """Return a module path without what wrappers add to it.
+    """Return a module path without the parts that wrappers add.
 
     >>> clean_name("net._fsdp_wrapped_module.0.weight")
     'net.0.weight'

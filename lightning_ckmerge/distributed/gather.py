@@ -76,7 +76,7 @@ def scatter(module: nn.Module, whole: Mapping[str, Tensor]) -> None:
 
     Args:
         module: Changed in place; its shards are in place.
-        whole: Read a tensor at a time. What it lacks, such as the frozen base of adapters, stays as it is.
+        whole: Read a tensor at a time. Missing tensors, such as the frozen base of adapters, stay as they are.
     """
     flat = {s.name: s for s in flat_shards(module)}
     for name, tensor in entries(module, has_flat=bool(flat)).items():

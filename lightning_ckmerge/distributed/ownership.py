@@ -8,7 +8,7 @@ Three kinds of tensors:
   broadcast the result in buckets.
 - Buffers outside shards: each rank's own, since ranks need not agree on them (BatchNorm statistics).
 
-The frozen base of PEFT's adapters is nobody's: it stays as it is, so snapshots and merges do without it.
+No rank owns the frozen base of PEFT's adapters: it stays as it is, so snapshots and merges do without it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lightning_ckmerge.errors import FinalError, SnapshotError, UnsupportedError
 DEFAULT_BUCKET_BYTES = 64 << 20
 # Names in a message.
 NUM_LISTED = 3
-# BatchNorm's own counters: in every second model, and nobody's weights.
+# BatchNorm's own counters: in every second model, but not weights.
 COUNTER_NAME = "num_batches_tracked"
 
 
@@ -72,18 +72,18 @@ class Place(NamedTuple):
 class Ownership:
     """The floating parameters and persistent buffers of a module, tied ones once, and who owns them.
 
-    Integer and boolean entries are not among them, nor what cannot be averaged, such as sparse and quantised tensors: a
-    merge leaves them as the latest weights have them. Places are kept instead of tensors, since a module may put a new
-    tensor in a buffer's place.
+    Integer and boolean entries are not among them, nor tensors that cannot be averaged, such as sparse and quantised
+    ones: a merge leaves them as the latest weights have them. Places are kept instead of tensors, since a module may
+    put a new tensor in a buffer's place.
 
     Args:
-        module: The LightningModule; names are those of its ``state_dict``.
+        module: The LightningModule; names are as in its ``state_dict``.
         comm: The ranks.
         bucket_bytes: Most extra memory that ``publish`` takes.
 
     Attributes:
         left_out: Names of the entries that are not averaged, but for BatchNorm's counters.
-        not_dense: Those of them, such as sparse ones, that a file of weights does not hold either.
+        not_dense: Entries of ``left_out``, such as sparse ones, that a file of weights does not hold either.
     """
 
     def __init__(self, module: nn.Module, comm: Comm, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
@@ -122,10 +122,10 @@ class Ownership:
         return {n: shape for n, shape in shapes.items() if math.prod(shape) and n not in self._frozen}
 
     def changes(self, *, everywhere: bool) -> list[str]:
-        """Return the names of tensors that are no longer what they were: gone, of another shape, precision or device.
+        """Return the names of tensors that have changed: gone, of another shape, precision or device.
 
         Args:
-            everywhere: Look at the whole module, and find what is new, tied, or in another submodule, too.
+            everywhere: Look at the whole module, and find tensors that are new, tied, or in another submodule, too.
         """
         changed = [
             place.name
@@ -140,7 +140,7 @@ class Ownership:
         return sorted({*moved, *(before.keys() ^ now.keys())})
 
     def check_alike(self) -> None:
-        """Raise ``SnapshotError``, on all ranks, if their modules have other tensors. A collective."""
+        """Raise ``SnapshotError``, on all ranks, if their modules' tensors differ. A collective."""
         tensors = {p.name: p.holder[p.key] for p in _entries(self._module)}
         shapes = {n: tuple(t.shape) if is_dense(local_part(t)) else () for n, t in tensors.items()} | self._flat_shapes
         kinds = {n: (str(t.dtype), shapes[n]) for n, t in tensors.items()}
@@ -157,8 +157,8 @@ class Ownership:
         thawed = [n for n, _, t in self._tensors() if n in self._frozen and t.requires_grad]
         if thawed:
             raise FinalError(
-                f"the base of an adapter must stay frozen, got {len(thawed)} of its tensors that are trained now, such "
-                f"as {thawed[0]!r}, and are in no snapshot. Thaw them before `fit` starts, so that they are."
+                f"an adapter's base must stay frozen during `fit`, got {len(thawed)} trainable tensors, such as "
+                f"{thawed[0]!r}, that no snapshot holds. Unfreeze them before `fit`."
             )
 
     def settle(self) -> None:
@@ -189,7 +189,7 @@ class Ownership:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Make what the owners wrote visible on all ranks. No tensor is sent where nothing is held twice.
+        """Make the owners' values visible on all ranks. No tensor is sent where nothing is held twice.
 
         Raises:
             PeerError: A rank has failed since the ranks last talked; nothing is published.
@@ -205,7 +205,7 @@ class Ownership:
         extra_bytes = max((b.extra_bytes for b in buckets), default=0)
         device = next(iter(tensors.values())).device if extra_bytes else None
         memory = torch.empty(extra_bytes, dtype=torch.uint8, device=device)
-        # Nobody has failed, and what follows needs no more memory: it will not be left half done.
+        # No rank has failed, and the rest needs no more memory: it will not be left half done.
         self._comm.exchange(None)
         for bucket in buckets:
             bucket.broadcast(memory, rank=self._comm.rank)
@@ -337,7 +337,7 @@ def _is_averaged(tensor: Tensor) -> bool:
 
 
 def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """Return what a snapshot, and this rank's part of it, must agree with."""
+    """Return the layout that a snapshot, and this rank's part of it, must match."""
     if tensor is None or not _is_averaged(tensor):
         return None
     return tensor.dtype, tensor.device, tensor.shape, tensor.placements if isinstance(tensor, DTensor) else None

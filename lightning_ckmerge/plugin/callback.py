@@ -1,4 +1,4 @@
-"""``CheckpointMergeCallback``: arguments and hooks. What the hooks do is in ``run.py``."""
+"""``CheckpointMergeCallback``: arguments and hooks. Their work is in ``run.py``."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ class CheckpointMergeCallback(Callback):
         train_time_interval: Training time between searches.
         search_on_train_end: Whether to search when ``fit`` ends, also by EarlyStopping or Ctrl-C. Not after a decay of
             the learning rate, unless ``search.at_low_lr`` says so.
-        buffer: What the buffer keeps.
+        buffer: Contents and place of the buffer.
         search: How a search spends its trials.
-        evaluation: On what candidates are scored.
-        artifact: What an artifact holds.
+        evaluation: The data that score candidates.
+        artifact: Contents of an artifact.
         apply: ``emit``: never touch the module. ``on_train_end``: load the best accepted merge into the module after
             training, if it is better than the final weights on the batches that no search has chosen by.
-        on_error: ``warn``: a failing search is reported, and training goes on. ``raise``: it ends training.
-        check_mode: Refuse a ``mode`` that speaks against the metric's name, or against ``higher_is_better`` of the
-            torchmetrics object that is logged. ``False`` takes it as it is.
+        on_error: ``warn``: a failing search is reported, and training continues. ``raise``: it ends training.
+        check_mode: Refuse a ``mode`` that contradicts the metric's name, or ``higher_is_better`` of the logged
+            torchmetrics object. ``False`` accepts it.
 
     Raises:
         ConfigError: An argument is outside its range, or arguments contradict each other.
@@ -131,7 +131,7 @@ class CheckpointMergeCallback(Callback):
         target = best_target(dirpath) if dirpath is not None else None
         artifact = Artifact.open(target, verify=False) if target is not None else None
         if artifact is not None and (caveat := artifact.caveat):
-            rank_zero_warn(f"The best artifact is not the best of its run. {caveat}")
+            rank_zero_warn(f"Newer weights beat the best artifact. {caveat}")
         return artifact
 
     def search_now(self) -> Artifact | None:
@@ -139,7 +139,7 @@ class CheckpointMergeCallback(Callback):
         return self._run.search() if self._run is not None else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be served, before anything is spent."""
+        """Refuse unsupported settings and strategies, before anything is spent."""
         if stage != "fit":
             return
         _check_served(trainer, self.settings.search)
@@ -151,7 +151,7 @@ class CheckpointMergeCallback(Callback):
         self._run, self._state, self._monitor_seen = None, None, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the buffer, or go on with a checkpoint's."""
+        """Start the buffer, or restore a checkpoint's."""
         if getattr(trainer, "fast_dev_run", False):
             rank_zero_info("lightning-ckmerge does nothing in a fast_dev_run: there is no trail of weights to merge.")
             return
@@ -239,7 +239,7 @@ class CheckpointMergeCallback(Callback):
         self._state = state_dict or None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take up the state of a run with another `dirpath`, where it can be nobody else's."""
+        """Take up the state of a run with another `dirpath`, where it can be no other run's."""
         own, _, _ = self.state_key.rpartition("'dirpath'")
         states = {key: state for key, state in checkpoint["callbacks"].items() if str(key).startswith(own)}
         keys = {c.state_key for c in _merge_callbacks(trainer) if c.state_key.startswith(own)}
@@ -248,7 +248,7 @@ class CheckpointMergeCallback(Callback):
             self.load_state_dict(states[unclaimed.pop()])
 
     def _left_off(self, trainer: Trainer) -> dict[str, Any] | None:
-        """What the last ``fit`` left, where this one goes on from its last step."""
+        """The state of the last ``fit``, where this one continues from its last step."""
         state = self._last_state
         return state if state and trainer.global_step == state["schedule"]["step"] > 0 else None
 

@@ -1,4 +1,4 @@
-"""What a LightningCLI config builds: Trainer, module, datamodule and merge callbacks."""
+"""The objects that a LightningCLI config builds: Trainer, module, datamodule and merge callbacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_ckmerge.errors import CkmergeError, ConfigError
 from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
 
-# How jsonargparse tells which class, which argument, and what says nothing of either.
+# jsonargparse's lines that name the class, the argument, and neither.
 PROBLEM = re.compile(r"Problem with given class_path '([^']+)'")
 PARSER_KEY = re.compile(r'^Parser key "([^"]+)":$')
 UNTELLING = re.compile(
@@ -31,7 +31,7 @@ MAX_TOLD = 160
 
 @dataclass(frozen=True, kw_only=True)
 class Configured:
-    """What a config builds.
+    """The objects that a config builds.
 
     Args:
         callbacks: The merge callbacks among the Trainer's.
@@ -55,7 +55,7 @@ def build(
     Args:
         config: A config for ``fit``, as YAML or ``SaveConfigCallback`` have it.
         model_class: Import path, where the user's own LightningCLI fixes the class and the config leaves it out.
-        data_class: Likewise.
+        data_class: The same for the datamodule.
         trainer: Arguments that take the place of the config's.
 
     Raises:
@@ -81,7 +81,7 @@ def build(
     except (SystemExit, Exception) as error:  # the first is how some parsers refuse
         if (own := _own_error(error)) is not None:
             raise ConfigError(str(own)) from error
-        # The name of the parser's own class tells nobody anything.
+        # The name of the parser's own class means nothing to a user.
         kind = "" if type(error).__name__ == "ArgumentError" else f"{type(error).__name__}: "
         told = essence(str(error))
         raise ConfigError(f"the config must be one that `fit` runs with, got {kind}{told}. {_remedy(told)}") from error
@@ -105,7 +105,7 @@ def _imported(path: str | None) -> Any:
 
 
 def _own_error(error: BaseException) -> CkmergeError | None:
-    """Return our own error, if one is what a parser buries in all the types that an argument could have."""
+    """Return our own error, if a parser has buried one in all the types that an argument could have."""
     innermost: BaseException | None = error
     while innermost is not None and not isinstance(innermost, CkmergeError):
         innermost = innermost.__cause__ or innermost.__context__

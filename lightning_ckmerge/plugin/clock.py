@@ -38,7 +38,7 @@ class Clock:
 
     @contextlib.contextmanager
     def searching(self) -> Iterator[None]:
-        """Count what is done within, once it is over, as a search."""
+        """Count the time spent within as a search's, once it is over."""
         start = time.monotonic()
         try:
             yield
@@ -52,7 +52,7 @@ class Clock:
 
         Args:
             config: The limits.
-            is_last: Whether no other search has to be saved for.
+            is_last: Whether it is the run's last, so that no time has to be saved.
         """
         allowed_s, allowed_by = config.timeout_s or math.inf, "search.timeout_s"
         if config.max_fraction_of_training is not None:
@@ -65,7 +65,7 @@ class Clock:
         """Raise ``SkipError`` if the next search may take less than ``needed_s`` seconds, or none at all."""
         allowed_s, allowed_by = self.allowance(config, is_last=is_last)
         if allowed_s is not None and (allowed_s < needed_s or allowed_s == 0):
-            needs = f", and the least of searches needs {needed_s:.3g} s" if needed_s else ""
+            needs = f", but the shortest search needs {needed_s:.3g} s" if needed_s else ""
             raise SkipError(
                 f"`{allowed_by}` leaves {allowed_s:.3g} s{needs}. Raise `{allowed_by}`, or search less often.",
                 needed_s=needed_s,
@@ -84,7 +84,7 @@ class Curve:
     """Steps and values of weights on the way, as far back as a search looks.
 
     ``validated`` are the run's own validations, ``searched`` the latest weights of its searches on the confirmation
-    half. A resumed run may confirm on other batches, so the second begin anew.
+    half. A resumed run may confirm on other batches, so the second start again.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ class Curve:
             self.validated.append((step, value))
 
     def add_search(self, outcome: SearchOutcome) -> None:
-        """Take in a search that was published, and forget what is too old for the next."""
+        """Take in a search that was published, and forget points too old for the next."""
         latest = outcome.anchors[0].confirm
         if latest is not None and math.isfinite(latest.value):
             self.searched.append((outcome.step, latest.value))
@@ -112,10 +112,10 @@ class Curve:
         self._num_published = len(self.validated)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
+        """Return the state for a resumed run."""
         return {"validated": self.validated, "num_published": self._num_published}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         self.validated = [(step, value) for step, value in state["validated"]]
         self._num_published = state["num_published"]

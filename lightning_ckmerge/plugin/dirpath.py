@@ -19,7 +19,7 @@ from lightning_ckmerge.errors import ConfigError, explain
 
 # `Path` makes `s3:/` of `s3://`. One letter before the colon is a drive.
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:[:/]")
-# About as long as what a rank writes below it, so that a path that just fits is found out now.
+# About as long as a rank's file names below it, so that a path that barely fits is found out now.
 PROBE_NAME = f".ckmerge-probe-{'0' * 64}"
 
 
@@ -41,7 +41,7 @@ def resolve_dirpath(trainer: Trainer, dirpath: str | Path | None) -> Path:
 
 
 def root_of(trainer: Trainer, dirpath: str | Path | None) -> Path:
-    """Return ``dirpath``, or the directory below which a default one lies; no logger is asked to begin its run.
+    """Return ``dirpath``, or the parent of the default one; no logger is asked to start its run.
 
     Raises:
         ConfigError: It is a URL.
@@ -67,12 +67,12 @@ def find_fault(dirpath: Path) -> str | None:
     except (OSError, ValueError) as error:  # a ValueError for a name with a NUL
         reason = getattr(error, "strerror", None) or error
         return (
-            f"`dirpath` must be a directory that can be written to, got {dirpath}: {reason}. Name another one, or mend "
+            f"`dirpath` must be a directory that can be written to, got {dirpath}: {reason}. Name another one, or fix "
             "its permissions."
         )
     finally:
         for path in reversed(made):
-            with contextlib.suppress(OSError):  # somebody else has begun to use it
+            with contextlib.suppress(OSError):  # another process has begun to use it
                 path.rmdir()
     return None
 
@@ -88,8 +88,8 @@ def _claim(trainer: Trainer, base: Path, state: dict[str, Any] | None, *, moves:
 def _local(name: str, path: str | os.PathLike[str]) -> Path:
     if URL.match(os.fspath(path)):
         raise ConfigError(
-            f"artifacts go to a directory of this machine, got the URL {os.fspath(path)!r} in `{name}`. Set `dirpath` "
-            "to a local or mounted path, and copy what is published from there."
+            f"`{name}` must be a local path, got the URL {os.fspath(path)!r}. Set `dirpath` to a local or mounted "
+            "path, and copy the artifacts from there."
         )
     return Path(os.path.abspath(Path(path).expanduser()))
 
@@ -99,9 +99,9 @@ class ClaimedDirpath:
 
     Args:
         trainer: The Trainer, before its first step.
-        base: What ``resolve_dirpath`` returned, on all ranks.
-        state: What a checkpoint held of the run; ``None``: a new one.
-        moves: Whether ``base`` was asked for, so that a run that has been elsewhere goes on there.
+        base: As returned by ``resolve_dirpath``, on all ranks.
+        state: The run's state in a checkpoint; ``None``: a new one.
+        moves: Whether ``base`` was asked for, so that a run that has been elsewhere continues there.
 
     Raises:
         ConfigError: Nothing can be written there.

@@ -1,4 +1,4 @@
-"""What a run will take, told before it starts: one record, made and shown alike by ``fit`` and by ``ckmerge plan``."""
+"""A run's costs, told before it starts: one record, made and shown by both ``fit`` and ``ckmerge plan``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FORWARDS_PER_TRAINING_BATCH = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What is known of a run before its first step.
+    """The facts about a run before its first step.
 
     Args:
         length: How long it is.
@@ -59,10 +59,10 @@ class Known:
 
 @dataclass(kw_only=True)
 class Plan:
-    """What one callback will do and take. Sizes are bytes a rank, but for the disk's; ``None``: nothing tells it.
+    """The actions and costs of one callback. Sizes are bytes per rank, except on disk; ``None``: unknown.
 
-    To tell people of something else, add a field, fill it in ``make_plan``, and give it a row in ``plan_rows``; what
-    they should act on goes into ``warnings``.
+    To show something else, add a field, fill it in ``make_plan``, and give it a row in ``plan_rows``; calls for action
+    go into ``warnings``.
 
     Args:
         strategy: Class of the strategy.
@@ -73,7 +73,7 @@ class Plan:
         num_searches: Searches over the run, the one at its end counted.
         when: When they are due.
         interval: Optimizer steps between two of them.
-        snapshots: What the buffer keeps.
+        snapshots: Contents of the buffer.
         segment_steps: Length of the finest segment.
         buffer_memory: Memory of the buffer.
         buffer_disk: The buffer's files.
@@ -82,19 +82,19 @@ class Plan:
         disk: Buffer and artifacts, over all ranks.
         free_disk: Free bytes where artifacts go.
         dirpath: Where artifacts go.
-        candidates: What a search scores.
+        candidates: Candidates of a search.
         num_candidates: Most anchors and trials of a search.
         search_batches: Validation batches that a candidate is scored on, on each rank.
-        confirm_batches: Those kept for the verdict.
-        num_confirmed: Candidates that are scored on them, at most.
+        confirm_batches: Batches kept for the verdict.
+        num_confirmed: Most candidates scored on them.
         evaluations: Most forward batches of one search.
         share: Expected share of the training between two searches.
         cap: Share of the training time that all searches may take.
         groups: The groups of tensors with coefficients of their own.
-        adapters: What is buffered and merged of a model with adapters.
-        left_out: What is not averaged, by name.
-        faults: What would end the run, or let it end badly; the plan is not one to start.
-        warnings: What the user should know.
+        adapters: The buffered and merged part of a model with adapters.
+        left_out: Tensors that are not averaged, by name.
+        faults: Reasons why the run would fail; do not start it.
+        warnings: Notes for the user.
     """
 
     strategy: str
@@ -132,10 +132,10 @@ def make_plan(settings: MergeSettings, trainer: Trainer, model: RankModel, known
     """Return the plan of one settings. Nothing is read, written or moved.
 
     Args:
-        settings: What it was asked for.
+        settings: The callback's settings.
         trainer: The Trainer; it need not have started.
-        model: What this process holds of the module.
-        known: What is known of the run.
+        model: This process's part of the module.
+        known: The facts about the run.
     """
     config, steps = settings.buffer, known.length.steps
     segment_steps = finest_segment(config, steps)
@@ -184,19 +184,19 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     def known(value: float | None) -> str:
         return MISSING if value is None else count(value)
 
-    steps = "as many optimizer steps as training will tell" if plan.total_steps is None else None
+    steps = "an unknown number of optimizer steps" if plan.total_steps is None else None
     each = " a rank" if plan.num_ranks > 1 else ""
     searches = "" if plan.num_searches is None else f"{count(plan.num_searches)}: "
     rows = [
         ("run", f"{steps or f'{count(plan.total_steps or 0)} optimizer steps'}, {plan.strategy}, {_ranks(plan)}"),
         ("model", f"{count(plan.num_parameters)} parameters"),
         ("adapters", plan.adapters),
-        ("not averaged", plan.left_out and f"{plan.left_out}: as the latest weights have them"),
+        ("not averaged", plan.left_out and f"{plan.left_out}: copied from the latest weights"),
         ("snapshots", f"{plan.snapshots}, the finest of {_steps(plan.segment_steps)}"),
         (f"buffer{each}", f"{size(plan.buffer_memory)} in memory and at most {size(plan.buffer_disk)} on disk"),
         (
             f"during a search{each}",
-            f"at most {size(plan.search_memory)} of host memory more, and {size(MAX_COPIED_BYTES)} of other state",
+            f"at most {size(plan.search_memory)} of extra host memory, plus {size(MAX_COPIED_BYTES)} for other state",
         ),
         ("disk, buffer and artifacts", f"{size(plan.disk)}, {_free(plan)}, in {plan.dirpath}"),
         ("searches", f"{searches}{plan.when}"),
@@ -235,7 +235,7 @@ def num_searches(settings: MergeSettings, length: RunLength) -> int | None:
         return within + settings.triggers.on_train_end
     if total is None:
         return None
-    # What has been searched at the last step is not searched again.
+    # A step that has been searched is not searched again.
     return int(total // every) + (settings.triggers.on_train_end and total % every > 0)
 
 
@@ -250,8 +250,8 @@ def _when(settings: MergeSettings, total_steps: int | None) -> str:
     if (interval := triggers.train_time_interval) is not None:
         return f"every {interval} of training{last}"
     if total_steps is None:
-        only = "at the end alone" if end else "none"
-        return f"{only}, since the run's length is unknown; set `every_n_train_steps` for more"
+        only = "at the end only" if end else "none"
+        return f"{only}, because the run's length is unknown; set `every_n_train_steps` for more"
     return f"after each quarter of the run{'' if end else ' but the last'}"
 
 
@@ -343,7 +343,7 @@ def _warnings(plan: Plan, settings: MergeSettings) -> list[str]:
         found.append("One validation batch cannot be split: nothing could be confirmed. Use more or smaller batches.")
     elif plan.confirm_batches is not None and plan.confirm_batches < MIN_CONFIRM_BATCHES:
         found.append(
-            f"A verdict needs {MIN_CONFIRM_BATCHES} batches or more, and {plan.confirm_batches} are kept for it: every "
+            f"A verdict needs at least {MIN_CONFIRM_BATCHES} confirmation batches, got {plan.confirm_batches}: every "
             "gain will be `unconfirmed`. Use more or smaller batches."
         )
     if settings.save_top_k == -1:
@@ -384,7 +384,7 @@ def _share(plan: Plan) -> str:
 
 
 def _least(cap: float) -> str:
-    """What all searches may take of a run, however short it is."""
+    """The time that all searches may take of a run, however short it is."""
     return f"{cap * MIN_TRAINING_S:.3g} s"
 
 
@@ -408,7 +408,7 @@ def forecast(
     num_ranks = trainer.num_devices * trainer.num_nodes
     _configure_model(module, warnings)
     train = [_batches_of(loader, trainer.limit_train_batches, num_ranks) for loader in loaders.train or ()]
-    # Of several training loaders, shorter ones begin anew.
+    # Of several training loaders, shorter ones start again.
     length = run_length(trainer, max(train, default=math.inf), _steps_per_update(module, warnings))
     val = loaders.val
     dirpath, fault = _directory(trainer, settings)
@@ -428,7 +428,7 @@ def forecast(
 
 
 def _directory(trainer: Any, settings: MergeSettings) -> tuple[Path, str | None]:
-    """Return where artifacts go, or what that is below, and why they cannot."""
+    """Return where artifacts go, or its parent and the reason why they cannot."""
     try:
         dirpath = root_of(trainer, settings.dirpath)
     except ConfigError as error:
@@ -446,7 +446,7 @@ def _loaders(module: LightningModule, datamodule: LightningDataModule | None, wa
         for stage in ("train", "val"):
             made = getattr(owner, f"{stage}_dataloader")()
             found[stage] = list(_flattened(made))
-    except Exception as error:  # the user's own code, which may want what only a run has
+    except Exception as error:  # the user's own code may need a running Trainer
         warnings.append(
             f"The data could not be set up here ({type(error).__name__}: {error}): batches and evaluations are not "
             "counted. Run `plan` where the data is."
@@ -483,7 +483,8 @@ def _configure_model(module: LightningModule, warnings: list[str]) -> None:
         module.configure_model()
     except Exception as error:  # it may want the strategy's mesh
         warnings.append(
-            f"`configure_model` could not run here ({type(error).__name__}: {error}): what it builds is not counted."
+            f"`configure_model` could not run here ({type(error).__name__}: {error}): the plan leaves out what it "
+            "builds."
         )
 
 
@@ -522,9 +523,9 @@ def _warnings_of_run(trainer: Any, known: Known) -> list[str]:
     found = []
     if (known.dirpath / TIMELINE_NAME).is_file():
         found.append(
-            f"{known.dirpath} holds the artifacts of an earlier run: a new one goes to a directory of its own below, "
-            "`run=2` or later, and one that is resumed goes on where it has been."
+            f"{known.dirpath} already holds a run. A new run writes to `run=2` or the next number below it; a resumed "
+            "run continues in its own directory."
         )
     if trainer.fast_dev_run:
-        found.append("The callback does nothing in a `fast_dev_run`: this plan is not of the run itself.")
+        found.append("The callback does nothing in a `fast_dev_run`; this plan is for the run without it.")
     return found

@@ -1,6 +1,6 @@
-"""What people see while a run goes on: lines that no progress bar overwrites, and a search on the Trainer's own bar.
+"""Output during a run: lines that no progress bar overwrites, and a search on the Trainer's own bar.
 
-What is shown of a search must not cost the search: reports, charts, loggers and progress bars may fail.
+Showing a search must not cost the search: reports, charts, loggers and progress bars may fail.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from lightning_ckmerge.errors import explain
 
 
 class OnScored(Protocol):
-    """Told of each scored trial, and of how many are expected in all."""
+    """Called with each scored candidate and the number expected in all."""
 
-    def __call__(self, trial: Scored, total: int) -> None:
+    def __call__(self, scored: Scored, total: int, /) -> None:
         """Show it."""
 
 
@@ -35,7 +35,7 @@ def say(trainer: Trainer, text: str, tell: Callable[[str], None] = rank_zero_inf
     bar: Any = trainer.progress_bar_callback
     with contextlib.ExitStack() as stack:
         if getattr(bar, "is_enabled", False) and trainer.is_global_zero:
-            with contextlib.suppress(Exception):  # a bar that fails to make room keeps nobody from being told
+            with contextlib.suppress(Exception):  # the message goes out even if the bar fails to make room
                 if hasattr(bar, "init_validation_tqdm"):
                     stack.enter_context(Tqdm.external_write_mode())
                 elif (live := getattr(getattr(bar, "progress", None), "live", None)) is not None:
@@ -48,13 +48,13 @@ def harmless(what: str, trainer: Trainer | None = None) -> Iterator[None]:
     """Turn an error within into one warning.
 
     Args:
-        what: Begins the warning, such as ``"The run's report"``.
-        trainer: Its bar makes room; ``None``: the warning needs none, or the bar is what failed.
+        what: Start of the warning, such as ``"The run's report"``.
+        trainer: Its bar makes room; ``None``: the warning needs none, or the bar itself failed.
     """
     try:
         yield
     except Exception as error:
-        text = f"{what} failed: {explain(error)}. The search and its artifact are not touched by this."
+        text = f"{what} failed: {explain(error)}. The search and its artifact are unaffected."
         if trainer is None:
             rank_zero_warn(text)
         else:
@@ -82,7 +82,7 @@ def search_progress(trainer: Trainer, step: int, sign: int) -> Iterator[OnScored
     """Yield a function that advances a line under the training bar; it goes away with the search.
 
     Args:
-        trainer: Its progress bar may be tqdm's, rich's, somebody else's (then nothing is shown) or none.
+        trainer: Its progress bar may be tqdm's, rich's, another (then nothing is shown) or none.
         step: For the label.
         sign: 1 if lower values are better, -1 if higher ones are.
     """
@@ -97,10 +97,10 @@ def search_progress(trainer: Trainer, step: int, sign: int) -> Iterator[OnScored
             elif shows and getattr(bar, "progress", None) is not None:
                 advance = stack.enter_context(_rich(bar))
 
-        def on_scored(trial: Scored, total: int) -> None:
+        def on_scored(scored: Scored, total: int) -> None:
             nonlocal best, advance
-            if best is None or (trial.search.complete and sign * (trial.search.value - best.search.value) < 0):
-                best = trial
+            if best is None or (scored.search.complete and sign * (scored.search.value - best.search.value) < 0):
+                best = scored
             tell, advance = advance, None  # no second time, should it fail
             with harmless("The progress bar"):
                 if tell is not None:

@@ -35,8 +35,8 @@ IN_A_STEP = (
     "configure_gradient_clipping",
     "optimizer_step",
 )
-WHAT_WORKS = (
-    "What works: a single device, `ddp` with any launcher, ModelParallelStrategy (FSDP2, tensor parallelism, both), "
+SUPPORTED = (
+    "Supported: a single device, `ddp` with any launcher, ModelParallelStrategy (FSDP2, tensor parallelism, both), "
     "FSDPStrategy with `use_orig_params=True`, DeepSpeed stages 1 and 2."
 )
 
@@ -46,9 +46,7 @@ def check_supported(trainer: Trainer, refine: Refine | None = None) -> None:
     strategy: Any = trainer.strategy
     names = [cls.__name__ for cls in type(strategy).__mro__]
     if not any(name in SERVED for name in names):
-        raise UnsupportedError(
-            f"the strategy must be one whose tensors can be told apart, got {names[0]}. {WHAT_WORKS}"
-        )
+        raise UnsupportedError(f"the strategy must be supported, got {names[0]}. {SUPPORTED}")
     device = _device_type(strategy)
     if device is not None and device not in DEVICES:
         raise UnsupportedError(
@@ -58,7 +56,7 @@ def check_supported(trainer: Trainer, refine: Refine | None = None) -> None:
         )
     reason = _refusal(strategy, names)
     if reason is not None:
-        raise UnsupportedError(f"{reason} {WHAT_WORKS}")
+        raise UnsupportedError(f"{reason} {SUPPORTED}")
     if refine is not None and not _is_whole(names):
         raise UnsupportedError(
             f"`search.refine` needs a strategy that holds the model whole and leaves gradients to PyTorch, a single "

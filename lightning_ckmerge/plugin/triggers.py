@@ -24,7 +24,7 @@ DECAYED_SHARE = 0.1
 RESOLUTION = 0.01
 # A constant rate differs from itself by rounding only.
 MIN_RISE = 1e-6
-# Length of the finest segment: this share of a run of known length, else so many steps to begin with.
+# Length of the finest segment: this share of a run of known length, else so many steps at first.
 SEGMENT_SHARE = 0.01
 SEGMENT_STEPS = 25
 
@@ -34,7 +34,7 @@ class TriggerState:
     """Decides whether a search is due.
 
     Args:
-        triggers: What was asked for.
+        triggers: The callback's triggers.
         total_steps: Length of the run, where it is known.
         step: The last step that was looked at.
         searched_at_s: Training seconds at the last search by time.
@@ -66,11 +66,11 @@ class TriggerState:
         return self.triggers.every_n_epochs is not None and (epoch + 1) % self.triggers.every_n_epochs == 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
+        """Return the state for a resumed run."""
         return {"step": self.step, "searched_at_s": self.searched_at_s, "searched_step": self.searched_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         self.step, self.searched_at_s = int(state["step"]), float(state["searched_at_s"])
         self.searched_step = int(state["searched_step"])
 
@@ -78,8 +78,8 @@ class TriggerState:
 class LearningRates:
     """The learning rates of all parameter groups: the highest, as a share of its own peak, over the steps.
 
-    Groups at a constant rate keep a run high, and so does a rate that nobody can see: to look in vain costs a search,
-    not to look may cost the run's best model.
+    A group at a constant rate keeps a run high. Unknown rates count as high: a needless search costs minutes, a skipped
+    one may cost the best model.
     """
 
     def __init__(self) -> None:
@@ -109,28 +109,28 @@ class LearningRates:
         self._levels.append((step, level))
 
     def objection(self, first_step: int) -> str | None:
-        """Return why a search would have little to find now; ``None`` if nothing speaks against it.
+        """Return why a search would have little to find now; ``None`` if there is no objection.
 
         Args:
             first_step: The first step that the buffer's snapshots stand for; not less than before.
         """
         if self._is_rising:
-            return "the learning rate is still rising, and merging the weights of a warm-up gains little"
+            return "the learning rate is still warming up, so merging would gain little"
         self._levels = [(s, level) for s, level in self._levels if s >= first_step]
         if not self._levels or self._levels[-1][1] >= DECAYED_SHARE * self._levels[0][1]:
             return None
         share = 100 * self._levels[-1][1] / self._levels[0][1]
         return (
-            f"the learning rate has been decayed, to {share:.2g} % of its peak over the buffer's snapshots, and little "
-            "is to be expected of merging"
+            f"the learning rate has decayed to {share:.2g} % of its peak over the buffered steps, so merging would "
+            "gain little"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs."""
+        """Return the state for a resumed run."""
         return {"step": self.step, "peaks": self._peaks, "levels": self._levels, "is_rising": self._is_rising}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Restore a state."""
         self.step, self._is_rising = state["step"], state["is_rising"]
         self._peaks, self._levels = list(state["peaks"]), [(step, level) for step, level in state["levels"]]
 
@@ -169,7 +169,7 @@ def run_length(trainer: Trainer, batches_per_epoch: float, steps_per_update: int
     Args:
         trainer: The Trainer; it need not have started.
         batches_per_epoch: Training batches of an epoch on each rank, after ``limit_train_batches``; infinite where
-            nobody knows.
+            unknown.
         steps_per_update: Optimizer steps that are counted an update: more than 1 where several optimizers are stepped
             by hand; ``None``: unknown.
     """

@@ -1,4 +1,4 @@
-"""The frame that all charts share: its size in pixels, its scales and its ticks."""
+"""The axes that all charts share: their size in pixels, scales and ticks."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ class Axis:
 
 
 def horizontal(low: float, high: float, *, log: bool = False) -> Axis:
-    """Return an axis along the frame's lower side."""
+    """Return a horizontal axis along the lower side."""
     return Axis(low=low, high=high, start=LEFT, end=RIGHT, log=log)
 
 
 def vertical(low: float, high: float, *, log: bool = False) -> Axis:
-    """Return an axis along the frame's left side."""
+    """Return a vertical axis along the left side."""
     return Axis(low=low, high=high, start=BOTTOM, end=TOP, log=log)
 
 

@@ -1,4 +1,4 @@
-"""Model cards: what a Hugging Face repository says about merged weights."""
+"""Model cards: the description of merged weights in a Hugging Face repository."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def render_merge_card(recipe: dict[str, Any]) -> str:
     """Return the card of checkpoints that were merged without a search.
 
     Args:
-        recipe: What ``ckmerge merge`` wrote.
+        recipe: As written by ``ckmerge merge``.
     """
     rows = [
         (

@@ -30,7 +30,7 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class CoefficientChart:
-    """Weights over training steps; ``zero`` is the height of the axis, ``unit`` says what is drawn upwards."""
+    """Weights over training steps; ``zero`` is the height of the axis, ``unit`` is the quantity drawn upwards."""
 
     bars: list[Bar]
     zero: float
@@ -76,7 +76,7 @@ def weights_per_step(manifest: Manifest) -> tuple[list[float], str]:
     """Return how much each snapshot of the winner weighs, and the name of that.
 
     A mean's coefficient is spread over its steps, so that a plain mean over steps is level. The latest weights are no
-    mean: they count as the shortest one does. Where there are points alone, their coefficients are what is compared.
+    mean: they count as the shortest one does. Where there are points alone, their coefficients are compared.
     """
     lengths = [s["last_step"] - s["first_step"] + 1 for s in manifest["snapshots"]]
     is_mean = [s["kind"] == "mean" for s in manifest["snapshots"]]

@@ -48,7 +48,7 @@ def render_html(manifest: Manifest, place: ReportPlace | None = None) -> str:
 
 def render_page(name: str, **values: Any) -> str:
     """Return a template, filled in."""
-    return _template(name).render(frame=axes, shapes=SHAPES, **values)
+    return _template(name).render(axes=axes, shapes=SHAPES, **values)
 
 
 @cache
@@ -65,5 +65,5 @@ def _template(name: str) -> Template:
 
 
 def _with_names(text: str) -> Markup:
-    """Return a text, escaped, with what stands in backticks set as code."""
+    """Return a text, escaped, with words in backticks set as code."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))

@@ -69,7 +69,7 @@ class MapChart:
 
 @dataclass(frozen=True, kw_only=True)
 class Landscape:
-    """What the candidates say about the coordinates; ``fixed`` tells where the slices lie."""
+    """The candidates' account of the coordinates; ``fixed`` places the slices."""
 
     slices: list[SliceChart]
     map: MapChart | None
@@ -88,7 +88,7 @@ def draw_landscape(manifest: Manifest) -> Landscape | None:
     sign = sign_of(manifest["mode"])
     centre = _centre(manifest, scored, sign)
     z_ND = np.array([[c["coordinates"][n] for n in names] for c in scored])
-    # As on the other charts, what is off the scale counts as lying on its rim: one wild value would drown all others.
+    # As on the other charts, a value off the scale counts as lying on its rim: one wild value would drown all others.
     y_N = np.clip([c["search"]["value"] for c in scored], values.low, values.high)
     process = _fit(axes_D, z_ND, y_N, sign) if len(names) <= MAX_FITTED else None
     z_D = [centre["coordinates"][n] for n in names]
@@ -182,7 +182,7 @@ def _map(
     columns, rows = (np.arange(NUM_COLUMNS) + 0.5) / NUM_COLUMNS, (np.arange(NUM_ROWS) + 0.5) / NUM_ROWS
     mean_RC = process.predict(np.array([(c, r) for r in rows for c in columns]))[0].reshape(NUM_ROWS, NUM_COLUMNS)
     badness_RC = sign * mean_RC
-    # Quantiles: the optimum is what matters, and it fills a small part of the range.
+    # Quantiles: the optimum matters most, and it fills a small part of the range.
     edges = np.quantile(badness_RC, np.linspace(0, 1, NUM_LEVELS + 1)[1:-1])
     levels_RC = NUM_LEVELS - 1 - np.searchsorted(edges, badness_RC)
     best, worst = (sign * float(v) for v in (badness_RC.min(), badness_RC.max()))

@@ -27,7 +27,7 @@ from lightning_ckmerge.report.text import (
 )
 from lightning_ckmerge.report.view import LOAD_MERGED, NEXT, STATUS_TITLES
 
-# What may become a link: the timeline is a file that others may have written.
+# Names that may become links: the timeline is a file that others may have written.
 ARTIFACT_NAME = re.compile(r"step=\d{9,}(-v\d+)?")
 SKIPPED = "skipped"
 # Best first.
@@ -37,11 +37,11 @@ BADGES = {
     "rejected": "Merging did not help",
     SKIPPED: "No search took place",
 }
-STALE_BADGE = "Merging helped on the way, and newer weights are better"
+STALE_BADGE = "Merging helped earlier; newer weights are better now"
 
 
 class Standing(Protocol):
-    """How the best artifact stands against the newest weights."""
+    """The best artifact compared with the newest weights."""
 
     @property
     def is_stale(self) -> bool:
@@ -141,7 +141,7 @@ def render_run_markdown(
 
 
 def summarize(timeline: Sequence[Record], best: str | None, dirpath: Path, standing: Standing | None = None) -> str:
-    """Return what a run found in a few lines, for a terminal; the arguments are those of ``render_run_html``."""
+    """Return a run's findings in a few lines, for a terminal; the arguments are those of ``render_run_html``."""
     leader = _leader(timeline, best)
     is_of_use = not (standing is not None and standing.is_stale)
     # By its own name: `best` moves on when another run begins in the same directory.
@@ -151,7 +151,7 @@ def summarize(timeline: Sequence[Record], best: str | None, dirpath: Path, stand
             f"lightning-ckmerge: {_tally(timeline)}",
             f"  {_finding(leader)}",
             *([f"  {standing.advice}"] if standing is not None else []),
-            f"  What to use: {load}. Report: {dirpath / 'report.html'}",
+            f"  Use: {load}. Report: {dirpath / 'report.html'}",
         ]
     )
 
@@ -163,7 +163,7 @@ def build_run_view(
     dirpath: Path | None = None,
     standing: Standing | None = None,
 ) -> RunView:
-    """Return what the report of a run says; the arguments are those of ``render_run_html``."""
+    """Return the contents of a run's report; the arguments are those of ``render_run_html``."""
     leader = _leader(timeline, best)
     is_stale = standing is not None and standing.is_stale
     return RunView(
@@ -192,7 +192,7 @@ def _title(timeline: Sequence[Record], leader: Record) -> str:
 
 
 def _leader(timeline: Sequence[Record], best: str | None) -> Record:
-    """The search that speaks for the run: that of the best artifact, else the last of the best status."""
+    """The search that represents the run: that of the best artifact, else the last of the best status."""
     named = [r for r in timeline if best is not None and r["artifact"] == best]
     if named:
         return named[-1]
@@ -214,7 +214,7 @@ def _finding(leader: Record) -> str:
 
 
 def _change(record: Record) -> str:
-    """What the merge changes, in the words of the verdict's sentence."""
+    """The change that the merge makes, in the words of the verdict's sentence."""
     before, after = (record["values"].get(name) for name in ("latest", record["winner"]))
     if before is None or after is None:
         return "could not be measured on unseen batches"

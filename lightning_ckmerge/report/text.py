@@ -15,7 +15,7 @@ MISSING = "–"
 
 @dataclass(frozen=True, kw_only=True)
 class ReportPlace:
-    """Where a search's artifact lies.
+    """Place of a search's artifact.
 
     Args:
         path: Its directory.
@@ -46,7 +46,7 @@ def date(created: str | None) -> str:
 
 
 def number(value: float | None, form: str = "#.5g") -> str:
-    """Return a value for people, to 5 significant digits or as ``form`` says; a dash for what is missing.
+    """Return a value for people, to 5 significant digits or as ``form`` says; a dash for a missing one.
 
     >>> number(2.3), number(-0.00012, ".5g"), number(None)
     ('2.3000', '−0.00012', '–')

@@ -1,4 +1,4 @@
-"""What both reports show, taken from the manifest once: rows and texts, unescaped."""
+"""The contents of both reports, taken from the manifest once: rows and texts, unescaped."""
 
 from __future__ import annotations
 
@@ -48,22 +48,19 @@ STATUS_TITLES = {
 
 
 NEXT = {
-    "accepted": "Use the merge: to evaluate, to release, to fine-tune. Training itself goes on from its own weights.",
+    "accepted": "Use the merge: to evaluate, to release, to fine-tune. Training itself continues from its own weights.",
     "unconfirmed": (
         "Nothing is lost: the merge is kept, and `best` stays where it was. The verdict says what would decide. If the "
         "merge looks good to you, load it by the name of its own directory."
     ),
     "rejected": (
-        "Nothing: go on with the latest weights. Merging gains most at a high learning rate; it gains little early in "
+        "Continue with the latest weights. Merging gains most at a high learning rate; it gains little early in "
         "a run and after a decay."
     ),
-    "skipped": "Go on with the latest weights. The table says why no search took place, and what to change.",
+    "skipped": "Continue with the latest weights. The table says why no search took place, and what to change.",
 }
-OUTRANKED = (
-    "Use a better merge of this run, which took the place that `save_top_k` grants: the page of all searches names the "
-    "best one."
-)
-# A candidate's name, and what it means to people.
+OUTRANKED = "Use a better merge of this run: `save_top_k` kept that one instead. The run's report names the best."
+# A candidate's name, and its meaning for people.
 MEANINGS = {
     r"latest": "the weights as they were trained, at this step",
     r"previous": "the optimum of the search before, tried on today's snapshots; not a known merge",
@@ -128,7 +125,7 @@ class View:
         status: ``accepted``, ``rejected`` or ``unconfirmed``.
         facts: Label and text of the run's main figures.
         candidates: The winner first, then the anchors from best to worst on the search half.
-        metrics: What validation logs, on every loader: chosen by one, shown on all. The monitored one first; no rows
+        metrics: All logged metrics, on every loader: chosen by one, shown on all. The monitored one first; no rows
             where there is no other.
         compared: Names of the candidates that ``metrics`` compares, from the latest weights to the winner.
         coefficient_names: Heads of the snapshots' coefficients: the groups, where they differ.
@@ -139,10 +136,10 @@ class View:
         files: Name, size and short hash.
         code: How to load it; ``None`` for a record without weights.
         run: The run's name, empty where that is not known.
-        date: Of the search, likewise.
+        date: Of the search, empty where that is not known.
         up: Link to the page above; ``None``: none is known.
-        advice: What to do next.
-        meanings: Candidates' names, and what they are.
+        advice: The next step.
+        meanings: Candidates' names and their meanings.
     """
 
     title: str
@@ -171,7 +168,7 @@ class View:
 
 
 def build_view(manifest: Manifest, place: ReportPlace | None = None) -> View:
-    """Return what a report says about a search, whose artifact lies at ``place``, if that is known."""
+    """Return the contents of a search's report; its artifact is at ``place``, if that is known."""
     verdict = manifest["verdict"]
     candidates = _candidates(manifest)
     groups = {name: group["coefficients"] for name, group in manifest.get("groups", {}).items()}

@@ -1,6 +1,6 @@
-"""Known candidates, scored before the sampler starts: what a user might do without searching.
+"""Known candidates, scored before the sampler starts: merges that need no search.
 
-Those that depend on the scores of others are proposed one by one, as the scores become known.
+Anchors that depend on the scores of others are proposed one by one, as the scores become known.
 
 Letters: K snapshots, oldest first; the last is the latest weights.
 """
@@ -24,7 +24,7 @@ PENALTIES = (1, 10, 100)
 # Where a search begins.
 PREVIOUS, INITIAL = "previous", "initial-"
 
-# Coefficients -> loss: the value, or its negative where higher ones are better; infinite for what may not win.
+# Coefficients -> loss: the value, or its negative where higher ones are better; infinite where it may not win.
 Losses = Mapping[tuple[float, ...], float]
 
 
@@ -36,7 +36,7 @@ def make_anchors(
 ) -> list[Candidate]:
     """Return the anchors that depend on no score, no two with equal coefficients.
 
-    The latest weights come first, then what is likely to be the best: the sooner a good one is known, the sooner others
+    The latest weights come first, then the likely best: the sooner a good one is known, the sooner others
     are dropped.
 
     Args:
@@ -62,16 +62,16 @@ def next_anchor(
 
     Args:
         segments_K: As for ``make_anchors``.
-        space: Likewise.
-        names: Likewise.
+        space: As for ``make_anchors``.
+        names: As for ``make_anchors``.
         scored: All that has been scored, the anchors of ``make_anchors`` among it.
         sign: 1 if lower values are better, -1 if higher ones are.
     """
     losses: dict[tuple[float, ...], float] = {}
-    for trial in scored:
-        value = sign * trial.search.value
-        usable = trial.feasible and math.isfinite(value) and not trial.candidate.by_group
-        losses.setdefault(_key(trial.candidate.coefficients_K), value if usable else math.inf)
+    for one in scored:
+        value = sign * one.search.value
+        usable = one.feasible and math.isfinite(value) and not one.candidate.by_group
+        losses.setdefault(_key(one.candidate.coefficients_K), value if usable else math.inf)
     candidates = (c for name in names if name in DERIVED for c in DERIVED[name](losses))
     found = next((c for c in candidates if _key(c.coefficients_K) not in losses), None)
     return _placed(found, segments_K, space) if found is not None else None
@@ -97,7 +97,7 @@ def most_anchors(names: Sequence[AnchorName], capacity: int) -> int:
     counts = {"uniform": len(UNIFORM_SIZES) + 1, "ema": len(EMA_SHARES), "wsm-linear": 1, "wsm-minus-sqrt": 1}
     num_singles = capacity if any(FIXED[name] is _singles for name in names) else 0
     num_fixed = sum(counts.get(name, 0) for name in set(names)) + num_singles
-    # The latest weights, the previous optimum, and what the space begins with.
+    # The latest weights, the previous optimum, and the space's initial candidates.
     return 3 + num_fixed + most_derived(names, capacity + 1)
 
 
@@ -131,7 +131,7 @@ def _ema(segments_K: Sequence[Segment], space: Space) -> list[Candidate]:
 
 
 def _wsm_linear(segments_K: Sequence[Segment], space: Space) -> list[Candidate]:
-    """What stands for a learning rate that falls linearly over the window: its mean.
+    """The coefficients that stand for a learning rate falling linearly over the window: its mean.
 
     Source:
         WSM, arXiv:2507.17634.
@@ -140,7 +140,7 @@ def _wsm_linear(segments_K: Sequence[Segment], space: Space) -> list[Candidate]:
 
 
 def _wsm_minus_sqrt(segments_K: Sequence[Segment], space: Space) -> list[Candidate]:
-    """What stands for a learning rate that falls as ``1 - sqrt`` over the window. Source: as above."""
+    """The coefficients that stand for a learning rate falling as ``1 - sqrt`` over the window. Source: as above."""
     # The kernel begins 1.5 tau before the newest step.
     return [_kernel("wsm-minus-sqrt", "minus_sqrt", _window(segments_K) / 1.5, segments_K, space)]
 
@@ -156,7 +156,7 @@ def _singles(segments_K: Sequence[Segment], space: Space) -> list[Candidate]:
 def _greedy_soup(losses: Losses) -> Iterator[Candidate]:
     """From the best snapshot to the worst, each joins if the mean over those that have joined does not get worse.
 
-    Snapshots count alike, whatever their steps; one that was dropped early has its place by its estimate.
+    Snapshots count equally, whatever their steps; one that was dropped early has its place by its estimate.
 
     Source:
         Wortsman et al. 2022, arXiv:2203.05482, recipe 1.

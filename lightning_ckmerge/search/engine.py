@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def most_confirmed(*, of_front: bool) -> int:
-    """Return how many candidates are confirmed at most: three for one metric, and those of a front that are shown."""
+    """Return how many candidates are confirmed at most: three for one metric, plus the shown part of a front."""
     return 3 + MAX_SHOWN * of_front
 
 
@@ -36,13 +36,13 @@ class Search:
     """One search. ``run`` it, then read the fields.
 
     Args:
-        problem: What to search.
+        problem: The space, the snapshots and the score.
         evaluate: Scores coefficients.
         open_study: Makes the study, on rank 0, once the latest weights' score is known.
-        budget: What it may spend.
+        budget: Its limit of time.
         agree: Runs a function on rank 0 and returns its result on every rank.
         stopping: When it has found enough, where one metric is searched by and no constraint is set.
-        on_scored: Told of each scored trial and of how many are expected in all, at most.
+        on_scored: Called with each scored candidate and the number expected at most.
         gradient_batches: Batch evaluations that gradients took the time of.
     """
 
@@ -52,7 +52,7 @@ class Search:
     budget: Budget
     agree: Callable[[Callable[[], T]], T]
     stopping: Stopping = NEVER
-    on_scored: Callable[[Scored, int], None] = lambda trial, total: None
+    on_scored: Callable[[Scored, int], None] = lambda scored, total: None
     anchors: list[Scored] = field(default_factory=list)
     trials: list[Scored] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("anchors", "trials", "confirm"), 0.0))
@@ -93,7 +93,7 @@ class Search:
             self.trials.append(self._score_trial(f"trial-{i}"))
 
     def add(self, candidate: Candidate) -> Scored:
-        """Score one more candidate, as a trial; it is dropped where it loses, but need not promise more than a draw."""
+        """Score one more candidate; it is dropped where it loses, but need not promise more than a draw."""
         race = self._race(min_promise=0)
         self.trials.append(self._score(candidate, "trials", self._evaluate(candidate, "trials", race)))
         return self.trials[-1]
@@ -107,14 +107,14 @@ class Search:
 
     def confirm(self) -> None:
         """Score the winner, the latest weights, the best anchor and others of a front on the confirmation half."""
-        for trial in {id(t): t for t in (self.latest, self.best_anchor, self.winner, *self.shown)}.values():
+        for scored in {id(t): t for t in (self.latest, self.best_anchor, self.winner, *self.shown)}.values():
             start = time.monotonic()
             try:
-                score = self.evaluate(trial.candidate.coefficients, "confirm")
+                score = self.evaluate(scored.candidate.coefficients, "confirm")
             except MonitorError:
                 return  # all its batches are in the search half
             self.seconds["confirm"] += time.monotonic() - start
-            self._replace(trial, replace(trial, confirm=score))
+            self._replace(scored, replace(scored, confirm=score))
 
     @property
     def latest(self) -> Scored:
@@ -123,7 +123,7 @@ class Search:
 
     @property
     def best_anchor(self) -> Scored:
-        """The best on the search half of what one might do without a search; by its estimate, if it was dropped."""
+        """The best merge on the search half that needs no search; by its estimate, if it was dropped."""
         return self._best([t for t in self.anchors if is_known_merge(t.candidate)], complete=False)
 
     @property
@@ -151,7 +151,7 @@ class Search:
 
     @property
     def num_batches(self) -> int:
-        """Batch evaluations spent, what gradients took the time of included."""
+        """Batch evaluations spent, gradients counted by their time."""
         scores = [s for t in (*self.anchors, *self.trials) for s in (t.search, t.confirm) if s is not None]
         return sum(s.num_batches for s in scores) + self.gradient_batches
 
@@ -159,32 +159,32 @@ class Search:
     def num_batches_saved(self) -> int:
         """Batch evaluations that dropping losers early avoided."""
         full = self.latest.search.num_batches
-        # What was dropped late and scored to its end after all took more.
+        # A candidate that was dropped late and scored to its end after all took more.
         return max(0, sum(full - t.search.num_batches for t in (*self.anchors, *self.trials)))
 
-    def _best(self, trials: Sequence[Scored], *, complete: bool = True) -> Scored:
+    def _best(self, candidates: Sequence[Scored], *, complete: bool = True) -> Scored:
         """The first of the best, so that the latest weights win a draw."""
-        front = self._front(trials, complete=complete)
+        front = self._front(candidates, complete=complete)
         return front[knee([self._losses(t) for t in front])]
 
-    def _front(self, trials: Sequence[Scored], *, complete: bool = True) -> list[Scored]:
-        """Those that no other one beats in every metric; for one metric, the first of the best."""
-        losses = {id(t): self._losses(t) for t in trials if t.feasible and (t.search.complete or not complete)}
-        eligible = [t for t in trials if all(map(math.isfinite, losses.get(id(t), (math.nan,))))]
+    def _front(self, candidates: Sequence[Scored], *, complete: bool = True) -> list[Scored]:
+        """The candidates that no other one beats in every metric; for one metric, the first of the best."""
+        losses = {id(t): self._losses(t) for t in candidates if t.feasible and (t.search.complete or not complete)}
+        eligible = [t for t in candidates if all(map(math.isfinite, losses.get(id(t), (math.nan,))))]
         return [eligible[n] for n in pareto_front([losses[id(t)] for t in eligible])]
 
-    def _losses(self, trial: Scored) -> tuple[float, ...]:
-        return tuple(s * o.value for s, o in zip(self.problem.signs, trial.search.objectives, strict=True))
+    def _losses(self, scored: Scored) -> tuple[float, ...]:
+        return tuple(s * o.value for s, o in zip(self.problem.signs, scored.search.objectives, strict=True))
 
     def _finish(self) -> None:
-        """Score what was dropped as a near draw to its end, if by its estimate it is the best: it may win after all."""
+        """Score a near draw that was dropped to its end, if by its estimate it is the best: it may win after all."""
         loss = {id(t): self.problem.sign * t.search.value for t in (*self.anchors, *self.trials)}
         dropped = (t for t in (*self.anchors, *self.trials) if not t.search.complete and math.isfinite(loss[id(t)]))
         best = min(dropped, key=lambda t: loss[id(t)], default=self.winner)
         if loss[id(best)] >= loss[id(self.winner)] or self.agree(self._over_budget) is not None:
             return
         score = self._evaluate(best.candidate, "trials", race=None)
-        # What it took before counts as well.
+        # The time before counts as well.
         score = replace(score, num_batches=score.num_batches + best.search.num_batches)
         self._replace(best, replace(best, search=score))
 
@@ -196,7 +196,7 @@ class Search:
         """Why to stop, and whether that is for the best."""
         reason = self._over_budget()
         if reason is not None or not self.trials or self._opened.knows(f"trial-{len(self.trials)}"):
-            # What is known was asked for before an interruption: the search went on.
+            # A known trial was asked for before an interruption: the search continued.
             return reason, False
         gain = self.problem.sign * (self.latest.search.value - self.winner.search.value)
         reason = self.stopping.reason(self._opened.study, num_trials=len(self.trials), gain=gain)
@@ -235,9 +235,9 @@ class Search:
     def _begin(self, anchor: Candidate) -> Score | None:
         return self._opened.begin(anchor.name, anchor.coordinates)[1] if anchor.coordinates is not None else None
 
-    def _tell(self, trial: Scored) -> None:
-        if trial.candidate.coordinates is not None:
-            self._opened.tell(trial.candidate.name, trial.search, self._violations(trial.search))
+    def _tell(self, scored: Scored) -> None:
+        if scored.candidate.coordinates is not None:
+            self._opened.tell(scored.candidate.name, scored.search, self._violations(scored.search))
 
     @property
     def _opened(self) -> SearchStudy:
@@ -248,11 +248,11 @@ class Search:
         """Score a candidate, unless an interrupted run of this search has done so, and tell the study."""
         score = known or self._evaluate(candidate, phase, self._race())
         feasible = all(v <= 0 for v in self._violations(score).values())
-        trial = Scored(candidate=candidate, search=score, feasible=feasible)
+        scored = Scored(candidate=candidate, search=score, feasible=feasible)
         if self.anchors and known is None:
-            self.agree(lambda: self._tell(trial))
-        self.on_scored(trial, self._total)
-        return trial
+            self.agree(lambda: self._tell(scored))
+        self.on_scored(scored, self._total)
+        return scored
 
     def _evaluate(self, candidate: Candidate, phase: str, race: Race | None) -> Score:
         start = time.monotonic()
@@ -263,8 +263,8 @@ class Search:
         return race.estimate(score) if race is not None and not score.complete else score
 
     def _race(self, min_promise: float = MIN_PROMISE) -> Race | None:
-        # A constraint is compared with the latest weights' value over all batches; those that a dropped candidate did
-        # not see may be all that a metric is logged on. And what loses by one metric may lie on the front by another.
+        # A constraint is compared with the latest weights' value over all batches, and a dropped candidate may have
+        # missed the only ones that log its metric. And a loser by one metric may be on the front by another.
         if not self.problem.staged or self.problem.constraints or self.problem.has_several:
             return None
         if not self.anchors or self.winner.search.values_B is None:
@@ -288,8 +288,8 @@ class Search:
         }
 
     def _replace(self, old: Scored, new: Scored) -> None:
-        for trials in (self.anchors, self.trials):
-            trials[:] = [new if t is old else t for t in trials]
+        for group in (self.anchors, self.trials):
+            group[:] = [new if t is old else t for t in group]
 
 
 def _counted(num: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""The paper's sampler: a Gaussian process whose acquisition function is chosen by its past luck."""
+"""The paper's sampler: a Gaussian process whose acquisition function is chosen by past performance (GP-Hedge)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class GPHedgeSampler(BaseSampler):
     """Proposes by expected improvement, probability of improvement or an upper confidence bound.
 
     Each nominates a point, and one of the three is drawn with probability proportional to ``exp(eta gain)``. Once its
-    value is known, every nominee's gain grows by the new posterior mean there. Gains begin at 0 in every search.
-    Constraints do not guide it: a search picks its winner among the trials that hold them all the same.
+    value is known, every nominee's gain grows by the new posterior mean there. Gains start at 0 in every search.
+    Constraints do not guide it: a search picks its winner among the trials that hold them anyway.
 
     Args:
         seed: Of the draws.

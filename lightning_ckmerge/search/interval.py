@@ -109,7 +109,7 @@ def batches_needed(num_batches: int, gain: float, interval: Sequence[float]) -> 
 
     Args:
         num_batches: Batches that the interval rests on.
-        gain: What was measured on them.
+        gain: The gain measured on them.
         interval: Its ends, on either side of 0.
 
     Returns:
@@ -127,7 +127,7 @@ def batches_needed(num_batches: int, gain: float, interval: Sequence[float]) -> 
 
 
 def serial_inflation(residuals_B: Sequence[float]) -> float:
-    """Return by what factor, at least 1, batches that resemble their neighbours raise the variance of their mean.
+    """Return the factor, at least 1, by which batches like their neighbours raise the variance of their mean.
 
     Batches cut from one document are no independent draws, and an interval that takes them for such is too narrow.
 
@@ -136,8 +136,8 @@ def serial_inflation(residuals_B: Sequence[float]) -> float:
 
     Source:
         The larger of two: Newey and West 1987, with ``B ** (1/3)`` lags; and a first-order autoregression's, whose
-        estimated correlation is too low by ``1 / B`` or more: Kendall 1954. Below 1 it is noise, or good luck that
-        nobody should count on.
+        estimated correlation is too low by ``1 / B`` or more: Kendall 1954. Below 1 it is noise or
+        good luck, which counts as 1.
     """
     num_batches = len(residuals_B)
     # No overflow where squares would.

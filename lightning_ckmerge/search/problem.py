@@ -1,4 +1,4 @@
-"""What is searched, and how a candidate is scored.
+"""The space of a search, and how a candidate is scored.
 
 Letters: K snapshots, oldest first; the last is the latest weights.
 """
@@ -35,7 +35,7 @@ class Evaluate(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What to search.
+    """The space of a search, its snapshots and its score.
 
     Args:
         objectives: The metrics to search by, at least one; of several the Pareto front is searched.

@@ -12,7 +12,7 @@ from dataclasses import replace
 from lightning_ckmerge.core.outcome import Score
 
 # On a small GPT the paired difference varies 17 times less from batch to batch than the loss does. docs/quality.md says
-# what dropping saves there: its column "evaluations" against the one without dropping.
+# the saving by dropping there: its column "evaluations" against the one without dropping.
 MIN_BATCHES = 4
 NUM_STANDARD_ERRORS = 2.0
 # Late in a search many candidates differ by next to nothing, which takes many batches to tell: one must promise this

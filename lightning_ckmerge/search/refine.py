@@ -2,7 +2,7 @@
 
 The loss is nearly quadratic in the coefficients, so few gradients tell much; but it is curved 100,000 times as much
 along some directions as along others, which few gradients do not tell. Coordinates in which the snapshots lie about
-equally far apart help: on a quadratic model of one small GPT's loss three steps gained what six did by plain ones.
+equally far apart help: on a quadratic model of one small GPT's loss three steps gained as much as six plain ones.
 
 Letters: K snapshots, oldest first; G groups; N coordinates, at most ``G (K - 1)``, since coefficients sum to 1.
 """
@@ -25,14 +25,14 @@ from lightning_ckmerge.search.engine import Search
 NUM_STEPS = 3
 # A second step may gain little before a third one that gains more: 0.4 and 0.5 % on one run.
 MIN_GAIN = 0.002
-# The first length of a step is a guess, which the trial there corrects.
+# The first length of a step is a guess, which the evaluation there corrects.
 MAX_TRIALS_A_STEP = 3
 MAX_CHANGE = 30.0
 # One and a half times the best length has 3/4 of its gain, and half of it has as much.
 FAR = 1.5
 # Along the first gradient the loss was curved 1.8 and 2.2 times as much as towards the steepest other candidate.
 STEEPNESS = 2.0
-# Of squared distances, relative to the largest: what lies nearer tells more of rounding than of curvature.
+# Of squared distances, relative to the largest: nearer points tell more of rounding than of curvature.
 NEAR = 1e-3
 # A pass forward and backward takes about three times as long as one forward.
 FORWARDS_PER_GRADIENT = 3
@@ -55,10 +55,10 @@ class Differentiate(Protocol):
 
 
 def refine(search: Search, differentiate: Differentiate, *, tolerant: bool = False) -> str | None:
-    """Add to a search that has run what lies downhill of its winner, as trials ``refined-0``, ``refined-1``, ...
+    """Add candidates downhill of the winner to a search that has run: ``refined-0``, ``refined-1``, ...
 
-    A step is a gradient, and one to three trials along the line that it gives. Steps end after the third, after one
-    that gained less than 0.2 % of what the winner gains over the latest weights, or with the budget.
+    A step is a gradient and one to three evaluations along its line. Steps end after the third, after one that gained
+    less than 0.2 % of the winner's gain over the latest weights, or with the budget.
 
     Args:
         search: By one metric.
@@ -94,11 +94,11 @@ def refine(search: Search, differentiate: Differentiate, *, tolerant: bool = Fal
     return None
 
 
-def _timed(search: Search, differentiate: Differentiate, trial: Scored) -> Mapping[str, Array]:
-    """Return the gradient at a trial, and count what it took."""
+def _timed(search: Search, differentiate: Differentiate, scored: Scored) -> Mapping[str, Array]:
+    """Return the gradient at a scored candidate, and count its time."""
     num_batches = FORWARDS_PER_GRADIENT * search.latest.search.num_batches
     start = time.monotonic()
-    products = differentiate(trial.candidate.coefficients)
+    products = differentiate(scored.candidate.coefficients)
     elapsed = time.monotonic() - start
     search.seconds["gradients"] = search.seconds.get("gradients", 0.0) + elapsed
     search.budget.spent(elapsed, num_batches)
@@ -125,9 +125,9 @@ class _Plane:
         """Return the value's derivatives by the coordinates."""
         return np.concatenate([self._bases[group].T @ products[group][-1, :-1] for group in self._groups])
 
-    def place(self, trial: Scored) -> Array:
+    def place(self, scored: Scored) -> Array:
         """Return a candidate's coordinates."""
-        moved = {group: _of_group(trial, group) - self._origin[group] for group in self._groups}
+        moved = {group: _of_group(scored, group) - self._origin[group] for group in self._groups}
         return np.concatenate([self._inverses[group].T @ moved[group][:-1] for group in self._groups])
 
     def candidate(self, name: str, x_N: Array) -> Candidate:
@@ -142,12 +142,12 @@ class _Plane:
 
 
 def _curvature(search: Search, plane: _Plane, g_N: Array) -> float:
-    """Return the curvature to expect along the gradient, from what other candidates lose; 0 where nothing moves."""
+    """Return the curvature to expect along the gradient, from the losses of other candidates; 0 where nothing moves."""
     x_N = plane.place(search.winner)
     found = []
-    for trial in (*search.anchors, *search.trials):
-        moved_N = plane.place(trial) - x_N
-        rise = _loss(search, trial) - _loss(search, search.winner) - float(g_N @ moved_N)
+    for scored in (*search.anchors, *search.trials):
+        moved_N = plane.place(scored) - x_N
+        rise = _loss(search, scored) - _loss(search, search.winner) - float(g_N @ moved_N)
         found.append((float(moved_N @ moved_N), rise))
     nearest = NEAR * max(square for square, _ in found)
     curvatures = [2 * rise / square for square, rise in found if square > nearest and math.isfinite(rise)]
@@ -183,19 +183,19 @@ def _descend(search: Search, plane: _Plane, x_N: Array, step_N: Array, g_N: Arra
         name = f"refined-{sum(t.candidate.name.startswith('refined-') for t in search.trials)}"
         candidate = plane.candidate(name, x_N + length * step_N)
         # Rank 0's bits, on every rank.
-        trial = search.add(search.agree(lambda candidate=candidate: candidate))  # type: ignore[misc]
-        rise = _loss(search, trial) - start - slope * length
+        scored = search.add(search.agree(lambda candidate=candidate: candidate))  # type: ignore[misc]
+        rise = _loss(search, scored) - start - slope * length
         best = -slope * length**2 / (2 * rise) if rise > 0 else length * MAX_CHANGE
         best = best if math.isfinite(best) else 0.0
-        if trial is search.winner and length / FAR <= best <= length * FAR:
+        if scored is search.winner and length / FAR <= best <= length * FAR:
             return
         length = min(max(best, length / MAX_CHANGE), length * MAX_CHANGE)
 
 
-def _loss(search: Search, trial: Scored) -> float:
-    return search.problem.sign * trial.search.value
+def _loss(search: Search, scored: Scored) -> float:
+    return search.problem.sign * scored.search.value
 
 
-def _of_group(trial: Scored, group: str) -> Array:
-    candidate = trial.candidate
+def _of_group(scored: Scored, group: str) -> Array:
+    candidate = scored.candidate
     return np.array(candidate.by_group.get(group, candidate.coefficients_K))

@@ -21,28 +21,28 @@ from lightning_ckmerge.search.gaussian_process import GaussianProcess
 if TYPE_CHECKING:
     from optuna.terminator import BaseTerminator
 
-# A Gaussian process without noise is too sure of what it has not seen. On the tests' paraboloid it expected 0.5 % after
+# A Gaussian process without noise is overconfident. On the tests' paraboloid it expected 0.5 % after
 # six trials, where 1.1 % was left, and 0.09 % after eight, where 0.6 % was: the default share is small for that reason.
 MIN_TRIALS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stopping:
-    """Asked after each of the sampler's trials. The answer depends on the study alone, so a resumed search stops alike.
+    """Asked after each of the sampler's trials. The study alone decides, so a resumed search stops at the same trial.
 
     Args:
         min_gain_left: Share of the gain over the latest weights that must be left to expect; 0: never stop.
-        terminator: Optuna's, asked first; a copy each time, so that it begins every time alike.
+        terminator: Optuna's, asked first; a fresh copy each time, so that it starts in the same state.
     """
 
     min_gain_left: float = 0.0
     terminator: BaseTerminator | None = None
 
     def reason(self, study: Study, *, num_trials: int, gain: float) -> str | None:
-        """Return why no further trial is worth its while; ``None`` if one is.
+        """Return why no further trial is worth its cost; ``None`` if one is.
 
         Args:
-            study: What has been told so far, by one metric.
+            study: All results so far, by one metric.
             num_trials: The sampler's trials among it.
             gain: The winner's over the latest weights, in the metric's unit.
 
@@ -50,13 +50,13 @@ class Stopping:
             SearchError: The terminator fails.
         """
         if self.terminator is not None and _says_stop(self.terminator, study):
-            return f"`search.terminator`, {type(self.terminator).__name__}, says so"
+            return f"`search.terminator` ({type(self.terminator).__name__}) stopped the search"
         if not self.min_gain_left or num_trials < MIN_TRIALS or not gain > 0:
             return None
         share = expected_improvement(study) / gain
         if share >= self.min_gain_left:
             return None
-        return f"{100 * share:.2g} % of the gain is left to expect, less than `search.min_gain_left`"
+        return f"further trials should add only {100 * share:.2g} % of the gain, less than `search.min_gain_left`"
 
 
 NEVER = Stopping()
@@ -75,7 +75,7 @@ def _says_stop(terminator: BaseTerminator, study: Study) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             return bool(copy.deepcopy(terminator).should_terminate(study))
-    except Exception as error:  # anybody's code
+    except Exception as error:  # third-party code
         raise SearchError(
             f"`search.terminator` must tell from a study's trials whether to stop, got {type(error).__name__} from "
             f"{type(terminator).__name__}: {error} Optuna's `Terminator` needs `error_evaluator`: StaticErrorEvaluator."
@@ -92,7 +92,7 @@ class Budget:
         clock: Seconds on a clock that never goes back.
 
     Attributes:
-        forecast_s: Seconds from the search's begin to its end, by the last ``stop_reason``.
+        forecast_s: Seconds from the search's start to its end, by the last ``stop_reason``.
     """
 
     def __init__(
@@ -131,6 +131,6 @@ class Budget:
         if self.forecast_s <= self._allowed_s:
             return None
         return (
-            f"{self.forecast_s:.3g} s would exceed the {self._allowed_s:.3g} s that {self._reason} allows, "
-            f"{self.elapsed_s:.3g} s are spent"
+            f"the search would take {self.forecast_s:.3g} s, but {self._reason} allows {self._allowed_s:.3g} s "
+            f"({self.elapsed_s:.3g} s spent so far)"
         )

@@ -1,4 +1,4 @@
-"""One search as an Optuna study: asked, told, and continued after an interruption.
+"""One search as an Optuna study: candidates asked for, scores told, and continued after an interruption.
 
 Each search is a study of its own (the weights have moved on since the last one, and so have all values); the studies of
 a run share one storage.
@@ -41,7 +41,7 @@ NUM_STARTUP_TRIALS = 4
 NUM_ATTEMPTS = 4
 ATTEMPT_S = 0.5
 POLL_S = 0.5
-# On another machine nobody sees whether a process lives: one that takes so many times the longest trial so far, and at
+# A process on another machine cannot be seen to live: one that takes so many times the longest trial so far, and at
 # least a minute more, is given up. Its trial is evaluated again, so a wrong guess costs one evaluation.
 MAX_SLOWNESS = 10
 MIN_PATIENCE_S = 60
@@ -53,10 +53,10 @@ class SearchStudy:
     Args:
         storage: Path of a journal file, which is created, or any Optuna storage URL.
         name: Name of the study; taken again only if ``fingerprint`` is that of the stored one, else ``name-v1``, ...
-        sampler: Proposes coordinates; copied, so that it starts each search alike.
+        sampler: Proposes coordinates; copied, so that it starts each search in the same state.
         intervals: The D coordinates and their ranges.
         objectives: The metrics to search by, at least one.
-        fingerprint: Identifies weights, data and settings. Equal ones mean that an interrupted search goes on.
+        fingerprint: Identifies weights, data and settings. Equal ones mean that an interrupted search continues.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SearchStudy:
 
     @property
     def study(self) -> Study:
-        """What has been told, as Optuna keeps it."""
+        """The study with all results so far, as Optuna keeps it."""
         return self._study
 
     def knows(self, name: str) -> bool:
@@ -114,7 +114,7 @@ class SearchStudy:
         return dict(self._ask(name, fixed).params), None
 
     def tell(self, name: str, score: Score, violations: Mapping[str, float]) -> None:
-        """Report what was asked.
+        """Report the score of a candidate.
 
         Args:
             name: As given to ``begin``.
@@ -136,7 +136,7 @@ class SearchStudy:
             sign * _finite(sign * own.value, [sign * other[i].value for other in scores])
             for i, (sign, own) in enumerate(zip(signs, score.objectives, strict=True))
         ]
-        # Beside 0, so that what has no value counts as broken.
+        # Beside 0, so that a missing value counts as broken.
         broken = {k: _finite(v, [0.0, *(t.constraints.get(k, 0.0) for t in told)]) for k, v in violations.items()}
         with quiet():
             if not all(map(math.isfinite, (*values, *broken.values()))):
@@ -231,7 +231,7 @@ def _distribution(interval: Interval) -> BaseDistribution:
 def _finite(value: float, others: Sequence[float]) -> float:
     """Return ``value``, or one that is worse (higher) than all others.
 
-    Where fewer than two differ nobody knows how much is much, and ``value`` stays as it is.
+    Where fewer than two differ there is no scale, and ``value`` stays as it is.
     """
     finite = [v for v in others if math.isfinite(v)]
     if math.isfinite(value) or len(set(finite)) < 2:
@@ -267,7 +267,7 @@ def quiet() -> Iterator[None]:
 
 
 def keep_warned() -> None:
-    """Keep Python from warning again of what it has warned of.
+    """Keep Python from repeating its warnings.
 
     It forgets all of that wherever filters change, and Optuna and others change them for a moment. A warning that a
     training step raises would be shown once more after each search.
@@ -287,9 +287,9 @@ class SharedStudy(SearchStudy):
     """A study that other processes work on at the same time.
 
     ``begin`` hands out the sampler's trials in the order in which they become known to this process: first those that
-    others have finished, then new ones until there are ``n_trials`` in all, and last it waits for what is under way. So
-    every process ends with all trials, each evaluated once. Anchors that another process is evaluating are evaluated
-    here too: waiting would take as long.
+    others have finished, then new ones until there are ``n_trials`` in all, and last it waits for evaluations under
+    way. So every process ends with all trials, each evaluated once. Anchors that another process is evaluating are
+    evaluated here too: waiting would take as long.
 
     Args:
         n_trials: The sampler's trials, over all processes.
@@ -321,7 +321,7 @@ class SharedStudy(SearchStudy):
             time.sleep(POLL_S)
 
     def tell(self, name: str, score: Score, violations: Mapping[str, float]) -> None:
-        """Report what was asked; too late if another process has given this one up."""
+        """Report a score; too late if another process has given this one up."""
         with contextlib.suppress(UpdateFinishedTrialError, ValueError):
             super().tell(name, score, violations)
 
@@ -344,7 +344,7 @@ class SharedStudy(SearchStudy):
         return f"{name}-{fingerprint[:8]}"
 
     def _clear(self) -> None:
-        """Give up what processes that are gone were doing."""
+        """Give up the evaluations of dead processes."""
         durations = [t.duration.total_seconds() for t in self._trials() if t.state.is_finished() and t.duration]
         patience_s = MIN_PATIENCE_S + MAX_SLOWNESS * max(durations, default=0.0)
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):

@@ -47,7 +47,7 @@ def reach_verdict(
             the intervals of all together hold 95 %.
         front: The Pareto front, where there are several.
         progress: The run so far, from which a gain is told in training steps.
-        warnings: What else people should know.
+        warnings: Further notes for people.
     """
     gains = [_gain(winner, latest, i, objectives) for i in range(len(objectives))]
     first = gains[0]
@@ -72,33 +72,33 @@ def reach_verdict(
 
 
 def paired_gain(
-    trial: Scored, other: Scored, sign: int, *, objective: int = 0, num_intervals: int = 1
+    scored: Scored, other: Scored, sign: int, *, objective: int = 0, num_intervals: int = 1
 ) -> tuple[float, tuple[float, float] | None]:
-    """Return how much better ``trial`` is than ``other`` on the confirmation half, and the 95 % interval.
+    """Return how much better ``scored`` is than ``other`` on the confirmation half, and the 95 % interval.
 
     Without per-batch values, or with fewer than five batches, there is no interval. Without a confirmation half the
     gain is the search half's.
 
     Args:
-        trial: One candidate.
+        scored: One candidate.
         other: Another.
         sign: 1 if lower values are better, -1 if higher ones are.
         objective: By which of the monitored metrics.
         num_intervals: Of how many intervals that hold 95 % together this is one.
     """
-    if trial is other:
+    if scored is other:
         return 0.0, None
-    if trial.confirm is None or other.confirm is None:
-        ours, theirs = (t.search.objectives[objective] for t in (trial, other))
+    if scored.confirm is None or other.confirm is None:
+        ours, theirs = (t.search.objectives[objective] for t in (scored, other))
         return sign * (theirs.value - ours.value), None
-    ours, theirs = (c.objectives[objective] for c in (trial.confirm, other.confirm))
+    ours, theirs = (c.objectives[objective] for c in (scored.confirm, other.confirm))
     return score_gain(ours, theirs, sign, num_intervals=num_intervals)
 
 
-def _gain(trial: Scored, latest: Scored, index: int, objectives: Sequence[Objective]) -> Gain:
+def _gain(scored: Scored, latest: Scored, index: int, objectives: Sequence[Objective]) -> Gain:
     objective = objectives[index]
-    gain, interval = paired_gain(trial, latest, objective.sign, objective=index, num_intervals=len(objectives))
-    value = (trial.confirm or trial.search).objectives[index].value
+    gain, interval = paired_gain(scored, latest, objective.sign, objective=index, num_intervals=len(objectives))
+    value = (scored.confirm or scored.search).objectives[index].value
     return Gain(monitor=objective.monitor, mode=objective.mode, value=value, gain=gain, interval=interval)
 
 
@@ -138,7 +138,7 @@ def verdict_told(verdict: Verdict, gains: Sequence[Gain], winner: Scored, latest
     if verdict.status == "rejected":
         return f"Merging does not help: {name} {changes}."
     if verdict.status == "unconfirmed":
-        return f"Unconfirmed: merging {changes}. {_what_would_decide(verdict, gains, winner, latest)}"
+        return f"Unconfirmed: merging {changes}. {_remedy(verdict, gains, winner, latest)}"
     of_front = f" The merge is {name}, of a Pareto front of {len(verdict.front)}." if verdict.others else ""
     return f"Merging {changes}.{_steps_worth(verdict)}{of_front}{_anchor(verdict, winner, best_anchor)}"
 
@@ -184,14 +184,14 @@ def _steps_worth(verdict: Verdict) -> str:
 
 
 def _anchor(verdict: Verdict, winner: Scored, best_anchor: Scored) -> str:
-    """What one could have had without a search, where that is a merge."""
+    """The best merge that needs no search, if there is one."""
     is_news = best_anchor is not winner and best_anchor.candidate.name != "latest"
     if not is_news or best_anchor.confirm is None or verdict.others:
         return ""
-    return f" The best anchor, {best_anchor.candidate.name}, comes to {value_told(best_anchor.confirm.value)}."
+    return f" The best anchor, {best_anchor.candidate.name}, scores {value_told(best_anchor.confirm.value)}."
 
 
-def _what_would_decide(verdict: Verdict, gains: Sequence[Gain], winner: Scored, latest: Scored) -> str:
+def _remedy(verdict: Verdict, gains: Sequence[Gain], winner: Scored, latest: Scored) -> str:
     missing = [i for i, g in enumerate(gains) if g.interval is None]
     if missing:
         return _why_no_interval(gains[missing[0]].monitor, winner, latest, missing[0])
@@ -199,7 +199,7 @@ def _what_would_decide(verdict: Verdict, gains: Sequence[Gain], winner: Scored, 
     needed = [batches_needed(verdict.num_differences, g.gain, g.interval) for g in gains if g.interval is not None]
     known = [n for n in needed if n is not None]
     if not known:
-        return f"So small a difference would take more than {MOST_TIMES} times as much validation data to tell."
+        return f"Telling so small a difference from zero would take over {MOST_TIMES} times as much validation data."
     if _in_blocks(latest, 0):
         return f"About {min(known) / verdict.num_differences:.2g} times as many batches would decide at this spread."
     return f"About {min(known)} such batches would decide at this spread."
@@ -237,7 +237,7 @@ class Progress:
 
     Args:
         step: Optimizer steps taken so far.
-        curves: Steps and values of weights on the way, those of one curve measured on the same batches; the first curve
+        curves: Steps and values of weights on the way, each curve on the same batches throughout; the first curve
             that tells a slope counts.
     """
 

@@ -24,7 +24,7 @@ def file_record(path: Path, on_bytes: Callable[[int], None] = lambda num_bytes: 
 
     Args:
         path: The file.
-        on_bytes: Told of the bytes of each piece that was read; what it raises ends the reading.
+        on_bytes: Called with the bytes of each piece that was read; its exception ends the reading.
     """
     sha256 = hashlib.sha256()
     total = 0
@@ -53,7 +53,7 @@ def list_files(directory: Path) -> list[str]:
     for path in sorted(directory.rglob("*")):
         if path.is_symlink():
             raise ArtifactError(
-                f"an artifact must hold its files itself, got the link {path.name}. Copy what it names."
+                f"an artifact must hold its files itself, got the link {path.name}. Replace it by a copy."
             )
         if not path.is_dir():
             names.append(path.relative_to(directory).as_posix())
@@ -76,7 +76,7 @@ def inside(directory: Path, name: str) -> Path:
     ):
         raise ArtifactError(
             f"the files of an artifact must lie inside it, got {name!r} in {directory}. Do not use this artifact: it "
-            "was tampered with."
+            "may have been tampered with."
         )
     return path
 
@@ -114,7 +114,7 @@ def new_directory(out: Path, *, only: str | None = None) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``out`` by one rename; whatever goes wrong, it is removed instead.
 
     Args:
-        out: What there will be.
+        out: The final path.
         only: Name of a file in the directory that becomes ``out`` alone, in the directory's place.
 
     Raises:

@@ -22,7 +22,7 @@ METADATA_NAME = ".metadata"  # of a distributed checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Where a tensor's bytes begin, and the header's entry for it."""
+    """The start of a tensor's bytes, and the header's entry for it."""
 
     path: Path
     start: int
@@ -113,7 +113,7 @@ class StoredWeights(Mapping[str, "Tensor"]):
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, _Place]]:
     """Return a file's metadata, and the place of each of its tensors."""
     try:
-        # The library checks that tensors fill the file without gaps, but does not say where each of them lies.
+        # The library checks that tensors fill the file without gaps, but does not say where each of them is.
         with safe_open(path, framework="np"), path.open("rb") as file:
             num_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(num_bytes))

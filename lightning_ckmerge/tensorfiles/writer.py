@@ -29,7 +29,7 @@ WEIGHTS_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 class Described(Protocol):
-    """What is known of a model's ``state_dict`` before a tensor is at hand."""
+    """The facts about a model's ``state_dict`` before a tensor is at hand."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -54,7 +54,7 @@ def write_blocks(
 
     Args:
         directory: Exists.
-        weights: What to write.
+        weights: The weights.
         max_shard_size: Bytes above which the model is split; a larger tensor has a shard of its own.
         metadata: Texts for the header of each file.
 
@@ -103,7 +103,7 @@ def plan_shards(weights: Described, max_shard_size: int, single_name: str = SING
 
 
 def write_index(directory: Path, weights: Described, shards: Mapping[str, Sequence[str]]) -> dict[str, FileRecord]:
-    """Write the index of several files, and return what is known of it; a single file has none."""
+    """Write the index of several files, and return its record; a single file has none."""
     if len(shards) == 1:
         return {}
     weight_map = {name: file for file, held in shards.items() for name in held}
@@ -120,7 +120,7 @@ def encode_header(
     alignment: int = 8,
     separators: tuple[str, str] | None = None,
 ) -> bytes:
-    """Return what stands before the tensors' bytes in a safetensors file, its own length included.
+    """Return the bytes before the tensors' in a safetensors file, its own length included.
 
     Args:
         specs: The tensors that the file holds, in the order of their bytes.
@@ -181,7 +181,7 @@ class HashedFile:
 
     @property
     def record(self) -> FileRecord:
-        """Bytes and SHA-256 of what has been written."""
+        """Bytes and SHA-256 written so far."""
         return {"bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}
 
 
@@ -193,7 +193,7 @@ class ShardWriter(HashedFile):
 
     Args:
         path: The file.
-        weights: What the header says of the tensors.
+        weights: The header's entries for the tensors.
         names: The tensors that it holds.
         metadata: Texts for the header.
         defer_errors: Raise write errors from ``record``, so that other ranks can finish gathering.
@@ -218,14 +218,14 @@ class ShardWriter(HashedFile):
     def __enter__(self) -> ShardWriter:
         with self._deferred():
             super().__enter__()
-            super().write(self._header)
+            self._append(self._header)
         return self
 
     def write(self, piece: bytes | memoryview) -> None:
         """Append the next bytes; they are no longer needed when this returns."""
         if self._failure is None:
             with self._deferred():
-                super().write(piece)
+                self._append(piece)
 
     @property
     def record(self) -> FileRecord:
@@ -237,6 +237,9 @@ class ShardWriter(HashedFile):
         if self._failure is not None:
             raise self._failure
         return super().record
+
+    def _append(self, piece: bytes | memoryview) -> None:
+        super().write(piece)
 
     @contextlib.contextmanager
     def _deferred(self) -> Iterator[None]:

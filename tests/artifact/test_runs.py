@@ -134,7 +134,7 @@ def test_a_living_run_is_left_alone_and_a_dead_one_is_known(
     assert [c.place.dirpath for c in (fresh, branch)] == [base / "run=2", base / "run=3"]
     assert branch.place.run_id != run_id
     assert branch.place.source == base
-    assert "is alive" in branch.place.notes[0]
+    assert "is still running" in branch.place.notes[0]
     process.kill()
     process.wait()
     assert not is_alive(base)

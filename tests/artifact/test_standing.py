@@ -47,7 +47,7 @@ def test_a_search_tells_a_stale_best(search: Publish, tmp_path: Path, mode: Mode
     assert standing.is_stale
     assert (standing.best, standing.best_value, standing.step) == (best.path.name, 0.682, 16)
     assert "Use the weights of step 16: val_loss" in standing.advice
-    with pytest.warns(UserWarning, match="not the best of its run. Use the weights of step 16"):
+    with pytest.warns(UserWarning, match="the best artifact of its run. Use the weights of step 16"):
         load_merged(tmp_path / "merges", TiedModel())
     assert Artifact.open(tmp_path / "merges").caveat == standing.advice
 
@@ -59,7 +59,7 @@ def test_a_later_merge_that_is_better_is_the_best(search: Publish, tmp_path: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_merged(tmp_path / "merges", TiedModel())
-    assert "Use the best merge, of step 16: val_loss 0.4, against 0.45 of" in standing_of(better.path.parent).advice
+    assert "Use the best merge, of step 16: val_loss 0.4, versus 0.45 for" in standing_of(better.path.parent).advice
 
 
 def test_another_runs_standing_says_nothing(search: Publish, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_a_snapshot_damaged_between_runs_is_dropped_with_a_warning(tmp_path: Pat
     after.load_state_dict(state)
     assert spans(after.snapshots()) == [(1, 5)]
     missing, in_progress, damaged = after.take_warnings()
-    assert "no whole file" in missing
+    assert "missing or incomplete" in missing
     assert "steps 11 to 15" in missing
     assert "SHA-256" in in_progress
     assert "starts again after step 18" in in_progress

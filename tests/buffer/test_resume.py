@@ -223,7 +223,7 @@ def test_what_is_no_state_is_refused(tmp_path: Path, change: dict[str, Any]) -> 
     run = Run()
     buffer = run.buffer(DiskStorage(tmp_path))
     run.train(buffer, range(1, 8))
-    with pytest.raises(SnapshotError, match="what `state_dict` returned"):
+    with pytest.raises(SnapshotError, match="must come from `state_dict`"):
         run.buffer(DiskStorage(tmp_path)).load_state_dict({**buffer.state_dict(), **change})
     buffer.close()
 

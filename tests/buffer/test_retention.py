@@ -1,4 +1,4 @@
-"""The ring over whole runs: what stays, for any capacity, length and rhythm of segments."""
+"""The buffer over whole runs: what stays, for any capacity, length and rhythm of segments."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def mean(first_step: int, last_step: int) -> Segment:
     return Segment(kind="mean", first_step=first_step, last_step=last_step, num_updates=last_step - first_step + 1)
 
 
-def admit(ring: list[Segment], segment: Segment, capacity: int, layout: str) -> list[Segment]:
-    """Return the ring after one more segment."""
-    ring = [*ring, segment]
-    while action := decide(ring, capacity=capacity, layout=layout, finest=FINEST):
+def admit(buffer: list[Segment], segment: Segment, capacity: int, layout: str) -> list[Segment]:
+    """Return the buffer after one more segment."""
+    buffer = [*buffer, segment]
+    while action := decide(buffer, capacity=capacity, layout=layout, finest=FINEST):
         i = action.index
-        ring[i : i + (1 if isinstance(action, Drop) else 2)] = (
-            [] if isinstance(action, Drop) else [pooled(*ring[i : i + 2])]
+        buffer[i : i + (1 if isinstance(action, Drop) else 2)] = (
+            [] if isinstance(action, Drop) else [pooled(*buffer[i : i + 2])]
         )
-    return ring
+    return buffer
 
 
-def rings(capacity: int, lengths_N: list[int], layout: str = "geometric") -> list[list[Segment]]:
-    """Return the ring after each segment of a run."""
-    history, ring, step = [], [], 0
+def buffers(capacity: int, lengths_N: list[int], layout: str = "geometric") -> list[list[Segment]]:
+    """Return the buffer after each segment of a run."""
+    history, buffer, step = [], [], 0
     for num_steps in lengths_N:
-        ring = admit(ring, mean(step + 1, step + num_steps), capacity, layout)
+        buffer = admit(buffer, mean(step + 1, step + num_steps), capacity, layout)
         step += num_steps
-        history.append(ring)
+        history.append(buffer)
     return history
 
 
@@ -47,43 +47,43 @@ def rings(capacity: int, lengths_N: list[int], layout: str = "geometric") -> lis
 def test_a_ring_is_never_over_capacity_and_has_no_gap_or_overlap(
     capacity: int, lengths_N: list[int], layout: str
 ) -> None:
-    for ring in rings(capacity, lengths_N, layout):
-        assert len(ring) <= capacity
-        assert all(newer.first_step == older.last_step + 1 for older, newer in pairwise(ring))
-        assert all(s.num_updates == s.num_steps for s in ring)
+    for buffer in buffers(capacity, lengths_N, layout):
+        assert len(buffer) <= capacity
+        assert all(newer.first_step == older.last_step + 1 for older, newer in pairwise(buffer))
+        assert all(s.num_updates == s.num_steps for s in buffer)
 
 
 @given(capacities, lengths)
 def test_a_geometric_ring_spans_the_last_half_of_the_run(capacity: int, lengths_N: list[int]) -> None:
-    """Goes red if the oldest is dropped as soon as the ring is full."""
-    for ring in rings(capacity, lengths_N):
-        assert ring[0].first_step <= ring[-1].last_step / 2 + 1
+    """Goes red if the oldest is dropped as soon as the buffer is full."""
+    for buffer in buffers(capacity, lengths_N):
+        assert buffer[0].first_step <= buffer[-1].last_step / 2 + 1
 
 
 @given(capacities, lengths)
 def test_a_geometric_ring_is_never_finer_in_the_past(capacity: int, lengths_N: list[int]) -> None:
     """Goes red if a pair of the largest size is pooled first."""
-    for ring in rings(capacity, lengths_N):
-        classes = [size_class(s, FINEST) for s in ring]
+    for buffer in buffers(capacity, lengths_N):
+        classes = [size_class(s, FINEST) for s in buffer]
         assert all(newer <= older for older, newer in pairwise(classes))
 
 
 @given(capacities, lengths)
 def test_the_newest_snapshot_is_at_most_a_pool_of_two(capacity: int, lengths_N: list[int]) -> None:
     """Goes red if the newest pair of a size is pooled."""
-    for n, ring in enumerate(rings(capacity, lengths_N)):
-        assert ring[-1].num_steps in (lengths_N[n], sum(lengths_N[n - 1 : n + 1]))
+    for n, buffer in enumerate(buffers(capacity, lengths_N)):
+        assert buffer[-1].num_steps in (lengths_N[n], sum(lengths_N[n - 1 : n + 1]))
 
 
 @given(capacities, lengths)
 def test_a_uniform_ring_keeps_the_newest(capacity: int, lengths_N: list[int]) -> None:
-    *_, last = rings(capacity, lengths_N, "uniform")
+    *_, last = buffers(capacity, lengths_N, "uniform")
     assert [s.num_steps for s in last] == lengths_N[-capacity:]
 
 
 def test_nothing_happens_below_capacity() -> None:
-    ring = [mean(25 * i + 1, 25 * i + 25) for i in range(10)]
-    assert decide(ring, capacity=10, layout="geometric", finest=FINEST) is None
+    buffer = [mean(25 * i + 1, 25 * i + 25) for i in range(10)]
+    assert decide(buffer, capacity=10, layout="geometric", finest=FINEST) is None
 
 
 def test_the_oldest_goes_only_if_the_rest_is_60_percent_of_the_run() -> None:
@@ -105,14 +105,14 @@ def test_the_oldest_goes_only_if_the_rest_is_60_percent_of_the_run() -> None:
 )
 def test_which_two_are_pooled(sizes: list[int], expected: Pool) -> None:
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    ring = [mean(end - size + 1, end) for end, size in zip(ends, sizes, strict=True)]
-    assert decide(ring, capacity=len(sizes) - 1, layout="geometric", finest=FINEST) == expected
+    buffer = [mean(end - size + 1, end) for end, size in zip(ends, sizes, strict=True)]
+    assert decide(buffer, capacity=len(sizes) - 1, layout="geometric", finest=FINEST) == expected
 
 
 def test_a_gap_keeps_members_of_a_size_apart() -> None:
     """Three of the finest size, no two of them neighbours: only neighbours are pooled."""
-    ring = [mean(1001, 1025), mean(1101, 1200), mean(1201, 1225), mean(1226, 1325), mean(1326, 1350)]
-    assert decide(ring, capacity=4, layout="geometric", finest=FINEST) == Pool(0)
+    buffer = [mean(1001, 1025), mean(1101, 1200), mean(1201, 1225), mean(1226, 1325), mean(1326, 1350)]
+    assert decide(buffer, capacity=4, layout="geometric", finest=FINEST) == Pool(0)
 
 
 @pytest.mark.parametrize(("kind", "num_updates"), [("mean", 75), ("point", 1)])
@@ -126,9 +126,9 @@ def test_a_pool_stands_for_both(kind: str, num_updates: int) -> None:
 @pytest.mark.parametrize(
     ("spans", "told"),
     [
-        ([(3, 3)], "merges do without step 3"),
-        ([(1, 4), (5, 8)], "merges do without steps 1 to 8"),
-        ([(1, 4), (5, 5), (9, 9)], "merges do without steps 1 to 5, 9"),
+        ([(3, 3)], "merges will miss step 3"),
+        ([(1, 4), (5, 8)], "merges will miss steps 1 to 8"),
+        ([(1, 4), (5, 5), (9, 9)], "merges will miss steps 1 to 5, 9"),
     ],
 )
 def test_lost_steps_are_told_in_one_breath(spans: list[tuple[int, int]], told: str) -> None:

@@ -220,7 +220,7 @@ def test_another_model_gets_nothing(tmp_path: Path, now: list[tuple[int, ...]]) 
     [(buffer, _, lost)] = resume(states, dirpaths, Model(now), "rows", 1, tmp_path)
     assert buffer.snapshots() == []
     (text,) = lost
-    assert "The model has changed since the checkpoint: the buffer starts anew" in text
+    assert "The model has changed since the checkpoint, so the buffer starts again" in text
 
 
 def test_old_files_are_left_for_another_attempt(tmp_path: Path) -> None:

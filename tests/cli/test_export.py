@@ -168,7 +168,7 @@ def test_a_prefix_of_nothing_writes_nothing(
     if not has_transformers:
         monkeypatch.setattr(pretrained, "expected_tensors", lambda config_dir: None)
     args = ("export", artifact.path, "--config-from", config, "--out", tmp_path / "hf", "--prefix", prefix)
-    assert "which none begins with. They begin with net.;" in ckmerge(*args, code=2).stderr
+    assert "The names start with net.;" in ckmerge(*args, code=2).stderr
     assert not (tmp_path / "hf").exists()
     whole = ckmerge_json(*args[:-1], "net.lm")
     assert (whole["prefix"], whole["left_out"], whole["verdict"]) == ("net.lm.", 1, "accepted")
@@ -222,7 +222,7 @@ def test_a_config_that_names_no_model_of_transformers_is_refused_with_what_it_na
     path = config / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["OurOwn"]}))
     error = ckmerge("export", artifact.path, "--config-from", config, "--out", tmp_path / "hf", code=2).stderr
-    assert "got ['OurOwn']. Name it there" in error
+    assert "got ['OurOwn']. Install it, correct the entry" in error
 
 
 def test_the_best_of_a_run_is_exported_and_a_record_is_refused(publish: Publish, tmp_path: Path) -> None:

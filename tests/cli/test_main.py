@@ -133,7 +133,7 @@ def test_options_in_the_documentation_exist() -> None:
         (("report", "nowhere"), "ArtifactError"),
         (("merge", "nowhere", "--schedule", "uniform", "--out", "out"), "ArtifactError"),
         (("export", "nowhere", "--out", "out"), "ArtifactError"),
-        (("plan", "nowhere.yaml"), "FileNotFoundError"),
+        (("plan", "nowhere.yaml"), "ConfigError"),
         (("show", "nowhere", "--nope"), "NoSuchOption"),
         (("merge",), "MissingParameter"),
     ],
@@ -170,5 +170,5 @@ def test_a_checkpoint_or_a_directory_above_runs_is_helped_on(publish: Publish, t
     merges.mkdir(parents=True)
     (merges / "timeline.jsonl").write_text("{}")
     for command in ("show", "list"):
-        assert f"there are the runs {merges}: name one" in ckmerge(command, above, code=2).stderr
+        assert f"It contains the runs {merges}: pass one of them" in ckmerge(command, above, code=2).stderr
     assert ckmerge("show", published.path).exit_code == 0

@@ -25,7 +25,7 @@ def test_a_plan_counts_what_the_run_will_take(tmp_path: Path) -> None:
     plan = plan_of(write_config(tmp_path, buffer={"capacity": 4, "every_n_train_steps": 5}, save_top_k=2))
     assert plan["num_parameters"] == 9
     assert (plan["total_steps"], plan["num_searches"], plan["segment_steps"]) == (NUM_STEPS, 4, 5)
-    # Two segments in progress; twice the ring, a pair being pooled, and what the last two checkpoints hold.
+    # Two segments in progress; twice the buffer, a pair being pooled, and what the last two checkpoints hold.
     assert plan["buffer_memory"] == 2 * MODEL_BYTES
     assert plan["search_memory"] == MODEL_BYTES + 256_000_000
     assert plan["disk"] == (2 * 4 + 2 + 2) * MODEL_BYTES + 3 * MODEL_BYTES
@@ -63,7 +63,7 @@ def test_a_plan_follows_the_config(
 def test_an_unsupported_strategy_is_a_finding_with_the_reason(tmp_path: Path) -> None:
     strategy = {"class_path": "tests.support.offline.OwnStrategy", "init_args": {"accelerator": None}}
     plan = plan_of(write_config(tmp_path, trainer={"strategy": strategy}), code=1)
-    assert "got OwnStrategy. What works: a single device" in plan["faults"][0]
+    assert "got OwnStrategy. Supported: a single device" in plan["faults"][0]
 
 
 def test_a_search_that_its_budget_does_not_allow_is_foretold(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_an_earlier_run_in_the_directory_is_told(tmp_path: Path) -> None:
     (tmp_path / "merges").mkdir()
     (tmp_path / "merges" / "timeline.jsonl").write_text("")
     plan = plan_of(write_config(tmp_path, dirpath=str(tmp_path / "merges")))
-    assert any("earlier run" in warning for warning in plan["warnings"])
+    assert any("already holds a run" in warning for warning in plan["warnings"])
 
 
 def test_nothing_is_written_and_the_text_says_the_same(tmp_path: Path) -> None:

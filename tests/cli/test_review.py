@@ -80,17 +80,17 @@ def test_each_run_of_a_directory_can_be_named_and_a_choice_is_told(runs: Path, c
         assert "step=000000100" in result.output
         assert "note" not in result.stderr
     told = ckmerge(command, runs / "best")
-    assert f"note: {runs / 'best'} is of run=1: the newest run, run=2, has no accepted merge." in told.stderr
+    assert f"note: {runs / 'best'} belongs to run=1: the newest run, run=2, has no accepted merge yet." in told.stderr
     assert "the newest run, run=2" in ckmerge_json(command, runs / "best")["note"]
     if command == "report":
-        assert f"Name another by its path, such as {runs / 'run=1'}." in ckmerge_json("report", runs)["note"]
+        assert f"For another, pass its path, such as {runs / 'run=1'}." in ckmerge_json("report", runs)["note"]
     else:
         error = ckmerge(command, runs, code=2).stderr
-        assert error.endswith(f"this is the newest, run=2. Name another by its path, such as {runs / 'run=1'}.\n")
+        assert error.endswith(f"newest of 2 runs in {runs}. For another, pass its path, such as {runs / 'run=1'}.\n")
 
 
 def test_loading_tells_which_of_several_runs_it_took(runs: Path) -> None:
-    with pytest.warns(UserWarning, match="is of run=1: the newest run, run=2, has no accepted merge"):
+    with pytest.warns(UserWarning, match="belongs to run=1: the newest run, run=2, has no accepted merge yet"):
         taken = load_merged(runs / "best", TiedModel())
     assert taken.path == load_merged(runs / "run=1", TiedModel()).path == runs / "step=000000100"
 

@@ -207,9 +207,9 @@ def test_a_merge_that_does_not_help_is_a_finding(checkpoints: Path, tmp_path: Pa
         (
             ("--monitor", "val_acc"),
             {},
-            "got 'min' for 'val_acc', of which higher values are better by its name. Set it",
+            "got 'min' for 'val_acc', for which higher is better judging by its name. Use 'max', or",
         ),
-        (("--mode", "max"), {}, "got 'max' for 'val_loss', of which lower values are better by its name"),
+        (("--mode", "max"), {}, "got 'max' for 'val_loss', for which lower is better judging by its name"),
         (("--monitor", "val_acc", "--mode", "max"), {}, "Logged are: val_loss"),
         (("--last", "1"), {}, "needs two checkpoints"),
         (

@@ -108,7 +108,7 @@ def test_a_rebuild_is_equal_bit_for_bit(kept: Kept) -> None:
 
 
 def test_snapshots_are_found_by_content_and_needed_only_if_they_count(kept: Kept) -> None:
-    """A thinned point's name says less than its segment; the oldest snapshots are the first to go."""
+    """A pooled point's name says less than its segment; the oldest snapshots are the first to go."""
     for path in kept.paths():
         path.rename(path.with_name(path.name.replace("0123abcd", "fedcba98")))
     assert ckmerge_json("verify", kept.artifact.path, "--rebuild")["ok"]

@@ -45,7 +45,7 @@ WRONG: list[dict[str, Any]] = [
 @pytest.mark.parametrize("arguments", WRONG)
 def test_a_mode_against_the_name_is_refused_unless_it_is_insisted_on(arguments: dict[str, Any]) -> None:
     with pytest.raises(
-        ConfigError, match=r"`mode` must follow the metric.*\. Set it to 'm(in|ax)'; or, if .*`check_mode`"
+        ConfigError, match=r"`mode` must match the metric.*\. Use 'm(in|ax)', or set `check_mode: false`"
     ):
         CheckpointMergeCallback(**arguments)
     CheckpointMergeCallback(**arguments, check_mode=False)

@@ -80,7 +80,10 @@ def test_many_ranks(tmp_path: Path, world_size: int) -> None:
     assert max(r["worst"] for r in results) < 1e-6
     assert len({r["digest"] for r in results}) == 1
     assert {r["answer"] for r in results} == {"still here"}
-    assert {r["heard"] for r in results} == {"boom", f"rank {world_size - 1} failed: ValueError: boom"}
+    assert {r["heard"] for r in results} == {
+        "boom",
+        f"rank {world_size - 1} failed: ValueError: boom. See rank {world_size - 1}'s log.",
+    }
     # As many writers as shards, and the bytes of one process.
     expected = write_weights(alone, LocalWeights(results[0]["weights"]), 3000)
     assert all(r["records"] == expected for r in results)

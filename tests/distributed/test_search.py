@@ -216,7 +216,7 @@ def search_until_told(root: str) -> tuple[int, int]:
     search = SearchConfig(max_fraction_of_training=None, n_trials=6, terminator=AfterTwo())
     fit("ddp", root, make_rank_merge(root, search=search), model=partial(Classifier, norm=False))
     manifest = read_manifest(max(Path(root, "merges").glob("step=*")))
-    assert "`search.terminator`, AfterTwo, says so" in manifest["cost"]["stopped_early"]
+    assert "`search.terminator` (AfterTwo) stopped the search" in manifest["cost"]["stopped_early"]
     return AfterTwo.num_asked, len(manifest["trials"])
 
 

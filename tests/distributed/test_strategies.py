@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ckmerge import SearchConfig
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
-from lightning_ckmerge.plugin.strategies import WHAT_WORKS, check_supported
+from lightning_ckmerge.plugin.strategies import SUPPORTED, check_supported
 from tests.support.rank_runs import Classifier, fit, make_rank_merge, points, published, same_trail
 from tests.support.ranks import RankPool
 
@@ -96,11 +96,11 @@ def test_gradients_are_refused_elsewhere(strategy: Strategy) -> None:
 def test_refusals_name_strategy_reason_and_what_works() -> None:
     own = refusal(OwnStrategy())
     assert "OwnStrategy" in own
-    assert own.endswith(WHAT_WORKS)
+    assert own.endswith(SUPPORTED)
     flattened = refusal(FSDPStrategy(use_orig_params=False))
     assert "FSDPStrategy" in flattened
     assert "use_orig_params=False" in flattened
-    assert flattened.endswith(WHAT_WORKS)
+    assert flattened.endswith(SUPPORTED)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

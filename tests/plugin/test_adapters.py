@@ -256,7 +256,7 @@ class Thawing(pl.Callback):
 
 
 def test_a_base_that_is_thawed_is_not_merged_without(tmp_path: Path) -> None:
-    with pytest.raises(FinalError, match="the base of an adapter must stay frozen, got 28 of its tensors"):
+    with pytest.raises(FinalError, match="must stay frozen during `fit`, got 28 trainable tensors"):
         train_on_tokens(Adapted(), make_adapter_merge(tmp_path), callbacks=[Thawing()])
 
 

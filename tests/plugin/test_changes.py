@@ -190,7 +190,7 @@ def test_a_change_starts_the_buffer_anew(tmp_path: Path, name: str) -> None:
     before, after = plain.lightning_module.state_dict(), trainer.lightning_module.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
-    assert len([t for t in said if "starts anew" in t]) == 1, said
+    assert len([t for t in said if "starts again" in t]) == 1, said
     assert steps(tmp_path) == [12]  # at step 6 there is nothing but the new model yet
     last = manifests(tmp_path / "merges")[-1]
     assert all(s["first_step"] > CHANGED_AT for s in last["snapshots"])
@@ -226,7 +226,7 @@ def test_lightnings_own_pruning_can_be_run(tmp_path: Path) -> None:
     pruning = ModelPruning("l1_unstructured", parameter_names=["weight"], amount=0.3)
     trainer, said = train(tmp_path, merge(tmp_path), pruning, max_steps=-1, max_epochs=2)
     assert trainer.global_step == 2 * NUM_STEPS
-    assert len([t for t in said if "starts anew" in t]) == 1
+    assert len([t for t in said if "starts again" in t]) == 1
     assert steps(tmp_path)[-1] == 2 * NUM_STEPS
 
 
@@ -253,7 +253,7 @@ def test_a_checkpoint_of_another_model_is_resumed_with_an_empty_buffer(tmp_path:
     add_buffer(module)
     module.strict_loading = False
     _, said = train(tmp_path, merge(tmp_path), module=module, ckpt_path=tmp_path / "4.ckpt")
-    assert len([t for t in said if "starts anew" in t]) == 1, said
+    assert len([t for t in said if "starts again" in t]) == 1, said
 
 
 class Odd(Net):

@@ -73,7 +73,7 @@ def test_whatever_the_searches_before_it_take_the_last_one_has_as_much_as_all_of
 def test_a_search_that_cannot_end_in_time_is_skipped_before_it_costs_anything(now: list[float]) -> None:
     config, clock = SearchConfig(), Clock(training_s=0.0, searched_s=0.0)
     clock.require(10.0, config, is_last=True)
-    with pytest.raises(SkipError, match=r"leaves 5 s, and the least of searches needs 6 s\. Raise "):
+    with pytest.raises(SkipError, match=r"leaves 5 s, but the shortest search needs 6 s\. Raise "):
         clock.require(6.0, config, is_last=False)
     with pytest.raises(SkipError, match=r"`search\.max_fraction_of_training` leaves 0 s\. Raise `search"):
         Clock(training_s=1.0, searched_s=99.0).require(0.0, config, is_last=True)

@@ -54,7 +54,7 @@ class Fails(Classifier):
 
 def searching(trainer: pl.Trainer) -> bool:
     return not trainer.sanity_checking and any(
-        c._run is not None and c._run._searching for c in trainer.callbacks if isinstance(c, CheckpointMergeCallback)
+        c._run is not None and c._run._is_searching for c in trainer.callbacks if isinstance(c, CheckpointMergeCallback)
     )
 
 
@@ -341,7 +341,7 @@ def test_a_search_that_cannot_keep_within_its_limit_is_skipped(
     lines = [r.message for r in caplog.records if r.message.startswith("No merge search at step ")]
     assert len(lines) == 2
     assert all(f"Raise `{name}`, or search less often." in line for line in lines)
-    assert "the least of searches needs" in lines[1]
+    assert "the shortest search needs" in lines[1]
     first, second = read_timeline(merges_dir(run))
     assert [r["status"] for r in (first, second)] == ["skipped", "skipped"]
     assert (first["step"], second["step"]) == (5, 10)

@@ -63,7 +63,7 @@ class InManualStep(TwoOptimizers):
 STEPS: dict[str, Case] = {
     "automatic": Case(model=InStep),
     "manual": Case(model=InManualStep, trainer={"max_epochs": 1, "limit_train_batches": 3}),
-    "closures": Case(model=partial(InStep, optimizer="lbfgs"), trainer={"max_epochs": 1, "limit_train_batches": 3}),
+    "closures": Case(model=partial(InStep, optimizer="lbfgs"), trainer={"max_epochs": 1}),
 }
 
 

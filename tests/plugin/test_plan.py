@@ -165,7 +165,7 @@ def test_a_loader_without_a_length_is_planned_as_such(tmp_path: Path, unsized: s
     plan = both_plans(tmp_path, trainer, {}, Tiny, unsized)
     assert (plan.total_steps is None) is (unsized == "train")
     assert plan.num_searches == len(read_timeline(tmp_path))
-    assert ("at the end alone" in plan.when) is (unsized == "train")
+    assert ("at the end only" in plan.when) is (unsized == "train")
 
 
 def test_the_text_tells_of_the_last_search(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_what_is_said_stays_on_the_terminal(bar: str, tmp_path: Path, monkeypatc
     said = screen(terminal.getvalue())
     plan = ["lightning-ckmerge, the plan of this run:", "  model ", "  disk, buffer and artifacts "]
     verdicts = [f"Merge search at step {r['step']}: " for r in read_timeline(merges_dir(run))]
-    summary = [f"lightning-ckmerge: {len(verdicts)} searches: ", "  What to use: "]
+    summary = [f"lightning-ckmerge: {len(verdicts)} searches: ", "  Use: "]
     assert len(verdicts) == 2
     assert [line for line in [*plan, *verdicts, *summary] if sum(s.startswith(line) for s in said) != 1] == []
 
@@ -142,7 +142,7 @@ def test_what_is_warned_of_stays_on_the_terminal(bar: str, tmp_path: Path, monke
     said = [line for line in screen(terminal.getvalue()) if line.startswith("warned: ")]
     assert [line.partition(". The search")[0].rstrip() for line in said] == [
         "warned: No room. Without step 10.",
-        "warned: No room. Without step 11. Further ones are not told.",
+        "warned: No room. Without step 11. Further warnings of this kind are suppressed.",
         "warned: The picture failed: ValueError: no canvas",
     ]
 

@@ -65,8 +65,8 @@ def test_a_decay_is_an_objection_once_a_tenth_is_left(peak: float, num: int) -> 
 def test_the_peak_is_that_of_the_buffers_window() -> None:
     """A low rate that has been constant over all snapshots leaves its noise to average."""
     history = recorded([1.0] * 50 + [0.01] * 50)
-    assert "decayed, to 1 % of its peak" in (history.objection(1) or "")
-    assert "decayed, to 1 % of its peak" in (history.objection(50) or "")
+    assert "decayed to 1 % of its peak" in (history.objection(1) or "")
+    assert "decayed to 1 % of its peak" in (history.objection(50) or "")
     assert history.objection(51) is None
 
 
@@ -84,14 +84,14 @@ def test_a_rising_rate_is_an_objection_until_it_rises_no_more(start: float) -> N
     for step, rate in enumerate([*warmup, 1e-3], start=1):
         history.record(step, [rate])
         said.append(history.objection(1))
-    assert all("still rising" in (text or "") for text in said[2:-1])
+    assert all("still warming up" in (text or "") for text in said[2:-1])
     assert said[-1] is None
 
 
 def test_looking_twice_at_a_step_changes_nothing() -> None:
     history = recorded([0.1, 0.2, 0.3])
     history.record(3, [0.3])
-    assert "still rising" in (history.objection(1) or "")
+    assert "still warming up" in (history.objection(1) or "")
 
 
 def test_one_constant_group_keeps_a_run_high() -> None:
@@ -166,8 +166,8 @@ def test_the_search_after_a_decay_is_skipped_and_what_is_applied_beats_the_final
     assert all(torch.equal(best[name], held[name]) for name in best)
     (line,) = [m for m in caplog.messages if m.startswith("No merge search")]
     assert line == (
-        f"No merge search at step {NUM_STEPS}: the learning rate has been decayed, to 0 % of its peak over the "
-        "buffer's snapshots, and little is to be expected of merging. Set `search.at_low_lr: search` to search anyway."
+        f"No merge search at step {NUM_STEPS}: the learning rate has decayed to 0 % of its peak over the buffered "
+        "steps, so merging would gain little. Set `search.at_low_lr: search` to search anyway."
     )
 
 
@@ -186,7 +186,7 @@ def test_it_searches_after_a_decay_where_that_is_asked_for(tmp_path: Path) -> No
     for name in "ab":
         (manifest,) = manifests(tmp_path / name)
         assert manifest["step"] == NUM_STEPS
-        assert manifest["verdict"]["warnings"][0].startswith("The learning rate has been decayed, to 0 % of its peak")
+        assert manifest["verdict"]["warnings"][0].startswith("The learning rate has decayed to 0 % of its peak")
 
 
 def test_searches_begin_after_the_warm_up(tmp_path: Path) -> None:

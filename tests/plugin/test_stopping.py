@@ -28,7 +28,10 @@ STAGNATION = {
 }
 REASONS = {
     "default": ({}, "less than `search.min_gain_left`"),
-    "terminator": ({"min_gain_left": 0.0, "terminator": STAGNATION}, "`search.terminator`, Terminator, says so"),
+    "terminator": (
+        {"min_gain_left": 0.0, "terminator": STAGNATION},
+        "`search.terminator` (Terminator) stopped the search",
+    ),
 }
 
 

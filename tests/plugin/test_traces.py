@@ -211,7 +211,7 @@ class Pointers(Small):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.num_validations += 1
-        if self.fails and batch_idx == 1 and any(c._run._searching for c in merge_callbacks(self.trainer)):
+        if self.fails and batch_idx == 1 and any(c._run._is_searching for c in merge_callbacks(self.trainer)):
             raise RuntimeError("validation has failed")
         super().validation_step(batch, batch_idx)
 

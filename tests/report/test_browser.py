@@ -25,7 +25,10 @@ VERDICT = """(() => {
   return box.top >= 0 && box.bottom <= innerHeight && box.width > 40 && box.height > 10;
 })()"""
 # As long as they come.
-STOPPED = "after 10 anchors and 10 trials: 0.12 % of the gain is left to expect, less than `search.min_gain_left`"
+STOPPED = (
+    "after 10 anchors and 10 trials: further trials should add only 0.12 % of the gain, less than "
+    "`search.min_gain_left`"
+)
 SENTENCE = 'document.querySelector(".sentence").innerText'
 OVERFLOW = "document.documentElement.scrollWidth - innerWidth"
 # The darkest channel of any background but the marks' and badges'.

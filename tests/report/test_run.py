@@ -74,7 +74,7 @@ def test_a_run_whose_searches_were_all_skipped_says_so() -> None:
         assert "No search took place" in report
         assert "0.1 s are left" in report
         assert NEXT["skipped"] in report
-    assert "What to use: the final weights" in summarize([skip], None, DIRPATH)
+    assert "Use: the final weights" in summarize([skip], None, DIRPATH)
 
 
 @dataclass

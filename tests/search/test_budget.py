@@ -29,7 +29,9 @@ def test_it_forecasts_from_the_seconds_that_a_batch_took() -> None:
     assert budget.elapsed_s == 4
     # 4 s spent, 0.1 s a batch: 2 s for the verdict leave 4 s.
     assert budget.stop_reason(40) is None
-    assert budget.stop_reason(41) == ("10.1 s would exceed the 10 s that `search.timeout_s` allows, 4 s are spent")
+    assert budget.stop_reason(41) == (
+        "the search would take 10.1 s, but `search.timeout_s` allows 10 s (4 s spent so far)"
+    )
 
 
 def test_nothing_is_allowed_once_all_is_spent() -> None:

@@ -307,8 +307,8 @@ def test_it_stops_before_it_exceeds_its_budget(
     search.run()
     assert len(evaluate.calls) == num_scored
     assert search.stopped_early == (
-        f"after {scored}: {num_scored + 2} s would exceed the {allowed_s:.3g} s that `search.timeout_s` allows, "
-        f"{num_scored} s are spent"
+        f"after {scored}: the search would take {num_scored + 2} s, but `search.timeout_s` allows {allowed_s:.3g} s "
+        f"({num_scored} s spent so far)"
     )
 
 

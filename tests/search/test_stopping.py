@@ -64,8 +64,9 @@ def test_it_stops_where_less_than_the_share_is_left(tmp_path: Path) -> None:
     assert MIN_TRIALS <= len(search.trials) < NUM_TRIALS
     assert search.found_enough
     assert search.stopped_early is not None
-    assert search.stopped_early.startswith(f"after 9 anchors and {len(search.trials)} trials: 0.")
-    assert search.stopped_early.endswith(" % of the gain is left to expect, less than `search.min_gain_left`")
+    expected = f"after 9 anchors and {len(search.trials)} trials: further trials should add only 0."
+    assert search.stopped_early.startswith(expected)
+    assert search.stopped_early.endswith(" % of the gain, less than `search.min_gain_left`")
 
 
 def test_a_smaller_share_takes_longer_and_none_runs_all_trials(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_optunas_terminator_stops_where_the_best_value_stagnates(tmp_path: Path)
     assert told.index(min(told)) == len(told) - 1 - 5
     assert search.found_enough
     assert search.stopped_early == (
-        f"after 9 anchors and {len(search.trials)} trials: `search.terminator`, Terminator, says so"
+        f"after 9 anchors and {len(search.trials)} trials: `search.terminator` (Terminator) stopped the search"
     )
 
 

@@ -288,14 +288,14 @@ def test_an_interval_with_zero_inside_says_what_would_decide() -> None:
     low, _ = paired_gain(trial("a", more[0]), trial("b", more[1]), 1)[1] or (0.0, 0.0)
     assert abs(low) < 0.1 * found.gain
     nothing = verdict(trial("a", around(0.38, (-0.02, 0.02))), trial("latest", around(0.38, (0.0,))))
-    assert nothing.sentence.endswith("would take more than 100 times as much validation data to tell.")
+    assert nothing.sentence.endswith("would take over 100 times as much validation data.")
 
 
 def test_the_best_anchor_is_told_where_another_merge_won() -> None:
     latest, anchor, winner = (trial(n, noisy(v)) for n, v in [("latest", 3.0), ("ema-9", 2.6), ("trial-4", 2.5)])
     assert anchor.confirm is not None
     assert verdict(winner, latest, anchor).sentence.endswith(
-        f" The best anchor, ema-9, comes to {anchor.confirm.value:.3f}."
+        f" The best anchor, ema-9, scores {anchor.confirm.value:.3f}."
     )
     assert "anchor" not in verdict(winner, latest, latest).sentence
 

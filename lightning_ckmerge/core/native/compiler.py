@@ -18,7 +18,7 @@ SWITCH = "CKMERGE_NATIVE"
 
 
 class NoCompilerError(Exception):
-    """There is no C compiler, it refused, or what it made cannot be loaded; says why in a line."""
+    """There is no C compiler, it refused, or its output cannot be loaded; gives the reason in a line."""
 
 
 def is_wanted() -> bool:

@@ -92,13 +92,13 @@ def load_kernel() -> Kernel | None:
         kernel = Kernel()
         if gives_the_same_bits(kernel):
             return kernel
-        reason = "this processor rounds otherwise than PyTorch"
+        reason = "this processor rounds differently from PyTorch"
     except NoCompilerError as error:
         reason = str(error)
     logger.warning(
-        "Merging at full speed needs a C compiler for this processor, got: %s. Float32 merges take about half as "
-        "long again, bfloat16 ones three to four times as long. Install one, or name it in the "
-        "environment variable CC.",
+        "Merging at full speed needs a C compiler for this processor, got: %s. Without one, float32 merges take about "
+        "1.5 times as long, bfloat16 merges three to four times. Install one, or name it in the environment variable "
+        "CC.",
         reason,
     )
     return None

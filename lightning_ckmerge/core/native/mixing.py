@@ -54,7 +54,7 @@ class MixKernel:
             blocks_K: K writable blocks of memory of equally many elements.
             types_K: Their types, of ``TYPES``.
             w_K: K weights.
-            total: What ``total_weight`` returns.
+            total: As returned by ``total_weight``.
             target: Memory for as many elements.
             target_type: Its type, of ``TYPES``.
         """

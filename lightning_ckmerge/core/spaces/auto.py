@@ -73,7 +73,7 @@ class Auto(Space):
         return self._grouped.by_group(z_D, segments_K) if z_D["groups"] else {}
 
     def initial(self, segments_K: Sequence[Segment]) -> list[dict[str, float]]:
-        """Return those of `grouped`, which takes all snapshots as they are."""
+        """Return the coefficients of `grouped`, which takes all snapshots as they are."""
         groups = int(bool(self.group_of))
         return [self._whole(z_D, segments_K, groups=groups) for z_D in Decay().initial(segments_K)]
 
@@ -91,7 +91,7 @@ class Auto(Space):
         return z_D if all(math.isclose(a, b, abs_tol=1e-12) for a, b in zip(found_K, c_K, strict=True)) else None
 
     def place_of_kernel(self, name: KernelName, tau: float, segments_K: Sequence[Segment]) -> dict[str, float] | None:
-        """Return the coordinates of the kernel over all snapshots, alike for all tensors, if ``tau`` is in range."""
+        """Return the coordinates of the kernel over all snapshots, the same for all tensors, if ``tau`` is in range."""
         z_D = Decay(kernel=name).place_of_kernel(name, tau, segments_K)
         if z_D is None or name not in KERNELS:
             return None

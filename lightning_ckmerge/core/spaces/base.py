@@ -1,4 +1,4 @@
-"""What a space is.
+"""The protocol of a space.
 
 Letters: K snapshots, oldest first; D coordinates. ``c_K`` coefficients (they sum to 1), ``z_D`` coordinates.
 """
@@ -70,7 +70,7 @@ class Space(ABC):
         return None
 
     def warnings(self, z_D: Coordinates, segments_K: Sequence[Segment]) -> list[str]:
-        """Return what a user should know about an optimum at ``z_D``; nothing by default."""
+        """Return notes for the user about an optimum at ``z_D``; none by default."""
         return []
 
 

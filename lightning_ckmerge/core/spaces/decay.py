@@ -14,7 +14,7 @@ from lightning_ckmerge.core.spaces.base import Coordinates, Interval, Space, nea
 from lightning_ckmerge.core.spaces.kernels import KernelName, kernel
 from lightning_ckmerge.errors import ConfigError
 
-# Where to begin: `tau` as a share of the window's steps, and `beta`. Chosen on two runs of a small GPT (cpp-0 and
+# The first candidate: `tau` as a share of the window's steps, and `beta`. Chosen on two runs of a small GPT (cpp-0 and
 # python-0 of docs/quality.md), where it has 99 % of the best candidate's gain.
 START_SHARE, START_BETA = 0.1, 0.6
 
@@ -70,7 +70,7 @@ class Decay(Space):
         return tuple((1 + beta) * s - beta * l for s, l in zip(short_K, long_K, strict=True))
 
     def initial(self, segments_K: Sequence[Segment]) -> list[dict[str, float]]:
-        """Return where optima lay in earlier runs; nothing without extrapolation, where the EMA anchors lie as well."""
+        """Return the optima of earlier runs; nothing without extrapolation, where the EMA anchors cover them."""
         if self.kernel == "minus_sqrt" or self.max_extrapolation < START_BETA:
             return []
         ranges = self.coordinates(segments_K)

@@ -33,7 +33,7 @@ class Grouped(Space):
         groups: ``kind`` (embeddings, attention, mlp, norms, head, other), ``depth`` (three bands of layers), or group
             -> regular expression on tensors' names.
         along: The inner space's coordinate that differs between groups; ``None``: its first, ``tau`` of `decay`.
-        factors: Group -> what that coordinate is multiplied by; above 0, and 1 for groups that are not named.
+        factors: Group -> factor of that coordinate; above 0, and 1 for groups that are not named.
             ``None``: those measured for `decay`, where groups are by ``kind``; else none.
         max_deviation: Largest searched deviation, as a share of that coordinate's range on its own scale; in [0, 1].
             Of `decay` 0.2 is a factor of about 3 in ``tau``.
@@ -109,12 +109,12 @@ class Grouped(Space):
         return [self._undeviating(z_D, segments_K) for z_D in self.space.initial(segments_K)]
 
     def inverse(self, c_K: Sequence[float], segments_K: Sequence[Segment]) -> dict[str, float] | None:
-        """Return the inner space's, without deviations; ``None`` where factors set the groups apart."""
+        """Return the inner space's coordinates, without deviations; ``None`` where factors set the groups apart."""
         z_D = None if self._has_factors else self.space.inverse(c_K, segments_K)
         return None if z_D is None else self._undeviating(z_D, segments_K)
 
     def place_of_kernel(self, name: KernelName, tau: float, segments_K: Sequence[Segment]) -> dict[str, float] | None:
-        """Return the inner space's, likewise."""
+        """Return the inner space's place, without deviations; ``None`` where factors set the groups apart."""
         z_D = None if self._has_factors else self.space.place_of_kernel(name, tau, segments_K)
         return None if z_D is None else self._undeviating(z_D, segments_K)
 

@@ -30,7 +30,7 @@ def assign_groups(names: Sequence[str], groups: GroupRule | Mapping[str, str]) -
         names: The model's tensors.
         groups: ``kind``: embeddings, attention, mlp, norms, head, and other for the rest. ``depth``: three bands of
             layers, the first number in a name telling its layer, and other for tensors outside layers. Or group ->
-            regular expression on the name, searched in this order; what matches none is in ``other``.
+            regular expression on the name, searched in this order; unmatched tensors are in ``other``.
 
     Raises:
         ConfigError: A pattern matches nothing.
@@ -69,7 +69,7 @@ def check_patterns(groups: GroupRule | Mapping[str, str]) -> None:
 
 
 def describe_groups(group_of: Mapping[str, str]) -> str:
-    """Return a line that says what each group matched.
+    """Return a line with the matches of each group.
 
     >>> describe_groups({"a.weight": "mlp", "b.weight": "mlp", "n.weight": "norms"})
     'mlp: 2 tensors, such as a.weight; norms: 1 tensor, such as n.weight'

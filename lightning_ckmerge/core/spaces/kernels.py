@@ -20,13 +20,13 @@ def kernel(name: KernelName, segments_K: Sequence[Segment], tau: float) -> tuple
     Args:
         name: ``exponential``: an EMA. ``power``: proportional to ``step ** (num_steps / tau)``, which forgets the past
             in proportion to the run's length. ``minus_sqrt``: proportional to ``1 / sqrt(step)``, counted from the
-            begin of the last ``1.5 tau`` steps.
+            start of the last ``1.5 tau`` steps.
         segments_K: K segments, oldest first.
         tau: Above 0; the mean age of a step, where the run is long.
 
     Source:
         Power: Karras et al. 2024, arXiv:2312.02696, equation 5. Minus-sqrt: WSM, arXiv:2507.17634, where a step weighs
-        what a learning rate that falls as ``1 - sqrt`` loses at it.
+        as much as a learning rate falling as ``1 - sqrt`` loses at it.
     """
     return {"exponential": exponential_kernel, "power": power_kernel, "minus_sqrt": minus_sqrt_kernel}[name](
         segments_K, tau
@@ -66,7 +66,7 @@ def power_kernel(segments_K: Sequence[Segment], tau: float) -> tuple[float, ...]
 
 
 def minus_sqrt_kernel(segments_K: Sequence[Segment], tau: float) -> tuple[float, ...]:
-    """Return ``1 / sqrt(step)``, counted from the begin of the last ``1.5 tau`` steps, likewise."""
+    """Return ``1 / sqrt(step)``, counted from the start of the last ``1.5 tau`` steps, integrated and normalised."""
     newest = max(s.last_step for s in segments_K)
     length = 1.5 * tau
 

@@ -1,1 +1,1 @@
-"""What a search leaves behind: the artifact, its formats, records, reports and what loggers are told."""
+"""The output of a search: the artifact, its formats, records, reports and logs."""

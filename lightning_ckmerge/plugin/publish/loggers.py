@@ -1,4 +1,4 @@
-"""What a search tells the loggers of the Trainer: numbers, a picture, and the artifact in each one's own way."""
+"""Logs a search to the Trainer's loggers: numbers, a picture, and the artifact in each logger's own way."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARTIFACT_TYPE = "merge"
 
 
 class Announcer:
-    """Tells a Trainer's loggers of searches. A logger that fails is warned of once, and harms nobody else."""
+    """Tells a Trainer's loggers of searches. A failing logger causes one warning and leaves the others alone."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -32,13 +32,13 @@ class Announcer:
 
         Args:
             outcome: The search.
-            artifact: What it published.
+            artifact: The published artifact.
             searched_s: Seconds that all searches have taken, this one included.
         """
         if not self._trainer.is_global_zero:
             return
         values = scalars(outcome, searched_s)
-        with isolate_rng():  # training must not see what a logger draws
+        with isolate_rng():  # a logger's random draws must not reach training
             for logger in self._trainer.loggers:
                 try:
                     logger.log_metrics(values, step=outcome.step)
@@ -52,14 +52,14 @@ class Announcer:
             return
         self._warned.add(id(logger))
         told = (
-            f"{type(logger).__name__} could not log a merge search: {type(error).__name__}: {error}. The search itself "
-            "is published; this is said once."
+            f"{type(logger).__name__} could not log a merge search: {type(error).__name__}: {error}. The artifact is "
+            "published. This warning appears once."
         )
         say(self._trainer, told, rank_zero_warn)
 
 
 def scalars(outcome: SearchOutcome, searched_s: float) -> dict[str, float]:
-    """Return what a search logs as numbers."""
+    """Return the numbers that a search logs."""
     winner, verdict = outcome.winner, outcome.verdict
     anchors = {t.candidate.name: (t.confirm or t.search).value for t in outcome.anchors}
     values = {

@@ -50,7 +50,7 @@ class Pretrained:
 
         Args:
             directory: The artifact's.
-            manifest: For the card, and for what it says about adapters.
+            manifest: For the card and the adapters.
             weights: All of the LightningModule's.
             comm: The ranks.
         """

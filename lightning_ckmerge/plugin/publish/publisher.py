@@ -1,4 +1,4 @@
-"""Writes what a search found: the winner merged into the module for that, and others of its Pareto front."""
+"""Writes the results of a search: the winner, merged into the module for that, and others of its Pareto front."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Publisher:
     """Publishes the searches of one ``fit``.
 
     Args:
-        settings: What the callback was asked for.
+        settings: The callback's settings.
         trainer: The Trainer.
         place: Where artifacts go.
         model: Where merges are, as all ranks publish them.
@@ -70,7 +70,7 @@ class Publisher:
         self._store = ArtifactStore(
             place.dirpath,
             mode=objective.mode,
-            # What is to be applied has to be there until then.
+            # The artifact to apply has to stay until then.
             save_top_k=max(settings.save_top_k, 1) if self._applies_last else settings.save_top_k,
             max_shard_size=parse_size(config.max_shard_size),
         )
@@ -120,7 +120,7 @@ class Publisher:
         on_rank_zero(self._comm, lambda: write_standing(self._dirpath, standing))
 
     def forget(self) -> None:
-        """Keep records alone, where that was asked for: what was to be applied has been."""
+        """Keep records alone, where that was asked for: the artifact to apply has been applied."""
         if self._applies_last:
             on_rank_zero(self._comm, self._store.keep_records)
 
@@ -129,25 +129,25 @@ class Publisher:
 
         Args:
             outcome: The search.
-            artifact: What it published.
+            artifact: The published artifact.
             searched_s: Seconds that all searches of the run have taken, this one included.
         """
         verdict = outcome.verdict
-        with harmless("What is said of a search", self._trainer):
+        with harmless("Announcing the search", self._trainer):
             found = f"Merge search at step {outcome.step}: {verdict.sentence} {self._whereabouts(artifact)}"
             say(self._trainer, "\n".join([found, *(f"  Note: {warning}" for warning in verdict.warnings)]))
         self.show_run()
-        with harmless("What loggers are told of a search", self._trainer):
+        with harmless("Logging the search", self._trainer):
             self._announcer.announce(outcome, artifact, searched_s)
 
     def _whereabouts(self, artifact: Artifact) -> str:
-        """Say where an artifact is, by its own name, since ``best`` moves on, and what went to make room for it."""
+        """Say where an artifact is, by its own name, since ``best`` moves, and which ones it displaced."""
         removed = self._store.removed
         gone = f"; `save_top_k` has removed {', '.join(removed)}" if removed else ""
         return f"Artifact: {artifact.path}{gone}"
 
     def show_run(self) -> None:
-        """Show the run's searches so far. What is published stays so, whatever an older file makes of this."""
+        """Show the run's searches so far. A failure here never affects a published artifact."""
         if self._comm.rank == 0:
             with harmless("The run's report", self._trainer):
                 write_run_report(self._dirpath)
@@ -161,7 +161,7 @@ class Publisher:
                 write_run_report(self._dirpath)
 
     def sum_up(self) -> None:
-        """Say what the run's searches found."""
+        """Announce the findings of the run's searches."""
         if self._comm.rank == 0:
             with harmless("The summary of the run's searches", self._trainer):
                 if text := summarize_run(self._dirpath):
@@ -184,14 +184,14 @@ class Publisher:
         return GatheredWeights(self._module, self._comm)
 
     def _check(self, outcome: SearchOutcome, job: SearchJob, path: Path, manifest: Manifest) -> None:
-        """Read the weights back from the disk, and let validation say that they are what was measured."""
+        """Read the weights back from the disk, and let validation confirm that they are the measured ones."""
         artifact = Artifact(path, manifest)
         # Without a shared file system rank 0 alone has the files.
         if artifact.has_weights and all(self._comm.exchange(path.is_dir())):
             job.scorer.check(outcome.winner, partial(self._model.read, artifact))
 
     def _write_front(self, outcome: SearchOutcome, job: SearchJob, path: Path, _: Manifest) -> None:
-        """Write the other merges of the front, each an artifact of its own, but for those that were rejected."""
+        """Write the other merges of the front, each an artifact of its own, except rejected ones."""
         members = outcome.members()
         kept = on_rank_zero(self._comm, lambda: [m.verdict.status != "rejected" for m in members])
         for member, keep in zip(members, kept, strict=True):
@@ -215,7 +215,7 @@ class Publisher:
                 write_search_report(path, manifest, self._lies(path, manifest))
 
     def _lies(self, path: Path, manifest: Manifest) -> ReportPlace:
-        """Where what is being written at ``path`` lies once it is published."""
+        """The place, once published, of the artifact being written at ``path``."""
         place = self._store.free_path(f"step={manifest['step']:09d}")
         if path.parent.name == FRONT_NAME:
             return ReportPlace(path=place / FRONT_NAME / path.name, up="../../report.html")

@@ -1,4 +1,4 @@
-"""What a run leaves: its best artifact measured against its final weights, on the same batches."""
+"""The end of a run: its best artifact measured against its final weights, on the same batches."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What one rank holds of the model, the buffer and the adapters."""
+"""One rank's part of the model, the buffer and the adapters."""

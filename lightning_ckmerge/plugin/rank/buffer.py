@@ -20,21 +20,21 @@ from lightning_ckmerge.plugin.rank.model import RankModel
 from lightning_ckmerge.plugin.rank.resume import Leftovers, buffer_dirpath, fingerprint, resume_buffer
 from lightning_ckmerge.plugin.triggers import finest_segment
 
-# What tells one fault from another of its kind: steps, file names, sizes.
+# The parts that differ between faults of one kind: steps, file names, sizes.
 NUMBER = re.compile(r"[\da-f]*\d[\da-f]*")
 MAX_TOLD = 2
 
 
 class RankBuffer:
-    """Keeps the snapshots of one rank's tensors. What goes wrong is a warning, after the call in which it was seen.
+    """Keeps the snapshots of one rank's tensors. A fault is a warning, after the call in which it was seen.
 
     A model may change while it is trained. Ranks agree on that where a segment ends and where a search begins, which is
     at the same step for all; until then, a rank that has seen a change or a fault takes nothing in.
 
     Args:
-        config: What to keep.
+        config: The settings of the buffer.
         model: Whose tensors.
-        place: Where artifacts go; snapshots on disk lie below it.
+        place: Where artifacts go; snapshots on disk are below it.
         device: The weights' device.
         total_steps: Length of the run, where it is known.
         warn: Tells people, on rank 0.
@@ -76,10 +76,10 @@ class RankBuffer:
         )
 
     def update(self, step: int) -> bool:
-        """Take in the live weights after an optimizer step, and return whether the buffer started anew.
+        """Take in the live weights after an optimizer step, and return whether the buffer started again.
 
         Raises:
-            Exception: It cannot go on, on this rank or another. Every rank raises, where a segment ends.
+            Exception: It cannot continue, on this rank or another. Every rank raises, where a segment ends.
         """
         if not self.rolling.reads_weights(step):
             self.rolling.update((), step)
@@ -95,10 +95,10 @@ class RankBuffer:
         return False
 
     def agree(self, step: int) -> bool:
-        """Start anew if the model has changed on any rank, and return whether it did. All ranks call it together.
+        """Start again if the model has changed on any rank, and return whether it did. All ranks call it together.
 
         Raises:
-            Exception: The buffer cannot go on, on this rank or another.
+            Exception: The buffer cannot continue, on this rank or another.
         """
         self._note_changes(everywhere=True)
         comm = self._model.comm
@@ -140,7 +140,7 @@ class RankBuffer:
             self._fault = error
 
     def _start_anew(self, step: int, changes: list[str]) -> None:
-        """Build everything again that knows the model's tensors, which are the same on all ranks."""
+        """Rebuild everything that depends on the model's tensors, which are the same on all ranks."""
         is_loss = (self.rolling.first_step() or step) <= step
         with together(self._model.comm):
             self._model.begin()
@@ -150,24 +150,23 @@ class RankBuffer:
         self._changes = []
         if is_loss:
             self._warn(
-                f"The model has changed by step {step}, got {listed(changes)} added, removed, replaced or of another "
-                "shape, precision or device: snapshots from before cannot be merged with it, and the buffer starts "
-                "anew."
+                f"The model changed by step {step}: {listed(changes)} were added, removed, replaced, resized, cast or "
+                "moved. Older snapshots no longer fit, so the buffer starts again."
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain data from which all ranks' buffers go on; no tensors. All ranks call it together."""
+        """Return plain data that restores all ranks' buffers; no tensors. All ranks call it together."""
         with together(self._model.comm):
             own = self.rolling.state_dict()
         self._leftovers.outdate()
-        # A checkpoint holds rank 0's state alone, so that has to hold everybody's.
+        # A checkpoint holds rank 0's state alone, so that has to hold every rank's.
         return {
             "buffers": self._model.comm.exchange(own),
             "layouts": self._model.comm.exchange(fingerprint(self._model.layout)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state, also of other ranks and shards. All ranks call it together.
+        """Restore a state, also of other ranks and shards. All ranks call it together.
 
         Raises:
             SnapshotError: This is not the state of a buffer.
@@ -184,9 +183,11 @@ class RankBuffer:
         self.warn()
 
     def warn(self) -> None:
-        """Warn of what went wrong since the last time, of each kind of fault twice at most: a full disk stays full."""
+        """Warn of the faults since the last call, of each kind twice at most: a full disk stays full."""
         for warning in self.rolling.take_warnings():
             kind = NUMBER.sub("", warning)
             self._told[kind] += 1
             if self._told[kind] <= MAX_TOLD:
-                self._warn(warning + (" Further ones are not told." if self._told[kind] == MAX_TOLD else ""))
+                self._warn(
+                    warning + (" Further warnings of this kind are suppressed." if self._told[kind] == MAX_TOLD else "")
+                )

@@ -21,7 +21,7 @@ from lightning_ckmerge.plugin.rank.peft_adapters import Load, find_adapters
 
 
 class RankModel:
-    """What this rank owns and holds of the module, for one ``fit``. All ranks make theirs together.
+    """This rank's part of the module, for one ``fit``. All ranks make theirs together.
 
     A module may change while it is trained (pruning, a new head): ``changes`` says so, and ``begin`` looks again.
 
@@ -34,14 +34,14 @@ class RankModel:
     Attributes:
         comm: The ranks.
         ownership: Knows this rank's tensors.
-        layout: Of those that it owns, which are buffered and merged here.
+        layout: Of the tensors that it owns, which are buffered and merged here.
         local_layout: Of all that it holds.
         space: The bound space.
         adapters: PEFT's adapters, if the module has any.
 
     Raises:
         ConfigError: As ``find_adapters``.
-        UnsupportedError: Likewise.
+        UnsupportedError: As ``find_adapters``.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class RankModel:
 
         Raises:
             ConfigError: As ``find_adapters``.
-            UnsupportedError: Likewise.
+            UnsupportedError: As ``find_adapters``.
         """
         module = self._module
         self.ownership = Ownership(module, self.comm, self._bucket_bytes)
@@ -90,15 +90,15 @@ class RankModel:
         return self.ownership.changes(everywhere=everywhere)
 
     def select(self, held: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return, of what stands for all that this rank holds, by name, the parts that it owns, in that order."""
+        """Return the parts that this rank owns, in order, from stand-ins by name for all that it holds."""
         return self.layout.order(self.ownership.select(held))
 
     def merging(self, merger: Merger) -> contextlib.AbstractContextManager[Load]:
-        """Yield what writes a merge into the module, on all ranks."""
+        """Yield a writer of merges into the module, on all ranks."""
 
         def load(c: Coefficients) -> None:
             merger.merge(c)
-            self.comm.exchange(None)  # nobody has failed: publishing cannot be left half done
+            self.comm.exchange(None)  # no rank has failed: publishing cannot be left half done
             self.ownership.publish()
             self.ownership.settle()
 

@@ -1,4 +1,4 @@
-"""The PEFT adapters of the Trainer's module: how a search merges them, and what the artifact says about it."""
+"""The PEFT adapters of the Trainer's module: how a search merges them, and the artifact's record of it."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Adapters:
 
     Args:
         module: The LightningModule, which holds at least one model with adapters.
-        config: How to merge them, and what to write.
-        weights: Those that an artifact holds.
+        config: The settings of the artifact.
+        weights: The artifact's weights.
         group_of: Tensor name -> group, where coefficients differ between groups.
         is_sharded: Whether ranks hold parts of the factors.
 
     Raises:
         ConfigError: As ``find_adapters``.
-        UnsupportedError: Likewise.
+        UnsupportedError: As ``find_adapters``.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Adapters:
             )
 
     def describe(self, c: Coefficients) -> dict[str, Any]:
-        """Return what a manifest says about the adapters of a merge with these coefficients."""
+        """Return the manifest's entry for the adapters of a merge with these coefficients."""
         num_merged = len(counted(c))
         stacked = {pair.adapter for pair in self._pairs}
         exported = {
@@ -93,7 +93,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def merging(self, load: Load, num_snapshots: int) -> Iterator[Load]:
-        """Yield what writes a merge into the module, where factors may be of another rank meanwhile.
+        """Yield a writer of merges into the module, where factors may be of another rank meanwhile.
 
         Args:
             load: Averages all tensors, factors too, and makes the result visible on all ranks.
@@ -152,14 +152,14 @@ def _parameter(tensor: Any) -> nn.Parameter:
 
 
 def _exported(path: str, model: Any, names: Collection[str]) -> dict[str, Any]:
-    """Return each adapter's config, and its tensors' names by those that PEFT gives them in its files.
+    """Return each adapter's config, and its tensors' names by their names in PEFT's files.
 
     Empty where PEFT saves something that is no tensor of the ``state_dict``, such as virtual tokens.
     """
     peft: Any = sys.modules["peft"]  # whose models there are
     prefix = f"{path}." if path else ""
     own = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
-    # What `inject_adapter_in_model` returned lacks the PeftModel around it, for which PEFT's files are.
+    # A model from `inject_adapter_in_model` lacks the PeftModel around it, which PEFT's files describe.
     inner = "" if hasattr(type(model), "peft_config") else "base_model.model."
     found = {}
     for adapter, config in model.peft_config.items():

@@ -1,4 +1,4 @@
-"""A buffer goes on after a restart, on the same ranks and shards as before, or on others."""
+"""Restores a buffer after a restart, on the same ranks and shards as before, or on others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def buffer_dirpath(dirpath: Path, rank: int, world_size: int) -> Path:
 
 
 def fingerprint(layout: TensorLayout) -> str:
-    """Return what tells one rank's part of the model from another's."""
+    """Return an identifier of one rank's part of the model."""
     return hashlib.sha256(repr([(s.name, s.shape) for s in layout.slots]).encode()).hexdigest()
 
 
@@ -39,9 +39,9 @@ def resume_buffer(
     comm: Comm,
     place: Place,
 ) -> tuple[Leftovers, list[str]]:
-    """Go on from the old ranks' states; their files are used as they are if each rank has the same part as before.
+    """Restore the old ranks' states; their files are used as they are if each rank has the same part as before.
 
-    Files that lie elsewhere are linked or copied, and left alone there.
+    Files elsewhere are linked or copied, and left alone there.
 
     Args:
         buffer: A new one.
@@ -52,7 +52,7 @@ def resume_buffer(
         place: Where artifacts go, and where the files lie.
 
     Returns:
-        The files that are no longer used, and what could not be taken over.
+        The unused files, and warnings of snapshots that could not be taken over.
 
     Raises:
         SnapshotError: These are no states of a buffer.
@@ -87,7 +87,7 @@ class Leftovers:
 
     Args:
         dirpaths: Those that this rank removes.
-        run_id: What the files' names begin with.
+        run_id: Start of the files' names.
     """
 
     def __init__(self, dirpaths: Sequence[Path], run_id: str) -> None:

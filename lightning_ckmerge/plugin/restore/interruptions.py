@@ -53,8 +53,8 @@ class Interruptions:
         self._received: deque[tuple[int, Handler]] = deque()
         self._is_deferring = False
         self._may_end_search = False
-        self._waiting: str | None = None
-        self._is_over = threading.Event()
+        self._own_weights = threading.Lock()  # who holds it may count on the run's own weights, or on a candidate's
+        self._waiting: set[int] = set()  # threads
         self._thread = 0
         self._threads: set[int | None] = set()
         self._stops: list[bool] = []
@@ -63,17 +63,17 @@ class Interruptions:
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
         """Defer what comes within; afterwards it takes its course, also where the search failed."""
-        self._waiting, self._stops, self._may_end_search = None, [], True
+        self._stops, self._may_end_search = [], True
         self._thread = threading.get_ident()
         self._threads = {thread.ident for thread in threading.enumerate()}
-        self._is_over.clear()
+        self._own_weights.acquire()  # a thread that waited for an earlier search may still be saving
         had_sigterm, is_everywhere = self._trainer.received_sigterm, False
         try:
             with self._watched_trainer(), self._deferred_signals():
                 yield
                 is_everywhere = self._await_others()
         finally:
-            self._is_over.set()
+            self._own_weights.release()
             self._deliver()
         if is_everywhere and self._trainer.received_sigterm and not had_sigterm:
             # As Lightning's own evaluation loop does at its next batch.
@@ -87,7 +87,7 @@ class Interruptions:
         if self._received:
             name = signal.Signals(self._received[0][0]).name
             return f"{name} arrived; its handler runs once the run's weights are restored"
-        return self._waiting
+        return "another thread is saving a checkpoint and waits for the run's weights" if self._waiting else None
 
     def let_finish(self) -> None:
         """Defer on, but no longer end the search: it has reached its verdict."""
@@ -166,13 +166,18 @@ class Interruptions:
             if not self._is_outside():
                 self._warn_once()
                 return
-            self._waiting = "another thread is saving a checkpoint and waits for the run's weights"
-            if not self._is_over.wait(MAX_WAIT_S):
+            self._waiting.add(threading.get_ident())
+            has_own_weights = self._own_weights.acquire(timeout=MAX_WAIT_S)
+            self._waiting.discard(threading.get_ident())
+            if not has_own_weights:
                 raise SearchError(
                     "a checkpoint must hold the run's own weights, got a merge search that has not ended after "
                     f"{MAX_WAIT_S:g} s. Save it again later."
                 )
-            save(*args, **kwargs)
+            try:
+                save(*args, **kwargs)
+            finally:
+                self._own_weights.release()
 
         return deferred
 
