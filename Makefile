@@ -17,7 +17,7 @@ demo-fsdp2: $(READY)  ## Pretrain a smaller GPT, sharded over two processes.
 	OMP_NUM_THREADS=1 $(BIN)/python examples/pretrain_gpt.py fit --config examples/pretrain_gpt_fsdp2.yaml
 
 test: $(READY)  ## Run the test suite. ARGS="-k buffer" picks a part of it.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(READY)  ## Format, lint, types, layers, public names, and the examples in docstrings.
 	$(BIN)/ruff format --check .

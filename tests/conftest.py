@@ -1,23 +1,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from tests.ranks import RankPool
+from tests.support.outcomes import Publish, publisher
+from tests.support.ranks import RankPool
 
 # On a busy machine a test that takes a millisecond may take a second.
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each file's tests to one worker, so that its fixtures are built once, and those on two ranks to another."""
-    for item in items:
-        group = "ranks" if "ranks" in getattr(item, "fixturenames", ()) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +20,9 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool(2)
     yield pool
     pool.stop()
+
+
+@pytest.fixture
+def publish(tmp_path: Path) -> Publish:
+    """Publishes made-up searches of one run in ``tmp_path / "merges"``."""
+    return publisher(tmp_path / "merges")

@@ -24,6 +24,7 @@ from lightning_ckmerge.core.layout import Flats, OwnedTensor, TensorLayout
 from lightning_ckmerge.core.merge import BLOCK_NUMEL, pool_means, update_means
 from lightning_ckmerge.core.merge_plan import MergePlan
 from lightning_ckmerge.core.native.fused import load_kernel
+from tests.support.trainers import make_trainer
 
 BLOCK_BYTES = 8 * BLOCK_NUMEL
 NUMEL = 5 * BLOCK_NUMEL + 3
@@ -196,15 +197,7 @@ def test_what_a_step_costs_does_not_grow_with_the_model_when_nothing_is_due(snap
         merge = CountsCalls(
             dirpath=tmp_path, every_n_train_steps=100, search_on_train_end=False, buffer=buffer, search=search
         )
-        trainer = pl.Trainer(
-            max_steps=8,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[merge],
-        )
+        trainer = make_trainer(tmp_path, merge, max_steps=8)
         trainer.fit(Layers(num_layers), DataLoader(torch.ones(16, 2), 2))
         calls.append([n for i, n in enumerate(merge.calls, start=1) if i % 3])
     small, large = calls
@@ -268,19 +261,8 @@ def test_a_search_runs_the_forward_passes_it_needs_and_holds_one_copy_of_the_wei
     once = SearchAtEnd(merge)
     data = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     model = Wide()
-    trainer = pl.Trainer(
-        max_steps=8,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[merge, once],
-        num_sanity_val_steps=0,
-        limit_val_batches=0.5,
-        check_val_every_n_epoch=1000,
-        default_root_dir=tmp_path,
-    )
+    options: dict[str, Any] = {"limit_val_batches": 0.5, "check_val_every_n_epoch": 1000, "num_sanity_val_steps": 0}
+    trainer = make_trainer(tmp_path, merge, once, max_steps=8, **options)
     trainer.fit(model, DataLoader(data, 2), DataLoader(data, 2))
     manifest = once.manifest
     num_candidates = len(manifest["anchors"]) + len(manifest["trials"])

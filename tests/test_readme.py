@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_ckmerge import CheckpointMergeCallback
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.docs.pages import run_python
+from tests.support.pages import run_python
 
 README = Path(__file__).parents[1] / "README.md"
 

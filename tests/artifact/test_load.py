@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.errors import ArtifactError
-from tests.artifact.conftest import Publish, TiedModel, tensors_of
+from tests.support.outcomes import Publish, TiedModel, tensors_of
 
 
 def randomised(seed: int, **kwargs: Any) -> TiedModel:

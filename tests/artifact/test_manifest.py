@@ -12,7 +12,7 @@ import pytest
 from lightning_ckmerge.artifact.manifest import build_manifest, check_manifest, read_manifest, write_manifest
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.errors import ArtifactError
-from tests.artifact.outcomes import make_outcome
+from tests.support.outcomes import make_outcome
 
 # DESIGN 3.3: keys exactly.
 KEYS = {

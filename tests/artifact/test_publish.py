@@ -5,10 +5,11 @@ import json
 import multiprocessing
 import os
 import resource
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from fnmatch import fnmatch
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.errors import ArtifactError
-from tests.artifact.conftest import Publish, TiedModel, tensors_of
-from tests.artifact.outcomes import LocalWeights, make_outcome
+from tests.support.outcomes import LocalWeights, Publish, TiedModel, make_outcome, tensors_of
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture
@@ -236,15 +237,33 @@ def _publish_forever(merges: Path) -> None:
         store.publish(build_manifest(make_outcome(step=step, value=2 - step / 10_000)), LocalWeights(weights))
 
 
+# What can be seen of a publication at each of its stages.
+MOMENTS: tuple[Callable[[Path], object], ...] = (
+    lambda merges: seen(merges, ".tmp-step=*"),
+    lambda merges: seen(merges, ".tmp-step=*/model.safetensors"),
+    lambda merges: seen(merges, ".tmp-step=*/manifest.json"),
+    lambda merges: seen(merges, ".tmp-best*"),
+    lambda merges: not seen(merges, ".tmp-*"),
+    lambda merges: len(seen(merges, "step=*")) > (merges / "timeline.jsonl").read_text().count("\n"),
+)
+
+
+def seen(merges: Path, pattern: str) -> list[str]:
+    """Return the paths that match, in a directory whose entries come and go."""
+    found = [str(Path(d, name).relative_to(merges)) for d, *names in os.walk(merges) for name in chain(*names)]
+    return [path for path in found if path.count("/") == pattern.count("/") and fnmatch(path, pattern)]
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_killed_run_leaves_whole_artifacts_only(tmp_path: Path) -> None:
-    """Killed at six moments among many publications: whatever has an artifact's name verifies, and so does ``best``."""
+    """Killed at six moments of a publication: whatever has an artifact's name verifies, and so does ``best``."""
     num_searches = 0
-    for i in range(6):
+    for i, begun in enumerate(MOMENTS):
         merges = tmp_path / str(i)
         process = multiprocessing.get_context("fork").Process(target=_publish_forever, args=(merges,))
         process.start()
-        time.sleep(0.25 + 0.037 * i)
+        wait_until(lambda merges=merges: (merges / "best").exists())
+        wait_until(partial(begun, merges), every_s=0)
         process.kill()
         process.join()
         for path in merges.glob("step=*"):

@@ -14,8 +14,7 @@ from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore
 from lightning_ckmerge.artifact.runs import Claim, find_run, is_alive, keep_snapshots, likely
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.artifact.conftest import TiedModel, tensors_of
-from tests.artifact.outcomes import LocalWeights, make_outcome
+from tests.support.outcomes import LocalWeights, TiedModel, make_outcome, tensors_of
 
 
 def publish(claim: Claim, *, step: int, value: float) -> Artifact:

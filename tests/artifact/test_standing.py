@@ -13,7 +13,7 @@ from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.artifact.publish import ArtifactStore
 from lightning_ckmerge.artifact.standing import STANDING_NAME, Standing, read_standing, write_standing
 from lightning_ckmerge.core.objectives import Mode
-from tests.artifact.conftest import Publish, TiedModel
+from tests.support.outcomes import Publish, TiedModel
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.artifact.timeline import append_timeline, read_timeline, timeline_record
 from lightning_ckmerge.errors import ArtifactError
-from tests.artifact.outcomes import make_outcome
+from tests.support.outcomes import make_outcome
 
 
 def test_a_record_tells_the_search_in_a_line() -> None:

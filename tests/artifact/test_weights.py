@@ -14,7 +14,7 @@ from lightning_ckmerge.core.layout import DTYPES
 from lightning_ckmerge.errors import ArtifactError
 from lightning_ckmerge.tensorfiles.durable import file_record
 from lightning_ckmerge.tensorfiles.reader import StoredWeights
-from tests.artifact.outcomes import LocalWeights
+from tests.support.outcomes import LocalWeights
 
 LARGE = 1 << 30
 

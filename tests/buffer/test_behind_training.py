@@ -15,7 +15,7 @@ from lightning_ckmerge.buffer.storage import Stored
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.layout import OwnedTensor, TensorLayout
 from lightning_ckmerge.core.merge import BLOCK_NUMEL
-from tests.buffer.runs import Run
+from tests.support.rolling import Run
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ import pytest
 from lightning_ckmerge.buffer import DiskStorage, MemoryStorage
 from lightning_ckmerge.buffer.storage import Stored
 from lightning_ckmerge.errors import CkmergeError
-from tests.buffer.runs import Run, files, spans
+from tests.support.rolling import Run, files, spans
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,7 +57,7 @@ FULL_DISK = """
     import resource, sys
     from pathlib import Path
     from lightning_ckmerge.buffer import DiskStorage
-    from tests.buffer.runs import Run, files, spans
+    from tests.support.rolling import Run, files, spans
 
     run, place = Run(), Path(sys.argv[1])
     buffer = run.buffer(DiskStorage(place), capacity=3, layout=sys.argv[2])

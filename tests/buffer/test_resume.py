@@ -11,7 +11,7 @@ import torch
 
 from lightning_ckmerge.buffer import DiskStorage, MemoryStorage
 from lightning_ckmerge.errors import SnapshotError
-from tests.buffer.runs import RUN_ID, Run, assert_same, files, spans
+from tests.support.rolling import RUN_ID, Run, assert_same, files, spans
 
 END = 83
 

@@ -15,7 +15,7 @@ from lightning_ckmerge.buffer.storage import Stored
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.layout import OwnedTensor, TensorLayout
 from lightning_ckmerge.core.segments import Segment
-from tests.buffer.runs import Run, assert_same, spans
+from tests.support.rolling import Run, assert_same, spans
 
 
 @pytest.fixture(params=["disk", "memory"])

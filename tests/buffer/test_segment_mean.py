@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_ckmerge.buffer import DiskStorage, MemoryStorage, segment_mean
 from lightning_ckmerge.buffer.segment_mean import MAX_UPDATES, SegmentMean
 from lightning_ckmerge.core.layout import Flats
-from tests.buffer.runs import Run
+from tests.support.rolling import Run
 
 SPREAD = 1e-3
 

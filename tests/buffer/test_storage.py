@@ -21,7 +21,7 @@ from lightning_ckmerge.buffer.storage import Stored, check_file
 from lightning_ckmerge.core.layout import Flats, OwnedTensor, TensorLayout
 from lightning_ckmerge.core.merge import BLOCK_NUMEL
 from lightning_ckmerge.errors import SnapshotError
-from tests.buffer.runs import make_owned
+from tests.support.rolling import make_owned
 
 NAME = "0123abcd-000000001-000000025-mean.safetensors"
 

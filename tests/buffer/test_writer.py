@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 
 from lightning_ckmerge.buffer.writer import Writer
+from tests.support.waiting import wait_until
 
 
 def test_jobs_run_in_order_off_the_callers_thread() -> None:
@@ -73,9 +75,8 @@ def test_a_writer_built_before_a_fork_works_in_the_child() -> None:
     if pid == 0:
         seen: list[int] = []
         writer.submit(lambda: seen.append(1))
-        deadline = time.monotonic() + 10
-        while not seen and time.monotonic() < deadline:
-            time.sleep(0.01)
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: seen, timeout_s=10)
         os._exit(0 if seen else 1)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0

@@ -10,8 +10,8 @@ import torch
 from lightning_ckmerge.checkpoints.formats import find_sources, open_source
 from lightning_ckmerge.core.layout import tensor_spec
 from lightning_ckmerge.errors import ArtifactError
-from tests.artifact.conftest import Publish, tensors_of
-from tests.cli.checkpoints import STEPS, WRITERS, model_at, write_all, write_distributed, write_hub, write_lightning
+from tests.support.checkpoints import STEPS, WRITERS, model_at, write_all, write_distributed, write_hub, write_lightning
+from tests.support.outcomes import Publish, tensors_of
 
 
 class Surprise:

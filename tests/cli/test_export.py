@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lightning_ckmerge.cli import pretrained
 from lightning_ckmerge.report.card import render_card
-from tests.artifact.conftest import Publish, tensors_of
-from tests.cli.commands import ckmerge, ckmerge_json
-from tests.cli.transformers_models import CASES, Language, gpt2, llama, logits
+from tests.support.commands import ckmerge, ckmerge_json
+from tests.support.language import CASES, Language, gpt2, llama, logits
+from tests.support.outcomes import Publish, tensors_of
 
 transformers: Any = pytest.importorskip("transformers")
 

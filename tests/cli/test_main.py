@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from lightning_ckmerge import __version__
 from lightning_ckmerge.cli.main import app
-from tests.artifact.conftest import Publish
-from tests.cli.commands import ckmerge, ckmerge_process
+from tests.support.commands import ckmerge, ckmerge_process
+from tests.support.outcomes import Publish
 
 COMMANDS = sorted(get_command(app).commands)  # type: ignore[attr-defined]
 # What takes seconds to import.

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,12 @@ from lightning_ckmerge import load_merged
 from lightning_ckmerge.checkpoints.formats import open_source
 from lightning_ckmerge.core.native.mixing import load_mix_kernel
 from lightning_ckmerge.errors import ArtifactError
-from tests.artifact.conftest import tensors_of
-from tests.cli.checkpoints import WRITERS, model_at, write_all, write_lightning
-from tests.cli.commands import ckmerge, ckmerge_json
+from tests.support.checkpoints import WRITERS, model_at, write_all, write_lightning
+from tests.support.commands import ckmerge, ckmerge_json
+from tests.support.outcomes import tensors_of
+from tests.support.trainers import make_trainer
+from tests.support.waiting import wait_until
+from tests.support.warnings import only_expected
 
 ROOT = Path(__file__).parents[2]
 
@@ -217,11 +219,8 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
     options = ["--schedule", "uniform", "--out", tmp_path / "o" / "out"]
     command = [sys.executable, "-c", f"{heed}; {start}", "merge", *paths, *options]
     process: Any = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "o").glob(".tmp-out-*/*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: process.poll() is not None or list((tmp_path / "o").glob(".tmp-out-*/*")))
+    assert process.poll() is None
     os.kill(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
@@ -314,15 +313,10 @@ class Small(pl.LightningModule):
         self.log("loss", self.layer(batch).sum())
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_ckpt_is_what_lightning_opens(tmp_path: Path) -> None:
-    options: dict[str, Any] = {
-        "logger": False, "accelerator": "cpu", "enable_progress_bar": False, "enable_checkpointing": False,
-        "enable_model_summary": False,
-    }  # fmt: skip
     paths = []
     for step, width in ((100, 3), (200, 3)):
-        model, trainer = Small(width), pl.Trainer(**options)
+        model, trainer = Small(width), make_trainer()
         trainer.strategy.connect(model)
         model.calls.fill_(step)  # type: ignore[operator]
         paths.append(tmp_path / f"step={step}.ckpt")
@@ -341,7 +335,8 @@ def test_a_ckpt_is_what_lightning_opens(tmp_path: Path) -> None:
     assert loaded.head.weight is loaded.layer.weight
     assert int(loaded.calls) == 200  # type: ignore[arg-type]
     loader = torch.utils.data.DataLoader(torch.ones(2, 3))
-    (found,) = pl.Trainer(**options).test(Small(3), loader, ckpt_path=out, verbose=False)
+    with only_expected():
+        (found,) = make_trainer().test(Small(3), loader, ckpt_path=out, verbose=False)
     assert found["loss"] == pytest.approx(float(loaded.layer(torch.ones(1, 3))))
     ckmerge("merge", out, paths[1], "--weights", "1,1", "--out", tmp_path / "again.ckpt")
     with pytest.raises(ArtifactError, match="load_from_checkpoint"):

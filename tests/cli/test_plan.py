@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from lightning_ckmerge import BufferConfig
-from tests.cli.commands import ckmerge, ckmerge_json
-from tests.cli.runs import NUM_STEPS, write_config
+from tests.support.commands import ckmerge, ckmerge_json
+from tests.support.offline import NUM_STEPS, write_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 # One layer of 8 weights and a bias, in float32.
@@ -61,7 +61,7 @@ def test_a_plan_follows_the_config(
 
 
 def test_an_unsupported_strategy_is_a_finding_with_the_reason(tmp_path: Path) -> None:
-    strategy = {"class_path": "tests.cli.runs.OwnStrategy", "init_args": {"accelerator": None}}
+    strategy = {"class_path": "tests.support.offline.OwnStrategy", "init_args": {"accelerator": None}}
     plan = plan_of(write_config(tmp_path, trainer={"strategy": strategy}), code=1)
     assert "got OwnStrategy. Supported: a single device" in plan["faults"][0]
 
@@ -133,9 +133,9 @@ def test_too_few_batches_for_a_verdict_are_foretold(tmp_path: Path, num: int | N
 
 def test_a_config_is_imported_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Classes live in the user's own files, which a console script does not see by itself."""
-    (tmp_path / "users_own_module.py").write_text("from tests.cli.runs import Wandering as Own\n")
+    (tmp_path / "users_own_module.py").write_text("from tests.support.offline import Wandering as Own\n")
     path = write_config(tmp_path)
-    path.write_text(path.read_text().replace("tests.cli.runs.Wandering", "users_own_module.Own"))
+    path.write_text(path.read_text().replace("tests.support.offline.Wandering", "users_own_module.Own"))
     monkeypatch.chdir(tmp_path)
     assert ckmerge_json("plan", path)["ok"]
 
@@ -156,7 +156,7 @@ def test_a_config_is_imported_from_the_working_directory(tmp_path: Path, monkeyp
             "every_n_train_steps: Expected a <class 'int'>; Given value: 2.5. Correct that entry",
         ),
         ({"search": {"n_trials": 0}}, "error: `search.n_trials >= 1` must hold, got 0. The default is 16."),
-        ({"data": "NoData"}, "module 'tests.cli.runs' has no attribute 'NoData'. Run from the directory where"),
+        ({"data": "NoData"}, "module 'tests.support.offline' has no attribute 'NoData'. Run from the directory where"),
         ({"trainer": {"max_stepz": 1}}, "Group 'trainer' does not accept option 'max_stepz'. Correct that entry"),
     ],
 )

@@ -12,9 +12,8 @@ from lightning_ckmerge.artifact.publish import ArtifactStore
 from lightning_ckmerge.artifact.runs import Claim
 from lightning_ckmerge.report.markdown import render_markdown
 from lightning_ckmerge.report.text import ReportPlace
-from tests.artifact.conftest import Publish, TiedModel, tensors_of
-from tests.artifact.outcomes import LocalWeights, make_outcome
-from tests.cli.commands import ckmerge, ckmerge_json
+from tests.support.commands import ckmerge, ckmerge_json
+from tests.support.outcomes import LocalWeights, Publish, TiedModel, make_outcome, tensors_of
 
 
 @pytest.fixture

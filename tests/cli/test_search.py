@@ -3,13 +3,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import optuna
 import pytest
 import torch
@@ -18,11 +16,14 @@ from safetensors.torch import save_file
 
 from lightning_ckmerge import EvaluationConfig, SearchConfig, load_merged, search_checkpoints
 from lightning_ckmerge.checkpoints.formats import find_sources, open_source
+from lightning_ckmerge.cli.main import app
 from lightning_ckmerge.errors import ArtifactError, ConfigError, MonitorError
 from lightning_ckmerge.tensorfiles.durable import file_record
-from tests.cli.commands import ckmerge, ckmerge_json
-from tests.cli.postgres import PG_CTL, postgres
-from tests.cli.runs import EVERY, NUM_STEPS, PointsData, Wandering, train, write_config
+from tests.support.commands import ckmerge, ckmerge_json
+from tests.support.offline import EVERY, NUM_STEPS, PointsData, Wandering, train_without_merging, write_config
+from tests.support.postgres import PG_CTL, postgres
+from tests.support.ranks import forkserver
+from tests.support.trainers import make_trainer
 
 ROOT = Path(__file__).parents[2]
 STEPS = list(range(EVERY, NUM_STEPS + 1, EVERY))
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("run"))
+    return train_without_merging(tmp_path_factory.mktemp("run"))
 
 
 def search_args(checkpoints: Path, root: Path, *more: object, **config: Any) -> list[object]:
@@ -73,7 +74,7 @@ def test_values_are_those_of_trainer_validate(checkpoints: Path, tmp_path: Path)
     found = ckmerge_json(*search_args(checkpoints, tmp_path, evaluation={"confirm_fraction": 0.02}), code=1)
     manifest = ckmerge_json("show", found["artifact"])
     module = Wandering()
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer = make_trainer()
 
     def value() -> float:
         return float(trainer.validate(module, datamodule=PointsData(), verbose=False)[0]["val_loss"])
@@ -138,13 +139,10 @@ def test_other_checkpoints_are_another_search(checkpoints: Path, tmp_path: Path)
     assert len(ckmerge_json("show", found["artifact"])["snapshots"]) == 3
 
 
-def start(args: list[object], cwd: Path) -> subprocess.Popen[str]:
-    program = "from lightning_ckmerge.cli.main import app; app()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program, *map(str, args)]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def run_elsewhere(args: list[str], cwd: Path, output: Path) -> None:
+    os.chdir(cwd)
+    with output.open("w") as file, redirect_stdout(file):
+        app(args)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -162,11 +160,20 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 def test_processes_share_one_search(checkpoints: Path, tmp_path: Path, database: str) -> None:
     """In processes of their own, from another directory, as on several devices."""
     args = search_args(checkpoints, tmp_path, "--n-trials", 8, "--storage", database, "--json")
-    processes = [start(args, tmp_path), start([*args, "--worker"], tmp_path)]
-    outputs = [p.communicate(timeout=200) for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], outputs
-    assert json.loads(outputs[0][0])["verdict"]["status"] == "accepted"
-    assert json.loads(outputs[1][0])["scored"] >= 1
+    commands = [[*map(str, args)], [*map(str, args), "--worker"]]
+    outputs = [tmp_path / f"{i}.json" for i in range(len(commands))]
+    processes = [
+        forkserver().Process(target=run_elsewhere, args=(command, tmp_path, output))
+        for command, output in zip(commands, outputs, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+    assert [p.exitcode for p in processes] == [0, 0], "the tracebacks are on stderr"
+    first, worker = (json.loads(output.read_text()) for output in outputs)
+    assert first["verdict"]["status"] == "accepted"
+    assert worker["scored"] >= 1
     study = optuna.load_study(study_name=None, storage=database)
     trials = [t for t in study.trials if t.user_attrs["name"].startswith("trial-")]
     assert 8 <= len(trials) <= 9
@@ -182,7 +189,7 @@ def test_a_config_of_a_class_of_ones_own_names_the_classes(checkpoints: Path, tm
     config["model"], config["data"] = {"width": 8}, {}
     path.write_text(yaml.safe_dump({"fit": config}))
     assert "--model-class" in ckmerge(*args, code=2).stderr
-    classes = ("--model-class", "tests.cli.runs.Wandering", "--data-class", "tests.cli.runs.PointsData")
+    classes = ("--model-class", "tests.support.offline.Wandering", "--data-class", "tests.support.offline.PointsData")
     assert ckmerge_json(*args, *classes)["verdict"]["status"] == "accepted"
 
 
@@ -213,7 +220,7 @@ def test_a_merge_that_does_not_help_is_a_finding(checkpoints: Path, tmp_path: Pa
         (("--storage", "sqlite:////dev/null/x"), {}, "unable to open database file. Check the URL"),
         ((), {"trainer": {"max_stepz": 1}}, "max_stepz"),
         ((), {"search": {"n_trials": 0}}, "`search.n_trials >= 1` must hold"),
-        (("--model-class", "tests.cli.runs.Gone"), {}, "import path, got 'tests.cli.runs.Gone'"),
+        (("--model-class", "tests.support.offline.Gone"), {}, "import path, got 'tests.support.offline.Gone'"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_in_one_line(

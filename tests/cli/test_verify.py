@@ -15,9 +15,8 @@ from torch import Tensor
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.core.specs import Box, part_name, whole
 from lightning_ckmerge.tensorfiles.durable import file_record
-from tests.artifact.conftest import Publish, TiedModel, tensors_of
-from tests.artifact.outcomes import LAST_STEPS, make_outcome
-from tests.cli.commands import ckmerge, ckmerge_json
+from tests.support.commands import ckmerge, ckmerge_json
+from tests.support.outcomes import LAST_STEPS, Publish, TiedModel, make_outcome, tensors_of
 
 
 def damage(path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Auto, Decay, Grouped, kernel
-from tests.core.runs import coordinates, means, runs, with_latest
+from tests.support.segments import coordinates, means, runs, with_latest
 
 NAMES = ["embed.weight", "blocks.0.attn.weight", "blocks.0.mlp.weight", "norm.weight"]
 AUTO = Auto().bind(NAMES)

@@ -34,7 +34,7 @@ from lightning_ckmerge.core.spaces import (
     power_kernel,
 )
 from lightning_ckmerge.errors import ConfigError
-from tests.core.runs import coordinates, means, runs, with_latest
+from tests.support.segments import coordinates, means, runs, with_latest
 
 NAMES = ["embed.weight", "blocks.0.attn.weight", "blocks.0.mlp.weight", "norm.weight"]
 SPACES = [

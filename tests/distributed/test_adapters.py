@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from lightning_ckmerge import ArtifactConfig, BufferConfig, load_merged
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.checkpoints.rebuild import rebuild
-from tests.distributed.trainers import Classifier, fit, make_merge, points, same_trail
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, fit, make_rank_merge, points, same_trail
+from tests.support.ranks import RankPool
 
 peft: Any = pytest.importorskip("peft")
 
@@ -34,7 +34,7 @@ class Adapted(Classifier):
 
 
 def run(strategy: str, root: str, kind: Any) -> dict[str, Any]:
-    merge = make_merge(
+    merge = make_rank_merge(
         root,
         artifact=ArtifactConfig(adapters=kind, max_shard_size="600B"),
         buffer=BufferConfig(every_n_train_steps=2, snapshot="point"),
@@ -77,7 +77,7 @@ def test_two_ranks(ranks: RankPool, tmp_path: Path, strategy: str, kind: str) ->
 
 def refusal(root: str) -> str:
     try:
-        fit("fsdp2", root, make_merge(root, artifact=ArtifactConfig(adapters="products")), model=Adapted)
+        fit("fsdp2", root, make_rank_merge(root, artifact=ArtifactConfig(adapters="products")), model=Adapted)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "none"

@@ -25,10 +25,10 @@ from lightning_ckmerge.core.spaces import Grouped
 from lightning_ckmerge.distributed.comm import Ranks
 from lightning_ckmerge.distributed.gather import GatheredWeights, scatter
 from lightning_ckmerge.errors import PeerError
-from lightning_ckmerge.tensorfiles.writer import ShardWriter
-from tests.artifact.outcomes import LocalWeights
-from tests.distributed.trainers import Classifier, fit, make_merge, points, published
-from tests.ranks import RankPool
+from lightning_ckmerge.tensorfiles.writer import HashedFile
+from tests.support.outcomes import LocalWeights
+from tests.support.rank_runs import Classifier, fit, make_rank_merge, points, published
+from tests.support.ranks import RankPool
 
 SHARD_SIZES = {"single": 10**9, "several": 3000}
 
@@ -98,7 +98,7 @@ def test_files_equal_those_of_one_process(
 def failing_write(directory: str) -> tuple[str, str]:
     """The disk of rank 1 is full in its second shard; it goes on gathering."""
     comm = Ranks()
-    original, count = ShardWriter._append, 0
+    original, count = HashedFile.write, 0
 
     def failing(self: Any, data: Any) -> None:
         nonlocal count
@@ -107,7 +107,7 @@ def failing_write(directory: str) -> tuple[str, str]:
             raise OSError(errno.ENOSPC, "full")
         original(self, data)
 
-    ShardWriter._append = failing  # type: ignore[method-assign]
+    HashedFile.write = failing  # type: ignore[method-assign]
     try:
         write_weights(Path(directory), GatheredWeights(make_model("fsdp2"), comm), 3000, comm)
     except OSError as error:
@@ -116,7 +116,7 @@ def failing_write(directory: str) -> tuple[str, str]:
     except PeerError as error:
         return type(error).__name__, comm.exchange("well")[0]
     finally:
-        ShardWriter._append = original  # type: ignore[method-assign]
+        HashedFile.write = original  # type: ignore[method-assign]
         comm.close()
     return "nothing", ""
 
@@ -145,7 +145,7 @@ def test_whole_tensors_are_scattered(ranks: RankPool, tmp_path: Path) -> None:
 
 def trained(strategy: str, root: str) -> dict[str, Tensor]:
     artifact = ArtifactConfig(max_shard_size="600B", formats=("safetensors", "ckpt"))
-    merge = make_merge(root, artifact=artifact, search_on_train_end=False)
+    merge = make_rank_merge(root, artifact=artifact, search_on_train_end=False)
     run = fit(strategy, root, merge, model=partial(Classifier, norm=strategy == "ddp"))
     return {n: GatheredWeights(run.module, Ranks()).gather(n) for n in ("net.0.weight",)}
 
@@ -187,7 +187,7 @@ def trained_in_groups(strategy: str, root: str) -> int:
     search = SearchConfig(
         space=space, anchors=[], n_trials=6, sampler=RandomSampler(seed=0), max_fraction_of_training=None
     )
-    merge = make_merge(root, search=search, search_on_train_end=False)
+    merge = make_rank_merge(root, search=search, search_on_train_end=False)
     return fit(strategy, root, merge, model=partial(Classifier, norm=strategy == "ddp")).trainer.global_step
 
 
@@ -212,7 +212,7 @@ class TwoMetrics(Classifier):
 
 def trained_by_two(strategy: str, root: str) -> int:
     search = SearchConfig(max_fraction_of_training=None, n_trials=6, sampler=RandomSampler(seed=0))
-    merge = make_merge(
+    merge = make_rank_merge(
         root, monitor=["val_loss", "val_size"], mode=["min", "max"], search=search, search_on_train_end=False
     )
     return fit(strategy, root, merge, model=partial(TwoMetrics, norm=strategy == "ddp")).trainer.global_step
@@ -232,7 +232,7 @@ def test_merges_of_a_pareto_front_are_written_by_all_ranks(ranks: RankPool, tmp_
 
 def applied(strategy: str, root: str) -> dict[str, Tensor]:
     """Confirmed on half of the batches, so that the merge is accepted, and loaded into the module."""
-    merge = make_merge(root, apply="on_train_end", every_n_train_steps=None, evaluation=EvaluationConfig())
+    merge = make_rank_merge(root, apply="on_train_end", every_n_train_steps=None, evaluation=EvaluationConfig())
     val = DataLoader(points(643), batch_size=8)
     run = fit(strategy, root, merge, model=partial(Classifier, norm=strategy == "ddp"), max_epochs=4, val=val)
     comm = Ranks()

@@ -18,10 +18,11 @@ from lightning_ckmerge.buffer.segment_mean import SegmentMean
 from lightning_ckmerge.distributed.comm import Ranks, together
 from lightning_ckmerge.errors import CkmergeError, PeerError
 from tests.distributed.test_faults import BoomError, Fault
-from tests.distributed.trainers import fit, make_merge, published, same_trail
-from tests.ranks import RankPool
+from tests.support.rank_runs import fit, fit_plain, make_rank_merge, published, same_trail
+from tests.support.ranks import RankPool
 
 CHANGED_AT = 5  # in the middle of a segment
+TOLD = ["buffer", "the same tensors on all ranks", "boom"]
 
 
 def steps(root: Path) -> list[int]:
@@ -58,7 +59,9 @@ def changed(change: Callable[[Any], object], on_ranks: tuple[int, ...], on_error
     others = [Change(change, on_ranks)]
     baseline = fit("ddp", root, None, others=others)
     try:
-        found = fit("ddp", root, make_merge(root, every_n_train_steps=4, on_error=on_error), others=others)
+        found = fit(
+            "ddp", root, make_rank_merge(root, every_n_train_steps=4, on_error=on_error), others=others, expected=TOLD
+        )
     except CkmergeError as error:
         return str(error)
     return same_trail(found, baseline)
@@ -106,7 +109,7 @@ class Reshards(pl.Callback):
 
 
 def sampled(root: str) -> bool:
-    found = fit("fsdp2", root, None, others=[Samples(), make_merge(root), Reshards()])
+    found = fit("fsdp2", root, None, others=[Samples(), make_rank_merge(root), Reshards()])
     return same_trail(found, fit("fsdp2", root, None, others=[Samples(), Reshards()]))
 
 
@@ -117,10 +120,11 @@ def test_a_forward_pass_before_the_buffer_reads_the_shards(ranks: RankPool, tmp_
 
 
 def failing(on_error: str, root: str) -> Any:
-    baseline = fit("ddp", root, None)
+    baseline = fit_plain("ddp", root)
     with Fault(1, (SegmentMean, "take", 5)) as fault:
         try:
-            found = fit("ddp", root, make_merge(root, on_error=on_error, every_n_train_steps=4))
+            merge = make_rank_merge(root, on_error=on_error, every_n_train_steps=4)
+            found = fit("ddp", root, merge, expected=TOLD)
         except (CkmergeError, BoomError) as error:
             return type(error).__name__
     return same_trail(found, baseline), fault.happened

@@ -28,17 +28,18 @@ from lightning_ckmerge.plugin.evaluate.halves import Batches
 from lightning_ckmerge.plugin.publish import publisher, reports
 from lightning_ckmerge.plugin.restore.paused_run import PausedRun
 from lightning_ckmerge.search.study import SearchStudy
-from lightning_ckmerge.tensorfiles.writer import ShardWriter
-from tests.distributed.trainers import Classifier, fit, make_merge, same_trail
-from tests.ranks import RankPool
+from lightning_ckmerge.tensorfiles.writer import HashedFile, ShardWriter
+from tests.support.rank_runs import Classifier, fit, fit_plain, make_rank_merge, same_trail
+from tests.support.ranks import RankPool
 
 
 class BoomError(OSError):
     """The injected fault."""
 
 
-# Stage -> what is called there, and at which call it fails; each is within the first search.
-STAGES: dict[str, tuple[Any, str, int]] = {
+# Stage -> what is called there, at which call it fails, and, where it matters, on which class's objects; each is within
+# the first search.
+STAGES: dict[str, tuple[Any, ...]] = {
     "pausing": (PausedRun, "__enter__", 1),
     "snapshots": (RollingBuffer, "snapshots", 1),
     "loaders": (validation, "find_loaders", 1),
@@ -51,12 +52,12 @@ STAGES: dict[str, tuple[Any, str, int]] = {
     "batch": (evaluation, "_record", 4),
     "manifest": (publisher, "build_manifest", 1),
     "gathering": (publisher, "GatheredWeights", 1),
-    "weights": (ShardWriter, "_append", 2),
+    "weights": (HashedFile, "write", 2, ShardWriter),
     "checkpoint": (publisher, "dump_weights", 1),
     "restoring": (PausedRun, "__exit__", 1),
 }
 # What only rank 0 does.
-FIRST_RANK_STAGES: dict[str, tuple[Any, str, int]] = {
+FIRST_RANK_STAGES: dict[str, tuple[Any, ...]] = {
     "ask": (SearchStudy, "begin", 2),
     "tell": (SearchStudy, "tell", 2),
     "staging": (ArtifactStore, "_open_staging", 1),
@@ -69,18 +70,19 @@ FIRST_RANK_STAGES: dict[str, tuple[Any, str, int]] = {
 class Fault:
     """One call of one function fails on one rank."""
 
-    def __init__(self, rank: int, target: tuple[Any, str, int]) -> None:
+    def __init__(self, rank: int, target: tuple[Any, ...]) -> None:
         self.is_here = dist.get_rank() == rank
-        self._holder, self._name, self._call = target
+        self._holder, self._name, self._call, *self._kinds = target
         self.count, self.happened = 0, False
 
     def __enter__(self) -> Fault:
         self._original: Callable[..., Any] = vars(self._holder)[self._name]
 
         def failing(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
+            counts = not self._kinds or isinstance(args[0], *self._kinds)
+            self.count += counts
             result = self._original(*args, **kwargs) if self._name == "__exit__" else None
-            if self.is_here and self.count == self._call:
+            if self.is_here and counts and self.count == self._call:
                 self.happened = True
                 raise BoomError(errno.ENOSPC, "boom")
             return result if self._name == "__exit__" else self._original(*args, **kwargs)
@@ -94,7 +96,7 @@ class Fault:
 
 def merge_for(root: str, on_error: str, **options: Any) -> Any:
     artifact = ArtifactConfig(max_shard_size="600B", formats=("safetensors", "ckpt"))
-    return make_merge(root, artifact=artifact, on_error=on_error, **options)
+    return make_rank_merge(root, artifact=artifact, on_error=on_error, **options)
 
 
 class FaultAtEachSearch(pl.Callback):
@@ -119,9 +121,10 @@ def faults_in_one_run(rank: int, strategy: str, stages: list[str], root: str) ->
     """Search after each step; all but the last search fail, each at a stage of its own."""
     options: dict[str, Any] = {"max_epochs": 3, "max_steps": FaultAtEachSearch.FIRST + len(stages)}
     at_each = FaultAtEachSearch(rank, stages)
-    run = fit(strategy, root, merge_for(root, "warn", every_n_train_steps=1), others=[at_each], **options)
+    merge = merge_for(root, "warn", every_n_train_steps=1)
+    run = fit(strategy, root, merge, others=[at_each], expected=["boom"], **options)
     missed = {s: f.count for s, f in zip(stages, at_each.faults, strict=True) if f.is_here and not f.happened}
-    return {"same": same_trail(run, fit(strategy, root, None, **options)), "called only": missed}
+    return {"same": same_trail(run, fit_plain(strategy, root, **options)), "called only": missed}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -185,8 +188,8 @@ class FailsInValidation(Classifier):
 
 def in_validation(failing_batch: int, root: str) -> bool:
     model = partial(FailsInValidation, failing_batch)
-    found = fit("ddp", root, merge_for(root, "warn"), model=model, val_check_interval=1.0)
-    baseline = fit("ddp", root, None, model=model, val_check_interval=1.0)
+    found = fit("ddp", root, merge_for(root, "warn"), model=model, val_check_interval=1.0, expected=["boom"])
+    baseline = fit_plain("ddp", root, model=model, val_check_interval=1.0)
     return same_trail(found, baseline)
 
 
@@ -199,8 +202,8 @@ def test_a_validation_step_fails(ranks: RankPool, tmp_path: Path, failing_batch:
 def with_lost_snapshot(root: str) -> bool:
     """The disk of rank 1 is full for its second snapshot."""
     with Fault(1, (storage, "write_file", 2)):
-        found = fit("ddp", root, merge_for(root, "raise", every_n_train_steps=3))
-    return same_trail(found, fit("ddp", root, None))
+        found = fit("ddp", root, merge_for(root, "raise", every_n_train_steps=3), expected=["boom"])
+    return same_trail(found, fit_plain("ddp", root))
 
 
 def test_rings_stay_alike_when_a_rank_loses_a_snapshot(ranks: RankPool, tmp_path: Path) -> None:

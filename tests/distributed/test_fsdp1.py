@@ -16,7 +16,7 @@ from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.distributed.comm import Ranks
 from lightning_ckmerge.distributed.gather import GatheredWeights, scatter
 from lightning_ckmerge.distributed.ownership import Ownership
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 
 def make_model(seed: int) -> nn.Module:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.distributed.trainers import Classifier, fit, make_merge, same_trail
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, fit, make_rank_merge, same_trail
+from tests.support.ranks import RankPool
 
 
 class Signalled(Classifier):
@@ -49,7 +49,7 @@ def interrupted(ranks: tuple[int, ...], saves: bool, root: str) -> tuple[bool, i
     Signalled.is_armed = True
     before = signal.signal(signal.SIGUSR1, handler)
     try:
-        found = fit("ddp", root, make_merge(root), **options)
+        found = fit("ddp", root, make_rank_merge(root), **options)
     finally:
         signal.signal(signal.SIGUSR1, before)
     if saves and found.trainer.is_global_zero:  # whose BatchNorm statistics a checkpoint holds

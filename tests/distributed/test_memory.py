@@ -15,8 +15,8 @@ from benchmarks.multi_gpu_table import plan_rank, table
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback
 from lightning_ckmerge.distributed.comm import Ranks
 from lightning_ckmerge.distributed.ownership import Ownership
-from tests.distributed.trainers import Classifier, fit, make_merge
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, fit, make_rank_merge
+from tests.support.ranks import RankPool
 
 CONFIG = BufferConfig(every_n_train_steps=1, update_every_n_steps=1, capacity=4, storage="cpu")
 
@@ -39,7 +39,7 @@ def weigh(root: str, strategy: str, devices: int) -> tuple[int, int, str]:
     logger = rank_zero_module.log
     logger.addHandler(handler)
     scales = Weigh()
-    merge = make_merge(root, every_n_train_steps=None, search_on_train_end=False, buffer=CONFIG)
+    merge = make_rank_merge(root, every_n_train_steps=None, search_on_train_end=False, buffer=CONFIG)
     try:
         # 10 KB, of which the cuts, at whole rows, can move 0.6 %.
         fit(strategy, root, merge, model=partial(Classifier, width=256, norm=False), others=[scales], devices=devices)

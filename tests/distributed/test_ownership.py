@@ -19,7 +19,7 @@ from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.distributed.comm import Alone, Ranks
 from lightning_ckmerge.distributed.ownership import Ownership, deal_out
-from tests.ranks import RankPool
+from tests.support.ranks import RankPool
 
 
 def small_model(seed: int = 0) -> nn.Module:

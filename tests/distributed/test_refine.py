@@ -15,18 +15,19 @@ from lightning_ckmerge import SearchConfig
 from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.errors import UnsupportedError
 from lightning_ckmerge.plugin.evaluate.weight_gradients import GradientRecorder
-from tests.distributed.trainers import Classifier, SearchNow, fit, make_merge, points, published, same_trail
-from tests.plugin.slopes import compare_slopes
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, fit, fit_plain, make_rank_merge, points, published, same_trail
+from tests.support.ranks import RankPool
+from tests.support.slopes import compare_slopes
+from tests.support.trainers import SearchNow
 
 REFINE = SearchConfig(max_fraction_of_training=None, n_trials=2, refine="gradient")
 
 
 def refined_and_plain(strategy: str, accumulate: int, root: str) -> dict[str, Any]:
-    merges = (make_merge(root, search=REFINE), make_merge(f"{root}/b", every_n_train_steps=5, search=REFINE))
+    merges = (make_rank_merge(root, search=REFINE), make_rank_merge(f"{root}/b", every_n_train_steps=5, search=REFINE))
     options = {"accumulate_grad_batches": accumulate}
     run = fit(strategy, root, merges[0], others=[merges[1], SearchNow()], **options)
-    baseline = fit(strategy, root, None, **options)
+    baseline = fit_plain(strategy, root, **options)
     same_gradients = all(
         (a.grad is None) == (b.grad is None) and (a.grad is None or torch.equal(a.grad, b.grad))
         for a, b in zip(run.module.parameters(), baseline.module.parameters(), strict=True)
@@ -69,7 +70,7 @@ def slopes(root: str, uneven: bool) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         found = compare_slopes(monkeypatch)
         options = {"use_distributed_sampler": not uneven, "limit_val_batches": 1.0, "max_steps": 6}
-        callback = make_merge(root, search=REFINE, search_on_train_end=False)
+        callback = make_rank_merge(root, search=REFINE, search_on_train_end=False)
         fit("ddp", root, callback, model=Weighed, val=val, **options)
     return found
 
@@ -86,12 +87,12 @@ def test_derivatives_are_those_of_all_ranks_batches(ranks: RankPool, tmp_path: P
 
 
 def with_fault(root: str) -> dict[str, Any]:
-    callback = make_merge(root, search=REFINE, on_error="warn")
+    callback = make_rank_merge(root, search=REFINE, on_error="warn")
     with pytest.MonkeyPatch.context() as monkeypatch:
         if dist.get_rank() == 1:
             monkeypatch.setattr(GradientRecorder, "watching", lambda self, step: 1 / 0)
         run = fit("ddp", root, callback)
-    return {"same": same_trail(run, fit("ddp", root, None))}
+    return {"same": same_trail(run, fit_plain("ddp", root))}
 
 
 def test_a_fault_on_one_rank_ends_the_refinement_alone(ranks: RankPool, tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_a_fault_on_one_rank_ends_the_refinement_alone(ranks: RankPool, tmp_path
 
 def sharded(root: str) -> str:
     try:
-        fit("fsdp2", root, make_merge(root, search=REFINE))
+        fit("fsdp2", root, make_rank_merge(root, search=REFINE))
     except UnsupportedError as error:
         return str(error)
     return ""

@@ -14,8 +14,8 @@ from torch import Tensor
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback
 from lightning_ckmerge.buffer.storage import FILE_NAME
 from lightning_ckmerge.core.specs import split_name
-from tests.distributed.trainers import Classifier, fit, make_merge
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, fit, make_rank_merge
+from tests.support.ranks import RankPool
 
 # The end of an epoch of two ranks, for the sake of the data's order, and in mid-segment.
 STOP = 12
@@ -58,7 +58,7 @@ def train(root: str, strategy: str, devices: int, max_steps: int, ckpt_path: str
     reader = ReadBuffer()
     checkpoint = ModelCheckpoint(f"{root}/checkpoints", every_n_train_steps=STOP, filename="{step}", save_top_k=-1)
     buffer = BufferConfig(every_n_train_steps=SEGMENT_STEPS, update_every_n_steps=1)
-    merge = make_merge(root, buffer=buffer, every_n_train_steps=9, search_on_train_end=False)
+    merge = make_rank_merge(root, buffer=buffer, every_n_train_steps=9, search_on_train_end=False)
     others = [reader, checkpoint]
     options = {"max_steps": max_steps, "enable_checkpointing": True, "max_epochs": 4, "ckpt_path": ckpt_path}
     fit(strategy, root, merge, model=Plain, others=others, devices=devices, val_check_interval=1.0, **options)

@@ -16,8 +16,8 @@ from lightning_ckmerge.distributed.comm import Ranks, on_rank_zero
 from lightning_ckmerge.distributed.gather import GatheredWeights
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import PeerError
-from tests.artifact.outcomes import LocalWeights
-from tests.ranks import RankPool
+from tests.support.outcomes import LocalWeights
+from tests.support.ranks import RankPool
 
 
 def make_model(seed: int) -> nn.Module:

@@ -22,8 +22,8 @@ from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.distributed.comm import Alone, Comm, Ranks
 from lightning_ckmerge.plugin.evaluate.batch_values import BatchRecorder
 from lightning_ckmerge.plugin.run import MergeRun
-from tests.distributed.trainers import Classifier, fit, make_merge, points
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, fit, make_rank_merge, points
+from tests.support.ranks import RankPool
 
 NUM_SAMPLES = 43
 
@@ -60,7 +60,7 @@ def latest_value(root: str, sync_dist: bool, uneven: bool, devices: int) -> floa
     if uneven:  # three batches on one rank, two on the other, without a sampler that evens them out
         of_rank = range(24) if dist.get_rank() == 0 else range(24, NUM_SAMPLES - 5)
         val = DataLoader(Subset(points(NUM_SAMPLES), of_rank), batch_size=8)
-    callback = make_merge(root, every_n_train_steps=6, search_on_train_end=False, save_top_k=0)
+    callback = make_rank_merge(root, every_n_train_steps=6, search_on_train_end=False, save_top_k=0)
     options = {"use_distributed_sampler": not uneven, "limit_val_batches": 1.0, "max_steps": 6, "devices": devices}
     fit("ddp" if devices > 1 else "auto", root, callback, model=partial(SampleMean, sync_dist), val=val, **options)
     manifest = read_manifest(next(Path(root, "merges").glob("step=*")))
@@ -142,7 +142,7 @@ def collectives_of_merges(root: str) -> list[int]:
 
     Merger.merge = counted  # type: ignore[method-assign]
     try:
-        fit("fsdp2", root, make_merge(root), model=partial(Classifier, norm=False))
+        fit("fsdp2", root, make_rank_merge(root), model=partial(Classifier, norm=False))
     finally:
         Merger.merge = original  # type: ignore[method-assign]
     return counts
@@ -179,7 +179,7 @@ def messages_of_a_search(root: str, strategy: str, n_trials: int) -> tuple[int, 
             "search": SearchConfig(max_fraction_of_training=None, n_trials=n_trials),
             "evaluation": EvaluationConfig(staged=False, confirm_fraction=0.01),
         }
-        callback = make_merge(root, every_n_train_steps=1000, **options)
+        callback = make_rank_merge(root, every_n_train_steps=1000, **options)
         fit(strategy, root, callback, model=partial(Classifier, norm=False))
     manifest = read_manifest(next(Path(root, "merges").glob("step=*")))
     return counts["messages"], counts["batches"] // len([*manifest["anchors"], *manifest["trials"]])
@@ -214,7 +214,7 @@ def search_until_told(root: str) -> tuple[int, int]:
     """How often this rank asked the terminator in two searches, and how many trials the last one has."""
     AfterTwo.num_asked = 0
     search = SearchConfig(max_fraction_of_training=None, n_trials=6, terminator=AfterTwo())
-    fit("ddp", root, make_merge(root, search=search), model=partial(Classifier, norm=False))
+    fit("ddp", root, make_rank_merge(root, search=search), model=partial(Classifier, norm=False))
     manifest = read_manifest(max(Path(root, "merges").glob("step=*")))
     assert "`search.terminator` (AfterTwo) stopped the search" in manifest["cost"]["stopped_early"]
     return AfterTwo.num_asked, len(manifest["trials"])

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from lightning_ckmerge import SearchConfig
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
 from lightning_ckmerge.plugin.strategies import SUPPORTED, check_supported
-from tests.distributed.trainers import Classifier, fit, make_merge, points, published, same_trail
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, fit, make_rank_merge, points, published, same_trail
+from tests.support.ranks import RankPool
 
 
 def trainer_with(strategy: Any) -> Any:
@@ -117,7 +117,7 @@ def test_deepspeed(stage: int, is_served: bool) -> None:
 def test_a_refused_strategy_ends_fit_before_anything_is_spent(tmp_path: Path) -> None:
     module = Classifier()
     trainer = pl.Trainer(
-        accelerator="cpu", strategy=OwnStrategy(), logger=False, callbacks=[make_merge(str(tmp_path))], max_steps=1
+        accelerator="cpu", strategy=OwnStrategy(), logger=False, callbacks=[make_rank_merge(str(tmp_path))], max_steps=1
     )
     with pytest.raises(UnsupportedError, match="OwnStrategy"):
         trainer.fit(module, DataLoader(points(8)), DataLoader(points(8)))
@@ -126,14 +126,14 @@ def test_a_refused_strategy_ends_fit_before_anything_is_spent(tmp_path: Path) ->
 
 
 def test_ddp_with_one_rank(tmp_path: Path) -> None:
-    run = fit("ddp", str(tmp_path), make_merge(str(tmp_path)), devices=1)
+    run = fit("ddp", str(tmp_path), make_rank_merge(str(tmp_path)), devices=1)
     assert same_trail(run, fit("ddp", str(tmp_path), None, devices=1))
     assert len(published(tmp_path)) >= 2
     assert not list((tmp_path / "merges" / "buffer").glob("rank=*"))
 
 
 def refused(root: str) -> tuple[str, bool]:
-    merge = make_merge(root, search=SearchConfig(storage="mysql://user:secret@server/studies"))
+    merge = make_rank_merge(root, search=SearchConfig(storage="mysql://user:secret@server/studies"))
     with pytest.raises(ConfigError) as error:
         fit("ddp", root, merge)
     return str(error.value), (Path(root) / "merges").exists()

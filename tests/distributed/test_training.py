@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.distributed.trainers import Classifier, SearchNow, TiedGPT, fit, make_merge, published, same_trail
-from tests.ranks import RankPool
+from tests.support.rank_runs import Classifier, TiedGPT, fit, fit_plain, make_rank_merge, published, same_trail
+from tests.support.ranks import RankPool
+from tests.support.trainers import SearchNow
 
 MODELS = {"classifier": Classifier, "gpt2": TiedGPT, "even": lambda: Classifier(width=32, norm=False)}
 
@@ -20,11 +21,11 @@ def both_runs(strategy: str, model: str, accumulate: int, root: str, more: Any =
     world_size = torch.distributed.get_world_size()
     options = {"accumulate_grad_batches": accumulate, "devices": world_size, **dict(more)}
     merges = (
-        make_merge(root, every_n_train_steps=None, every_n_epochs=1),
-        make_merge(f"{root}/b", every_n_train_steps=5),
+        make_rank_merge(root, every_n_train_steps=None, every_n_epochs=1),
+        make_rank_merge(f"{root}/b", every_n_train_steps=5),
     )
     run = fit(strategy, root, merges[0], model=MODELS[model], others=[merges[1], SearchNow()], **options)
-    baseline = fit(strategy, root, None, model=MODELS[model], **options)
+    baseline = fit_plain(strategy, root, model=MODELS[model], **options)
     best = merges[0].best_artifact
     return {"same": same_trail(run, baseline), "scale": run.module.scale == baseline.module.scale, "best": str(best)}
 

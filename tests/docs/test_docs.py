@@ -24,7 +24,7 @@ from docs import figures, hooks
 from lightning_ckmerge import CheckpointMergeCallback
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.cli.main import app
-from tests.docs.pages import ROOT, Block, blocks, pages, read, run_python
+from tests.support.pages import ROOT, Block, blocks, pages, read, run_python
 
 CALLBACK = "lightning_ckmerge.CheckpointMergeCallback"
 SHELL = ("", "bash", "console", "sh")

@@ -6,9 +6,8 @@ import json
 import socket
 import subprocess
 import sysconfig
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -16,7 +15,9 @@ from urllib.request import ProxyHandler, build_opener
 
 import pytest
 
-from tests.plugin.runs import Case, fit, make_merge, manifests, merges_dir
+from tests.support.bitwise import Case, fit, merges_dir
+from tests.support.trainers import make_merge, manifests
+from tests.support.waiting import wait_until
 
 ATTEMPTS = 3
 TIMEOUT_S = 60
@@ -45,15 +46,14 @@ def dashboard(journal: Path) -> Iterator[str]:
 
 def answers(address: str, process: subprocess.Popen[bytes]) -> bool:
     """Whether the process answers, and does not end before it could."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            get(f"{address}/api/meta")
-        except (URLError, ConnectionError):
-            time.sleep(0.1)
-        else:
-            return True
-    return False
+
+    def there() -> bool:
+        with suppress(URLError, ConnectionError):
+            return bool(get(f"{address}/api/meta"))
+        return process.poll() is not None
+
+    wait_until(there, timeout_s=TIMEOUT_S, every_s=0.1)
+    return process.poll() is None
 
 
 def get(address: str) -> Any:

@@ -19,9 +19,9 @@ from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.plugin.publish.loggers import scalars
 from lightning_ckmerge.report.figure import draw_search
-from tests.artifact.outcomes import make_outcome
-from tests.plugin.models import Classifier, points_loader
-from tests.plugin.runs import make_merge
+from tests.support.models import Classifier, points_loader
+from tests.support.outcomes import make_outcome
+from tests.support.trainers import make_merge, make_trainer
 
 SCALARS = {"merge/val_loss", "merge/latest", "merge/gain", "merge/best_anchor", "merge/seconds", "merge/seconds_total"}
 
@@ -30,17 +30,7 @@ def train(tmp_path: Path, *loggers: Logger) -> list[Artifact]:
     """One search at step 24, with too little data for a verdict: its artifact holds weights, whatever was gained."""
     few = EvaluationConfig(limit_batches=8)
     merge = make_merge(dirpath=tmp_path / "merges", every_n_train_steps=24, evaluation=few)
-    trainer = pl.Trainer(
-        max_steps=26,
-        accelerator="cpu",
-        logger=list(loggers),
-        callbacks=[merge],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        log_every_n_steps=1,
-    )
+    trainer = make_trainer(tmp_path, merge, max_steps=26, logger=list(loggers), log_every_n_steps=1)
     pl.seed_everything(1, verbose=False)
     trainer.fit(Classifier(), points_loader(train=True), points_loader(train=False))
     artifacts = [Artifact.open(path) for path in sorted((tmp_path / "merges").glob("step=*"))]

@@ -22,13 +22,23 @@ from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Coordinates, Grouped, Interval, Space
 from lightning_ckmerge.core.spaces.groups import assign_groups
 from lightning_ckmerge.errors import ArtifactError, ConfigError, FinalError
-from tests.cli.commands import ckmerge, ckmerge_json
-from tests.cli.transformers_models import Language, gpt2
-from tests.plugin.lora import NUM_TRAINED, RANK, Adapted, adapted, logits, make_merge, train
-from tests.plugin.models import tokens_loader
+from tests.support.commands import ckmerge, ckmerge_json
+from tests.support.language import (
+    NUM_TRAINED,
+    RANK,
+    Adapted,
+    Language,
+    adapted,
+    gpt2,
+    logits,
+    make_adapter_merge,
+    train_on_tokens,
+)
+from tests.support.models import tokens_loader
+from tests.support.trainers import make_trainer
+from tests.support.warnings import only_expected
 
 peft: Any = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 KINDS = ("factors", "products")
 FORMATS = ("safetensors", "hf")
@@ -77,7 +87,7 @@ class Published:
             max_fraction_of_training=None,
         )
         artifact = ArtifactConfig(formats=FORMATS, adapters=self.merge)
-        train(self.module, make_merge(root, search=search, artifact=artifact))
+        train_on_tokens(self.module, make_adapter_merge(root, search=search, artifact=artifact))
         self.artifact = Artifact.open(next((root / "merges").glob("step=*")))
         self.buffer = root / "merges" / "buffer"
         self.groups = {name: g["coefficients"] for name, g in self.artifact.manifest.get("groups", {}).items()}
@@ -186,8 +196,8 @@ def test_the_winners_value_is_that_of_what_is_published(runs: dict[str, Publishe
     manifest = runs[kind].artifact.manifest
     module = runs[kind].fresh()
     load_merged(runs[kind].artifact, module)
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    (logged,) = trainer.validate(module, tokens_loader(train=False), verbose=False)
+    with only_expected():
+        (logged,) = make_trainer().validate(module, tokens_loader(train=False), verbose=False)
     winner = next(t for t in manifest["anchors"] + manifest["trials"] if t["name"] == manifest["verdict"]["winner"])
     assert winner["search"]["value"] == pytest.approx(logged["val_loss"], abs=1e-6)
 
@@ -247,13 +257,13 @@ class Thawing(pl.Callback):
 
 def test_a_base_that_is_thawed_is_not_merged_without(tmp_path: Path) -> None:
     with pytest.raises(FinalError, match="must stay frozen during `fit`, got 28 trainable tensors"):
-        train(Adapted(), make_merge(tmp_path), callbacks=[Thawing()])
+        train_on_tokens(Adapted(), make_adapter_merge(tmp_path), callbacks=[Thawing()])
 
 
 def test_a_base_that_is_trained_from_the_start_is_merged(tmp_path: Path) -> None:
     module = Adapted()
     module.net["lm"].base_model.model.transformer.wpe.requires_grad_(True)
-    train(module, make_merge(tmp_path))
+    train_on_tokens(module, make_adapter_merge(tmp_path))
     (artifact,) = (tmp_path / "merges").glob("step=*")
     assert sum("wpe" in name for name in Artifact.open(artifact).tensors()) == 1
 
@@ -272,7 +282,7 @@ class MeanTeacher(Adapted):
 
 
 def test_a_teachers_adapters_are_merged_too(tmp_path: Path) -> None:
-    train(MeanTeacher(), make_merge(tmp_path))
+    train_on_tokens(MeanTeacher(), make_adapter_merge(tmp_path))
     (artifact,) = (tmp_path / "merges").glob("step=*")
     names = set(Artifact.open(artifact).tensors())
     assert names == trained_names(Adapted()) | {n.replace(".lm.", ".teacher.") for n in trained_names(Adapted())} | {
@@ -289,7 +299,9 @@ def injected() -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_injected_into_a_model_can_be_opened_by_peft(tmp_path: Path, kind: Any) -> None:
-    train(Adapted(injected()), make_merge(tmp_path, artifact=ArtifactConfig(formats=FORMATS, adapters=kind)))
+    train_on_tokens(
+        Adapted(injected()), make_adapter_merge(tmp_path, artifact=ArtifactConfig(formats=FORMATS, adapters=kind))
+    )
     (artifact,) = (tmp_path / "merges").glob("step=*")
     module = Adapted(injected())
     load_merged(artifact, module)
@@ -303,7 +315,7 @@ def prompted() -> Any:
 
 
 def test_other_adapters_are_averaged_and_refused_where_peft_saves_no_tensor_of_theirs(tmp_path: Path) -> None:
-    train(Adapted(prompted()), make_merge(tmp_path))
+    train_on_tokens(Adapted(prompted()), make_adapter_merge(tmp_path))
     (path,) = (tmp_path / "merges").glob("step=*")
     artifact = Artifact.open(path)
     assert set(artifact.tensors()) == {"seen", "net.lm.prompt_encoder.default.embedding.weight"}
@@ -311,30 +323,30 @@ def test_other_adapters_are_averaged_and_refused_where_peft_saves_no_tensor_of_t
     assert "must say how PEFT saves" in ckmerge("export", path, "--out", tmp_path / "out", code=2).stderr
     config = ArtifactConfig(formats=FORMATS)
     with pytest.raises(ConfigError, match="needs one model whose adapters PEFT can save"):
-        train(Adapted(prompted()), make_merge(tmp_path / "hf", artifact=config))
+        train_on_tokens(Adapted(prompted()), make_adapter_merge(tmp_path / "hf", artifact=config))
 
 
 def test_what_cannot_be_merged_by_products_is_refused_before_training(tmp_path: Path) -> None:
     config = ArtifactConfig(adapters="products")
     with pytest.raises(ConfigError, match="needs LoRA layers of PEFT that are trained, got none in Language"):
-        train(Language(gpt2()), make_merge(tmp_path, artifact=config))
+        train_on_tokens(Language(gpt2()), make_adapter_merge(tmp_path, artifact=config))
     space = Grouped(groups={"first": r"_A\."}, factors={"first": 2.0})
     with pytest.raises(
         ConfigError, match=r"one group.*lora_embedding_A.* in 'first' and .*lora_embedding_B.* in 'other'"
     ):
-        train(Adapted(), make_merge(tmp_path, artifact=config, search=SearchConfig(space=space)))
+        train_on_tokens(Adapted(), make_adapter_merge(tmp_path, artifact=config, search=SearchConfig(space=space)))
     with pytest.raises(ConfigError, match='`apply` "on_train_end" would give the module\'s LoRA layers another rank'):
         CheckpointMergeCallback(artifact=config, apply="on_train_end")
 
 
 def test_the_plan_says_how_much_is_buffered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
-        train(Adapted(), make_merge(tmp_path))
+        train_on_tokens(Adapted(), make_adapter_merge(tmp_path))
     assert f"{NUM_TRAINED} of 36 tensors, 1.5 kB of 30.3 kB, are buffered and merged (factors)" in caplog.text
 
 
 def test_a_run_without_adapters_says_nothing_of_them(tmp_path: Path) -> None:
-    train(Language(gpt2()), make_merge(tmp_path))
+    train_on_tokens(Language(gpt2()), make_adapter_merge(tmp_path))
     (path,) = (tmp_path / "merges").glob("step=*")
     assert "adapters" not in json.loads((path / "manifest.json").read_text())
 
@@ -344,8 +356,8 @@ def test_a_plan_counts_the_base_for_the_search_alone(tmp_path: Path) -> None:
     callback = {"class_path": "lightning_ckmerge.CheckpointMergeCallback", "init_args": {"evaluation": evaluation}}
     config = {
         "trainer": {"accelerator": "cpu", "max_steps": 8, "logger": False, "callbacks": [callback]},
-        "model": {"class_path": "tests.plugin.lora.Adapted"},
-        "data": {"class_path": "tests.cli.runs.PointsData"},
+        "model": {"class_path": "tests.support.language.Adapted"},
+        "data": {"class_path": "tests.support.offline.PointsData"},
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))

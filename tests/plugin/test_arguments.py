@@ -14,7 +14,7 @@ import pytest
 import lightning_ckmerge
 from lightning_ckmerge import ArtifactConfig, BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
 from lightning_ckmerge.config import Constraint, MergeSettings, Triggers
-from tests.plugin.runs import Case, fit
+from tests.support.bitwise import Case, fit
 
 PACKAGE = Path(lightning_ckmerge.__file__).parent
 # In runs whose learning rate falls, of many trials, or that fail: the field, and the attribute by which it is read.

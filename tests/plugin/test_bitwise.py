@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 
 from lightning_ckmerge import ArtifactConfig, BufferConfig, EvaluationConfig, SearchConfig
 from lightning_ckmerge.config import AdapterMerge
-from tests.plugin.lora import Adapted, MergesToValidate
-from tests.plugin.models import (
+from tests.support.bitwise import Case, assert_same_run
+from tests.support.language import Adapted, MergesToValidate
+from tests.support.models import (
     Classifier,
     Points,
     TinyGPT,
@@ -33,25 +34,26 @@ from tests.plugin.models import (
     points_loader,
     tokens_loader,
 )
-from tests.plugin.runs import (
-    NUM_TRIALS,
-    Case,
-    SearchAtValidationEnd,
-    assert_same_run,
-    manifests,
-    merge_callbacks,
-)
+from tests.support.trainers import NUM_TRIALS, SearchNow, manifests, merge_callbacks
 
+train_tokens, val_tokens = partial(tokens_loader, train=True), partial(tokens_loader, train=False)
 MODELS = {
     "mlp": Case(),
-    "gpt": Case(model=TinyGPT, train=partial(tokens_loader, train=True), val=partial(tokens_loader, train=False)),
+    "gpt": Case(model=TinyGPT, train=train_tokens, val=val_tokens),
 }
+
+
+def search_late() -> list[pl.Callback]:
+    """Search at the ends of validations after the first segment's end."""
+    return [SearchNow(min_step=3)]
+
+
 NEVER = {"every_n_epochs": 100}
 ONCE = {"every_n_train_steps": 8}
 MOMENTS: dict[str, dict[str, Any]] = {
     "batch end": {"merge": {"every_n_train_steps": 5}},
     "epoch end": {"merge": {"every_n_epochs": 1}},
-    "validation end": {"merge": NEVER, "callbacks": lambda: [SearchAtValidationEnd()]},
+    "validation end": {"merge": NEVER, "searching": search_late},
     "train end": {"merge": {"every_n_epochs": 100, "search_on_train_end": True}},
 }
 
@@ -184,6 +186,10 @@ class Averaged(EMAWeightAveraging):
         super().__init__(decay=0.5)
 
 
+def averaged() -> list[pl.Callback]:
+    return [Averaged()]
+
+
 class Compiled(Classifier):
     """One block is compiled; dynamo guards on modes and attributes."""
 
@@ -237,7 +243,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "search while gradients accumulate": {
         "trainer": {"accumulate_grad_batches": 4, "max_epochs": 4, "val_check_interval": 3},
         "merge": NEVER,
-        "callbacks": lambda: [SearchAtValidationEnd()],
+        "searching": search_late,
     },
     "clipping": {"trainer": {"gradient_clip_val": 0.1}},
     "plateau": {"model": OnPlateau},
@@ -247,8 +253,8 @@ TRAINERS: dict[str, dict[str, Any]] = {
         "callbacks": lambda: [EarlyStopping("val_loss", patience=1, min_delta=0.01)],
     },
     "checkpoints by score": {"callbacks": lambda: [checkpoints_by_score()]},
-    "ema": {"callbacks": lambda: [Averaged()]},
-    "ema, at validation end": {"callbacks": lambda: [Averaged(), SearchAtValidationEnd()], "merge": NEVER},
+    "ema": {"callbacks": averaged},
+    "ema, at validation end": {"callbacks": averaged, "searching": search_late, "merge": NEVER},
     "swa": {
         "callbacks": lambda: [StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=1)],
         "model": partial(Classifier, scheduler=None),
@@ -258,8 +264,8 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "bf16-true": {
         "trainer": {"precision": "bf16-true"},
         "model": TinyGPT,
-        "train": partial(tokens_loader, train=True),
-        "val": partial(tokens_loader, train=False),
+        "train": train_tokens,
+        "val": val_tokens,
     },
     "two optimizers by hand": {"model": TwoOptimizers, "merge": {"every_n_train_steps": 9}},
     "compiled block": {"model": Compiled},
@@ -290,8 +296,8 @@ TRAINERS: dict[str, dict[str, Any]] = {
     **{
         f"{name} {kind}": {
             "model": model,
-            "train": partial(tokens_loader, train=True),
-            "val": partial(tokens_loader, train=False),
+            "train": train_tokens,
+            "val": val_tokens,
             "merge": {"artifact": ArtifactConfig(formats=("safetensors", "hf"), adapters=kind)},
         }
         for kind in get_args(AdapterMerge)
@@ -323,7 +329,6 @@ REFINED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", REFINED)
 def test_gradients_of_a_search_leave_no_trace(name: str, tmp_path: Path) -> None:
     """Goes red if a search puts anything into ``.grad``, or leaves a graph in what validation steps write."""
@@ -337,7 +342,6 @@ def test_gradients_of_a_search_leave_no_trace(name: str, tmp_path: Path) -> None
     assert "refined-0" in names
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TRAINERS)
 def test_features_of_the_trainer_work_as_before(name: str, tmp_path: Path) -> None:
     assert_same_run(Case(**TRAINERS[name]), tmp_path, min_searches=2)

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 from lightning_ckmerge import EvaluationConfig
 from lightning_ckmerge.plugin.evaluate.batch_cache import BatchCache
 from lightning_ckmerge.plugin.restore.randomness import is_same_state, random_state, set_random_state
-from tests.plugin.models import NUM_VAL, Classifier, Points, points_loader
-from tests.plugin.runs import Case, fit, make_merge, manifests, merges_dir
 from tests.plugin.test_bitwise import LOADERS, val
+from tests.support.bitwise import Case, fit, merges_dir
+from tests.support.models import NUM_VAL, Classifier, Points, points_loader
+from tests.support.trainers import make_merge, manifests
 
 LARGE = 1 << 30
 ONCE = {"every_n_train_steps": 5}

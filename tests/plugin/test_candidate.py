@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from lightning_ckmerge import EvaluationConfig
 from lightning_ckmerge.artifact.load import load_merged
 from lightning_ckmerge.errors import ArtifactError, FinalError
 from lightning_ckmerge.plugin.evaluate.halves import confirms
-from tests.plugin.models import NUM_CLASSES, NUM_FEATURES, points_loader
-from tests.plugin.runs import Case, Run, assert_same_run, fit, make_merge, manifests, merges_dir
+from tests.support.bitwise import Case, Run, assert_same_run, fit, merges_dir
+from tests.support.models import NUM_CLASSES, NUM_FEATURES, points_loader
+from tests.support.trainers import make_merge, make_trainer, manifests
+from tests.support.warnings import only_expected
 
 OUT_OF_IT = {"on_validation_epoch_start": "on_validation_epoch_end", "validation_step": "on_validation_epoch_end"}
 FEW = EvaluationConfig(staged=False, limit_batches=8)
-QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-QUIET |= {"enable_progress_bar": False, "enable_model_summary": False}
 # The loss falls, so that, searching for high ones, older weights win; too few batches for a verdict, so weights are
 # published in any case.
 ONE_SEARCH: dict[str, Any] = {"every_n_train_steps": 10, "mode": "max", "check_mode": False, "evaluation": FEW}
@@ -166,7 +165,8 @@ SWAPS = {
 
 def searched(model: Callable[[], pl.LightningModule], root: Path, **merge: Any) -> Run:
     """A run with one search, at step 10."""
-    return fit(Case(model=model, trainer=QUICK), root, [make_merge(**{**ONE_SEARCH, **merge})])
+    expected = ["No merge at step"] if merge.get("on_error") == "warn" else []
+    return fit(Case(model=model, trainer=QUICK, expected=expected), root, [make_merge(**{**ONE_SEARCH, **merge})])
 
 
 def winner_of(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -245,11 +245,10 @@ def test_one_value_of_all_candidates_is_an_error(tmp_path: Path) -> None:
 def test_a_search_that_would_fail_again_is_the_last_one(model: Any, tmp_path: Path) -> None:
     """Goes red if each search is refused anew, at the cost of its evaluations, or told of more than once."""
     merge = make_merge(on_error="warn", every_n_train_steps=4, search_on_train_end=True)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trainer = pl.Trainer(**QUIET, callbacks=[merge], default_root_dir=tmp_path, max_steps=16)
+    with only_expected("No merge at step") as said:
+        trainer = make_trainer(tmp_path, merge, max_steps=16)
         trainer.fit(model(), points_loader(train=True), points_loader(train=False))
-    (told,) = [str(w.message) for w in caught if "merge" in str(w.message).lower()]
+    (told,) = [text for text in said if "merge" in text.lower()]
     assert told.startswith("No merge at step 4: ")
     assert told.endswith("Searching has ended for this run.")
 

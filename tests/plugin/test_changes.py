@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.distributed.comm import Alone
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import SnapshotError
-from tests.plugin.runs import make_merge, manifests
+from tests.support.trainers import make_merge, make_trainer, manifests
+from tests.support.warnings import only_expected
 
 NUM_STEPS = 12
 CHANGED_AT = 5  # in the middle of a segment
@@ -79,14 +79,10 @@ def train(
 ) -> tuple[pl.Trainer, list[str]]:
     """Return the Trainer, and the warnings about the buffer."""
     pl.seed_everything(1, verbose=False)
-    defaults = {"max_steps": NUM_STEPS, "accelerator": "cpu", "logger": False, "default_root_dir": root}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     ckpt_path = options.pop("ckpt_path", None)
-    trainer = pl.Trainer(callbacks=[*callbacks], **{**defaults, **quiet, **options})
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    trainer = make_trainer(root, *callbacks, **{"max_steps": NUM_STEPS, **options})
+    with only_expected("buffer|merge|snapshot") as texts:
         trainer.fit(module or Net(), loader(8 * NUM_STEPS, 0), loader(32, 1), ckpt_path=ckpt_path, weights_only=False)
-    texts = [str(w.message) for w in caught]
     return trainer, [t for t in texts if "buffer" in t or "merge" in t or "snapshot" in t]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_ckmerge.artifact.load import Artifact, best_target
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.buffer.storage import FILE_NAME
-from tests.plugin.runs import digest, make_merge
+from tests.support import trainers
+from tests.support.bitwise import digest
+from tests.support.trainers import make_merge
 
 STOP, END = 1, 2
 PLACES: dict[str, Callable[[Path], Path]] = {
@@ -69,18 +70,15 @@ def train(merges: Path, checkpoints: Path, max_epochs: int, ckpt_path: str | Non
     )
     merge = make_merge(dirpath=merges, every_n_train_steps=20, save_top_k=1)
     start = Start()
-    trainer = pl.Trainer(
-        max_epochs=max_epochs,
-        accelerator="cpu",
-        logger=False,
+    trainers.train(
+        Regression,
+        loader(640, seed=1),
+        loader(320, seed=2),
+        root=merges.parent,
         callbacks=[merge, start, checkpoint],
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        max_epochs=max_epochs,
+        ckpt_path=ckpt_path,
     )
-    pl.seed_everything(1, verbose=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(Regression(), loader(640, seed=1), loader(320, seed=2), ckpt_path=ckpt_path)
     return start.step
 
 

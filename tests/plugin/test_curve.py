@@ -10,9 +10,10 @@ from lightning_ckmerge import EvaluationConfig
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.plugin.clock import Curve
 from lightning_ckmerge.search.verdict import Progress
-from tests.artifact.outcomes import make_outcome
-from tests.plugin.models import Classifier
-from tests.plugin.runs import Case, fit, make_merge, manifests, merges_dir
+from tests.support.bitwise import Case, fit, merges_dir
+from tests.support.models import Classifier
+from tests.support.outcomes import make_outcome
+from tests.support.trainers import make_merge, manifests
 
 
 def test_it_keeps_the_last_third_and_what_is_not_published() -> None:

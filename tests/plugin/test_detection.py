@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lightning_ckmerge.errors import ArtifactError, TraceError
 from lightning_ckmerge.plugin.evaluate import lightning_loop as evaluation
 from lightning_ckmerge.plugin.restore import kept, paused_run, saved_state
-from tests.plugin.models import points_loader
-from tests.plugin.runs import Case, assert_same_run
+from tests.support.bitwise import Case, assert_same_run, fit_plain
+from tests.support.models import points_loader
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -53,14 +53,24 @@ PARTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
+def val() -> DataLoader[Any]:
+    """Noisy, and shuffled by a generator of its own: a new one for each run."""
+    generator = torch.Generator().manual_seed(1)
+    return points_loader(train=False, noise="own", shuffle=True, generator=generator)
+
+
+CASE = Case(val=val, merge={"every_n_train_steps": 4}, trainer={"max_epochs": 1})
+
+
+def test_with_all_parts_in_place_nothing_is_noticed(tmp_path: Path) -> None:
+    """Goes red if the tests below would fail a run whose guard is whole."""
+    assert_same_run(CASE, tmp_path)
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_a_missing_part_of_the_guard_is_noticed(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit_plain(CASE, tmp_path / "plain")  # with nothing missing
     PARTS[part](monkeypatch)
-    case = Case(
-        val=partial(points_loader, train=False, noise="own", shuffle=True, generator=torch.Generator().manual_seed(1)),
-        merge={"every_n_train_steps": 4},
-        trainer={"max_epochs": 1},
-    )
     # ArtifactError: what was left behind changes what the artifact scores when it is read back.
     with pytest.raises((AssertionError, TraceError, ArtifactError)):
-        assert_same_run(case, tmp_path)
+        assert_same_run(CASE, tmp_path)

@@ -14,9 +14,10 @@ from lightning_ckmerge import Artifact, CheckpointMergeCallback, SearchConfig, l
 from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.errors import ConfigError, MonitorError
 from lightning_ckmerge.report.view import build_view
-from tests.cli.commands import ckmerge, ckmerge_json
-from tests.plugin.models import Classifier, TinyGPT, tokens_loader
-from tests.plugin.runs import Case, compare_runs, fit, make_merge, merges_dir
+from tests.support.bitwise import Case, compare_runs, fit, fit_plain, merges_dir
+from tests.support.commands import ckmerge, ckmerge_json
+from tests.support.models import Classifier, TinyGPT, tokens_loader
+from tests.support.trainers import make_merge
 
 
 class Two(TinyGPT):
@@ -37,7 +38,7 @@ GPT = Case(model=Two, train=partial(tokens_loader, train=True), val=partial(toke
 
 def test_the_knee_is_published_and_others_of_the_front_inside_it(tmp_path: Path) -> None:
     """Searched for a high loss, older weights are better; for a certain size, not too old ones."""
-    plain = fit(GPT, tmp_path / "plain")
+    plain = fit_plain(GPT, tmp_path / "plain")
     turned_round: Any = {"mode": ["max", "min"], "check_mode": False}
     merge = make_merge(monitor=["val_loss", "val_size"], **turned_round, every_n_train_steps=10, search=search())
     run = fit(GPT, tmp_path / "merged", [merge])

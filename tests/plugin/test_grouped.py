@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from torch.utils.data import DataLoader
 
 from lightning_ckmerge import Artifact, BufferConfig, CheckpointMergeCallback, SearchConfig
@@ -14,7 +14,8 @@ from lightning_ckmerge.checkpoints.rebuild import rebuild
 from lightning_ckmerge.core.spaces import Grouped, Space, SpaceName
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
-from tests.plugin.models import Noisy
+from tests.support.models import Noisy
+from tests.support.trainers import make_trainer
 
 
 def train(root: Path, space: Space | SpaceName) -> tuple[Noisy, Artifact]:
@@ -28,16 +29,7 @@ def train(root: Path, space: Space | SpaceName) -> tuple[Noisy, Artifact]:
         search=SearchConfig(space=space, anchors=[], n_trials=6, max_fraction_of_training=None),
     )
     module = Noisy()
-    trainer = Trainer(
-        max_steps=80,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-        default_root_dir=root,
-    )
+    trainer = make_trainer(root, callback, max_steps=80)
     batches = DataLoader(torch.randint(16, (2048,)), batch_size=8)
     trainer.fit(module, batches, DataLoader(torch.arange(16).repeat(12), batch_size=12))
     artifact = callback.best_artifact

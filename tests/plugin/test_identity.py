@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback
 from lightning_ckmerge.artifact.history import read_history
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.plugin.models import Classifier, points_loader
-from tests.plugin.runs import make_merge, manifests
+from tests.support.models import Classifier, points_loader
+from tests.support.trainers import make_merge, make_trainer, manifests
+from tests.support.warnings import only_expected
 
 SEGMENT = 2
 
@@ -26,20 +26,12 @@ def train(
 ) -> tuple[pl.Trainer, list[str]]:
     """Train under a new version of the logger; return what was warned of, too."""
     pl.seed_everything(1, verbose=False)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=max_steps,
-        logger=CSVLogger(root, name="logs"),
-        default_root_dir=root,
-        callbacks=[merge, ModelCheckpoint(root / "checkpoints", filename="{step}", save_top_k=-1), *others],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=4,
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    callbacks = [merge, ModelCheckpoint(root / "checkpoints", filename="{step}", save_top_k=-1), *others]
+    options: dict[str, Any] = {"max_steps": max_steps, "logger": CSVLogger(root, name="logs"), "limit_val_batches": 4}
+    trainer = make_trainer(root, *callbacks, **options)
+    with only_expected("napshot") as said:
         trainer.fit(Classifier(), points_loader(train=True), points_loader(train=False), ckpt_path=ckpt_path)
-    return trainer, [str(w.message) for w in caught if "napshot" in str(w.message)]
+    return trainer, [text for text in said if "napshot" in text]
 
 
 def merging(**options: Any) -> CheckpointMergeCallback:

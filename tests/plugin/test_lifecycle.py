@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,25 +16,17 @@ from pytorch_lightning.callbacks import ModelCheckpoint as OtherModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger as OtherCSVLogger
 from torch.utils.data import DataLoader
 
-from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
+from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig, pipeline
 from lightning_ckmerge.artifact.history import read_history
 from lightning_ckmerge.artifact.load import load_merged
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.config import Constraint
 from lightning_ckmerge.errors import ConfigError, MonitorError, UnsupportedError
 from lightning_ckmerge.report.run import render_run_markdown
-from tests.plugin.models import BATCH, NUM_TRAIN, Classifier, Points, points_loader
-from tests.plugin.runs import (
-    Case,
-    SearchAtValidationEnd,
-    assert_same_run,
-    assert_searched,
-    compare_runs,
-    fit,
-    make_merge,
-    manifests,
-    merges_dir,
-)
+from lightning_ckmerge.search import engine
+from tests.support.bitwise import Case, assert_same_run, assert_searched, compare_runs, fit, fit_plain, merges_dir
+from tests.support.models import BATCH, NUM_TRAIN, Classifier, Points, points_loader
+from tests.support.trainers import SearchNow, make_merge, manifests
 
 NUM_BATCHES = NUM_TRAIN // (2 * BATCH)
 
@@ -69,7 +61,7 @@ def searching(trainer: pl.Trainer) -> bool:
 @pytest.mark.parametrize("fail_at", [3, 25])
 def test_a_failing_search_changes_nothing_and_ends_nothing(fail_at: int, tmp_path: Path) -> None:
     Fails.num_searched = 0
-    case = Case(model=partial(Fails, fail_at, ValueError))
+    case = Case(model=partial(Fails, fail_at, ValueError), expected=["No merge at step .*: ValueError: no such batch"])
     plain = fit(case, tmp_path / "plain")
     merged = fit(case, tmp_path / "merged", [make_merge(on_error="warn")])
     compare_runs(plain, merged)
@@ -174,7 +166,7 @@ def test_searches_by_the_clock(tmp_path: Path) -> None:
 
 def test_fast_dev_run_does_nothing(tmp_path: Path) -> None:
     merge = make_merge(search_on_train_end=True)
-    fit(Case(trainer={"fast_dev_run": True}), tmp_path, [merge, SearchAtValidationEnd()])
+    fit(Case(trainer={"fast_dev_run": True}), tmp_path, [merge, SearchNow()])
     assert merge.best_artifact is None
     assert not list(tmp_path.rglob("merges"))
 
@@ -189,7 +181,7 @@ def test_a_misspelt_monitor_is_found_before_the_first_step(several: bool, tmp_pa
 
 
 def test_without_a_sanity_check_a_misspelt_monitor_is_only_warned_of(tmp_path: Path) -> None:
-    case = Case(trainer={"num_sanity_val_steps": 0})
+    case = Case(trainer={"num_sanity_val_steps": 0}, expected=["`monitor` must be a metric that validation logs"])
     merge = make_merge(monitor="val_los", on_error="warn", every_n_epochs=1)
     plain = fit(case, tmp_path / "plain")
     merged = fit(case, tmp_path / "merged", [merge])
@@ -240,7 +232,7 @@ def test_an_unknown_method_for_data_is_told(tmp_path: Path) -> None:
 
 
 def test_several_callbacks_in_one_trainer(tmp_path: Path) -> None:
-    plain = fit(Case(), tmp_path / "plain")
+    plain = fit_plain(Case(), tmp_path / "plain")
     merges = [
         make_merge(dirpath=tmp_path / name, monitor=monitor) for name, monitor in (("a", "val_loss"), ("b", "val_hard"))
     ]
@@ -308,7 +300,7 @@ def test_the_other_package_of_the_same_trainer(tmp_path: Path) -> None:
 
 def test_the_merge_is_loaded_after_the_last_checkpoint(tmp_path: Path) -> None:
     """Checkpoints hold the weights that training ended with; the module then holds the merge."""
-    plain = fit(longer(), tmp_path / "plain")
+    plain = fit_plain(longer(), tmp_path / "plain")
     merge = make_merge(apply="on_train_end", every_n_epochs=100, search_on_train_end=True)
     merged = fit(longer(), tmp_path / "merged", [merge])
     artifact = merge.best_artifact
@@ -366,19 +358,26 @@ def test_too_early_to_merge_is_no_fault(tmp_path: Path) -> None:
     assert {r["status"] for r in read_timeline(merges_dir(run))} == {"skipped"}
 
 
-def test_a_search_stops_early_within_its_limit(tmp_path: Path) -> None:
+def test_a_search_stops_early_within_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which a batch takes a second, and all else no time."""
+    now = 0.0
+
     class Slow(Classifier):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
+            nonlocal now
             super().validation_step(batch, batch_idx)
-            if searching(self.trainer):
-                time.sleep(0.02)
+            now += searching(self.trainer)
 
-    options = search_with(n_trials=500, timeout_s=5, min_gain_left=0)
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(engine, "time", clock)
+    monkeypatch.setattr(pipeline, "time", clock)
+    monkeypatch.setattr(pipeline, "Budget", partial(pipeline.Budget, clock=clock.monotonic))
+    options = search_with(n_trials=500, timeout_s=60, min_gain_left=0)
     run = fit(Case(model=Slow), tmp_path, [make_merge(search=options, every_n_train_steps=8)])
     (manifest,) = manifests(merges_dir(run))
     assert 0 < len(manifest["trials"]) < 500
     assert "search.timeout_s" in manifest["cost"]["stopped_early"]
-    assert sum(manifest["cost"]["seconds"].values()) < 5
+    assert sum(manifest["cost"]["seconds"].values()) < 70
 
 
 def test_a_checkpoint_saved_after_training_holds_the_buffer(tmp_path: Path) -> None:

@@ -7,15 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.plugin.models import Classifier, Points, TwoOptimizers
-from tests.plugin.runs import Case, assert_searched, compare_runs, fit, make_merge, merge_callbacks, merges_dir
+from tests.support.bitwise import Case, assert_same_run, compare_runs, fit, fit_plain, merges_dir
+from tests.support.models import Classifier, Points, TwoOptimizers
+from tests.support.trainers import SearchNow, make_merge, search_now
 
 HOOKS = (
     "on_train_batch_start",
@@ -26,32 +26,12 @@ HOOKS = (
 )
 
 
-class SearchesInHook(pl.Callback):
-    """Searches in one hook, at two steps."""
-
-    def __init__(self, hook: str) -> None:
-        self.steps: list[int] = []
-        setattr(self, hook, self.search)
-
-    def search(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step in (5, 9) and trainer.global_step not in self.steps:
-            self.steps.append(trainer.global_step)
-            search(trainer)
-
-
-def search(trainer: pl.Trainer) -> None:
-    for callback in merge_callbacks(trainer):
-        callback.search_now()
-
-
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_search_in_any_hook_changes_nothing(hook: str, tmp_path: Path) -> None:
     """Goes red if autograd is told that weights, or tensors of the module's own, were written to."""
-    case = Case(model=Waiting, callbacks=lambda: [SearchesInHook(hook)])
-    plain = fit(case, tmp_path / "plain")
-    merged = fit(case, tmp_path / "merged", [make_merge(every_n_train_steps=100)])
-    compare_runs(plain, merged)
-    assert_searched(merged, 2)
+    searching = partial(SearchNow, hook, steps=(5, 9))
+    case = Case(model=Waiting, searching=lambda: [searching()], merge={"every_n_train_steps": 100})
+    assert_same_run(case, tmp_path, min_searches=2)
 
 
 class Waiting(Classifier):
@@ -67,7 +47,7 @@ class InStep(Waiting):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
         if self.global_step in (5, 9):
-            search(self.trainer)
+            search_now(self.trainer)
         return loss
 
 
@@ -75,9 +55,9 @@ class InManualStep(TwoOptimizers):
     """Searches within a step that it takes itself: between forward and backward, and between backward and step."""
 
     def manual_backward(self, loss: Any, *args: Any, **kwargs: Any) -> None:
-        search(self.trainer)
+        search_now(self.trainer)
         super().manual_backward(loss, *args, **kwargs)
-        search(self.trainer)
+        search_now(self.trainer)
 
 
 STEPS: dict[str, Case] = {
@@ -89,7 +69,7 @@ STEPS: dict[str, Case] = {
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_search_inside_a_step_changes_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = fit(STEPS[name], tmp_path / "plain")
+    plain = fit_plain(STEPS[name], tmp_path / "plain")
     merged = fit(STEPS[name], tmp_path / "merged", [make_merge(every_n_train_steps=100)])
     compare_runs(plain, merged)
     assert any(r["status"] != "skipped" for r in read_timeline(merges_dir(merged)))
@@ -97,7 +77,7 @@ def test_a_search_inside_a_step_changes_nothing(name: str, tmp_path: Path, monke
 
 def test_where_autocast_keeps_copies_of_the_weights_a_search_is_skipped(tmp_path: Path) -> None:
     case = Case(model=InStep, trainer={"precision": "bf16-mixed"})
-    plain = fit(case, tmp_path / "plain")
+    plain = fit_plain(case, tmp_path / "plain")
     merged = fit(case, tmp_path / "merged", [make_merge(every_n_train_steps=100)])
     compare_runs(plain, merged)
     assert {r["reason"].partition(",")[0] for r in read_timeline(merges_dir(merged))} == {"autocast is on"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +17,9 @@ from torch.utils.data import DataLoader
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.plugin.plan import Plan, forecast, render_plan
-from tests.plugin.models import points_loader
+from tests.support.models import points_loader
+from tests.support.trainers import make_trainer
+from tests.support.warnings import only_expected
 
 # An epoch of the training loader.
 BATCHES = 10
@@ -124,17 +125,7 @@ def make(root: Path, trainer: dict[str, Any], merge: dict[str, Any]) -> tuple[pl
     options = dict(trainer)
     scheduling = options.pop("scheduling", None)
     callbacks = [callback, PlanReader(), *([GradientAccumulationScheduler(dict(scheduling))] if scheduling else [])]
-    made = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=callbacks,
-        **options,
-    )
-    return made, callback
+    return make_trainer(None, *callbacks, num_sanity_val_steps=0, **options), callback
 
 
 def both_plans(root: Path, trainer: dict[str, Any], merge: dict[str, Any], module: Any, unsized: str = "") -> Plan:
@@ -142,8 +133,7 @@ def both_plans(root: Path, trainer: dict[str, Any], merge: dict[str, Any], modul
     made, callback = make(root, trainer, merge)
     before = forecast(callback.settings, made, module(), PointsData(unsized))
     made, _ = make(root, trainer, merge)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with only_expected():
         made.fit(module(), datamodule=PointsData(unsized))
     reader = next(c for c in made.callbacks if isinstance(c, PlanReader))  # type: ignore[attr-defined]
     told, planned = asdict(reader.plan), asdict(before)
@@ -153,7 +143,6 @@ def both_plans(root: Path, trainer: dict[str, Any], merge: dict[str, Any], modul
     return before
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("length", "trigger"), CASES)
 def test_both_plans_and_the_run_agree(tmp_path: Path, length: str, trigger: str) -> None:
     merge = TRIGGERS[trigger]
@@ -164,14 +153,12 @@ def test_both_plans_and_the_run_agree(tmp_path: Path, length: str, trigger: str)
     assert (plan.share is None) is (trigger == "time")
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_optimizers_stepped_by_hand_are_counted(tmp_path: Path) -> None:
     plan = both_plans(tmp_path, {"max_epochs": 2, "limit_train_batches": 5}, {"every_n_train_steps": 8}, ByHand)
     assert plan.total_steps == 20
     assert plan.num_searches == len(read_timeline(tmp_path)) == 3
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("unsized", ["train", "val"])
 def test_a_loader_without_a_length_is_planned_as_such(tmp_path: Path, unsized: str) -> None:
     trainer = {"max_epochs": 1} if unsized == "train" else {"max_steps": 6}
@@ -181,7 +168,6 @@ def test_a_loader_without_a_length_is_planned_as_such(tmp_path: Path, unsized: s
     assert ("at the end only" in plan.when) is (unsized == "train")
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_the_text_tells_of_the_last_search(tmp_path: Path) -> None:
     """600 steps with a search every 400 are two searches, the second at the end."""
     trainer, callback = make(tmp_path, {"max_steps": 600}, {"every_n_train_steps": 400})

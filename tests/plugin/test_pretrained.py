@@ -12,8 +12,9 @@ import torch
 from lightning_ckmerge import ArtifactConfig, BufferConfig, CheckpointMergeCallback, SearchConfig, load_merged
 from lightning_ckmerge.errors import ConfigError
 from tests.cli.test_export import open_pretrained
-from tests.cli.transformers_models import CASES, Language, gpt2, llama, loader, logits
-from tests.plugin.models import Classifier, points_loader
+from tests.support import trainers
+from tests.support.language import CASES, Language, gpt2, llama, loader, logits
+from tests.support.models import Classifier, points_loader
 
 FORMATS = ("safetensors", "ckpt", "hf")
 
@@ -29,21 +30,11 @@ def train(module: pl.LightningModule, tmp_path: Path, loaders: Any, size: str = 
         save_top_k=-1,
         on_error="raise",
     )
-    trainer = pl.Trainer(
-        max_steps=6,
-        accelerator="cpu",
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
-    trainer.fit(module, *loaders)
+    options: dict[str, Any] = {"max_steps": 6, "num_sanity_val_steps": 0}
+    trainers.train(module, *loaders, root=tmp_path, callbacks=[callback], seed=None, **options)
     return callback
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("size", ["5GB", "4KB"])
 @pytest.mark.parametrize("case", CASES)
 def test_an_artifact_holds_a_directory_that_from_pretrained_opens(tmp_path: Path, case: str, size: str) -> None:
@@ -67,7 +58,6 @@ class Tokenizer:
         (path / "tokenizer.json").write_text("{}")
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_the_modules_tokenizer_goes_with_it(tmp_path: Path) -> None:
     module = Language(gpt2())
     module.tokenizer = Tokenizer()
@@ -82,7 +72,6 @@ class Two(Language):
         self.net["teacher"] = llama()
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("make", "message"), [(Classifier, "got none"), (Two, r"net\.lm \(GPT2LMHeadModel\), net\.teacher \(Llama")]
 )

@@ -19,8 +19,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_module
 from lightning_ckmerge import CheckpointMergeCallback, SearchConfig
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.plugin.progress import harmless
-from tests.plugin.models import Classifier, points_loader
-from tests.plugin.runs import Case, SearchAtValidationEnd, assert_searched, fit, make_merge, merges_dir
+from tests.support.bitwise import Case, assert_searched, fit, merges_dir
+from tests.support.models import Classifier, points_loader
+from tests.support.trainers import SearchNow, make_merge
 
 BARS: dict[str, Callable[[], pl.Callback]] = {
     "tqdm": TQDMProgressBar,
@@ -60,7 +61,7 @@ def test_a_search_has_a_line_of_its_own(
 def test_a_search_within_validation_leaves_its_bar_alone(
     bar: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    text = output(tmp_path, capfd, BARS[bar](), SearchAtValidationEnd(), every_n_epochs=100)
+    text = output(tmp_path, capfd, BARS[bar](), SearchNow(min_step=3), every_n_epochs=100)
     assert "Merge search at step" in text
     assert "Validation" in text
 

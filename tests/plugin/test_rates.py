@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from lightning_ckmerge import SearchConfig
 from lightning_ckmerge.plugin.triggers import LearningRates, rates_of
-from tests.plugin.models import TinyGPT, TwoOptimizers, tokens_loader
-from tests.plugin.runs import NUM_TRIALS, Case, fit, make_merge, manifests, merges_dir
+from tests.support.bitwise import Case, fit, merges_dir
+from tests.support.models import TinyGPT, TwoOptimizers, tokens_loader
+from tests.support.trainers import NUM_TRIALS, make_merge, manifests
 
 NUM_STEPS = 30  # five epochs of six batches
 

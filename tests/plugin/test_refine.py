@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,8 +19,9 @@ from lightning_ckmerge.core.spaces import Grouped
 from lightning_ckmerge.errors import ConfigError, SearchError
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
-from tests.plugin.models import Noisy
-from tests.plugin.slopes import compare_slopes
+from tests.support.models import Noisy
+from tests.support.slopes import compare_slopes
+from tests.support.trainers import make_trainer
 
 NUM_STEPS = 80
 
@@ -37,16 +38,7 @@ def run(root: Path, make: type[LightningModule], val: Any = None, **options: Any
         "save_top_k": -1,
     }
     callback = CheckpointMergeCallback(**{**defaults, **options})
-    trainer = Trainer(
-        max_steps=NUM_STEPS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-        default_root_dir=root,
-    )
+    trainer = make_trainer(root, callback, max_steps=NUM_STEPS)
     train = DataLoader(torch.randint(16, (2048,)), batch_size=8)
     trainer.fit(module, train, val or loader(torch.arange(16).repeat(52)))
     torch.save(module.state_dict(), root / "latest.pt")
@@ -76,8 +68,9 @@ def refined(manifest: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize(
     ("monitor", "mode", "val"),
     [
-        ("val_loss", "min", None),
-        ("val_gain", "max", None),
+        # Eight batches, each of all symbols: a quotient takes two evaluations for each group and snapshot.
+        ("val_loss", "min", loader(torch.arange(16).repeat(52), batch_size=104)),
+        ("val_gain", "max", loader(torch.arange(16).repeat(52), batch_size=104)),
         # The last batch is smaller, and counts less.
         ("val_loss/dataloader_idx_1", "min", [loader(torch.arange(16)), loader(torch.arange(16).repeat(2) // 2, 6)]),
     ],

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +14,24 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.plugin.resuming import main
-from tests.plugin.runs import manifests
+from tests.support.ranks import forkserver
+from tests.support.resuming import main
+from tests.support.trainers import manifests
 
-REPOSITORY = Path(__file__).parents[2]
 NUM_STEPS = 22
 
 
-def start(root: Path, **options: Any) -> subprocess.Popen[str]:
-    """Begin to train in a new process."""
+def start(root: Path, **options: Any) -> BaseProcess:
+    """Begin to train in a new process, forked from one that has imported Lightning and trained nothing."""
     root.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tests.plugin.resuming", str(root), json.dumps(options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, stderr=subprocess.PIPE)
+    process: BaseProcess = forkserver().Process(target=main, args=(root, options))
+    process.start()
+    return process
 
 
-def wait(process: subprocess.Popen[str], code: int = 0) -> None:
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == code, errors[-2000:]
+def wait(process: BaseProcess, code: int = 0) -> None:
+    process.join(240)
+    assert process.exitcode == code, "its traceback is on stderr"
 
 
 def train(root: Path, **options: Any) -> dict[str, str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_ckmerge import ArtifactConfig, CheckpointMergeCallback, SearchConfig, load_merged
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.plugin.evaluate.halves import confirms
+from tests.support.trainers import make_trainer, train
+from tests.support.warnings import only_expected
 
 WIDTH, BATCH = 8, 16
 
@@ -59,19 +61,6 @@ def unseen() -> DataLoader[Any]:
     return data(64, seed=2, keep=lambda b: confirms(b, 0.5))
 
 
-def make_trainer(root: Path, *callbacks: pl.Callback) -> pl.Trainer:
-    return pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=root,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
 @dataclass
 class Trained:
     trainer: pl.Trainer
@@ -87,8 +76,7 @@ class Trained:
         return float(best.manifest["verdict"]["value"])
 
     def tested(self, module: pl.LightningModule, **options: Any) -> float:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with only_expected():
             [logged] = make_trainer(self.merges.parent).test(module, unseen(), verbose=False, **options)
         return logged["test_loss"]
 
@@ -105,13 +93,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         search=SearchConfig(n_trials=4, max_fraction_of_training=None),
         artifact=ArtifactConfig(formats=("safetensors", "ckpt")),
     )
-    trainer = make_trainer(root, merge)
-    pl.seed_everything(1, verbose=False)
-    module = Regression(width=WIDTH, lr=0.05)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(module, data(60, seed=1), data(64, seed=2))
-    return Trained(trainer, module, merge, root / "merges")
+    model = partial(Regression, width=WIDTH, lr=0.05)
+    trainer = train(model, data(60, seed=1), data(64, seed=2), root=root, callbacks=[merge], max_epochs=1)
+    return Trained(trainer, trainer.lightning_module, merge, root / "merges")
 
 
 def test_the_module_holds_the_merge_when_training_is_over(trained: Trained) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, load_merged
 from lightning_ckmerge.artifact.history import read_history
 from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.artifact.standing import read_standing
-from tests.plugin.runs import make_merge
+from tests.support import trainers
+from tests.support.trainers import make_merge
+from tests.support.warnings import only_expected
 
 NUM_STEPS, SEARCHED = 16, 8
 
@@ -49,24 +51,12 @@ class Circling(pl.LightningModule):
 
 
 def train(root: Path, ends_at: float | None, **options: Any) -> tuple[Circling, CheckpointMergeCallback, pl.Trainer]:
-    pl.seed_everything(1, verbose=False)
     buffer = BufferConfig(every_n_train_steps=2, update_every_n_steps=1)
     merge = make_merge(dirpath=root / "merges", every_n_train_steps=SEARCHED, buffer=buffer, **options)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=NUM_STEPS - 1,  # so that the last search is before the end
-        logger=False,
-        default_root_dir=root,
-        callbacks=[merge],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        barebones=False,
-    )
-    module, data = Circling(ends_at), torch.randn(20, 2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(20, 1)), torch.utils.data.DataLoader(data))
+    module, data = Circling(ends_at), torch.randn(20, 2, generator=torch.Generator().manual_seed(1))
+    loaders = DataLoader(torch.zeros(20, 1)), DataLoader(data)
+    # One step less, so that the last search is before the end.
+    trainer = trainers.train(module, *loaders, root=root, callbacks=[merge], max_steps=NUM_STEPS - 1)
     return module, merge, trainer
 
 
@@ -102,8 +92,7 @@ def test_the_better_weights_are_applied(tmp_path: Path, ends_at: float | None, s
     [path] = (tmp_path / "merges").glob("step=*")
     if save_top_k:
         expected = Circling(None)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with only_expected("se the final weights"):
             load_merged(tmp_path / "merges", expected)
         assert torch.equal(module.weight, expected.weight) is (ends_at is None)
     else:

@@ -14,7 +14,7 @@ from lightning_ckmerge import CheckpointMergeCallback, SearchConfig
 from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.errors import ConfigError
-from tests.cli.runs import PointsData, Wandering
+from tests.support.offline import PointsData, Wandering
 
 STAGNATION = {
     "class_path": "optuna.terminator.Terminator",

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ckmerge.errors import TraceError
-from tests.plugin.runs import digest, make_merge, manifests, merge_callbacks
+from tests.support.bitwise import digest
+from tests.support.trainers import make_merge, make_trainer, manifests, merge_callbacks
 
 
 class Weighted(Dataset[tuple[Tensor, Tensor]]):
@@ -342,10 +343,8 @@ def train(make: Callable[[], Small], root: Path, merge: Any = None, size: int = 
     """Train for two epochs, with a search in the middle of each."""
     pl.seed_everything(1, verbose=False)
     module, before = make(), torch.get_float32_matmul_precision()
-    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    settings |= {"enable_model_summary": False, "accelerator": "cpu", "default_root_dir": root, "max_epochs": 2}
     callbacks = [merge, Searching(merge)] if merge is not None else []
-    trainer = pl.Trainer(callbacks=callbacks, num_sanity_val_steps=0, **{**settings, **options})
+    trainer = make_trainer(root, *callbacks, **{"num_sanity_val_steps": 0, "max_epochs": 2, **options})
     loaders = DataLoader(Weighted(size), 4), DataLoader(Weighted(size), 4)
     try:
         trainer.fit(module, *loaders)

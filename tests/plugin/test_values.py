@@ -23,8 +23,10 @@ from lightning_ckmerge.plugin.evaluate.halves import confirms
 from lightning_ckmerge.plugin.evaluate.validation import Validation
 from lightning_ckmerge.plugin.restore.paused_run import PausedRun
 from lightning_ckmerge.report.view import build_view
-from tests.plugin.models import NUM_VAL, Classifier, Points, Stream, TinyGPT, points_loader, tokens_loader
-from tests.plugin.runs import Case, fit, make_merge, manifests, merges_dir
+from tests.support.bitwise import Case, fit, merges_dir
+from tests.support.models import NUM_VAL, Classifier, Points, Stream, TinyGPT, points_loader, tokens_loader
+from tests.support.trainers import make_merge, make_trainer, manifests
+from tests.support.warnings import only_expected
 
 # The loss falls while these train, so that, searching for high ones, older weights win; too few batches for a verdict,
 # so weights are published in any case.
@@ -80,15 +82,12 @@ def losses_of(module: pl.LightningModule, loader: DataLoader[Any]) -> list[float
     found = []
     for start in starts:
         batch = Subset(loader.dataset, range(start, min(start + size, len(loader.dataset))))  # type: ignore[arg-type]
-        trainer = pl.Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, barebones=False
-        )
-        (logged,) = trainer.validate(module, DataLoader(batch, batch_size=size), verbose=False)
+        with only_expected():
+            (logged,) = make_trainer().validate(module, DataLoader(batch, batch_size=size), verbose=False)
         found.append(logged["val_loss"])
     return found
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_values_are_those_of_a_plain_validation_of_the_artifact(
     tmp_path: Path, scores: list[tuple[str, Score]]
 ) -> None:

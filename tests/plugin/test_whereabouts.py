@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_ckmerge import CheckpointMergeCallback
 from lightning_ckmerge.errors import ConfigError
-from tests.plugin.models import Classifier, points_loader
+from tests.support.models import Classifier, points_loader
+from tests.support.trainers import make_trainer
 
 Arguments = Callable[[Path], tuple[Any, dict[str, Any]]]
 # The callback's `dirpath`, and the Trainer's arguments.
@@ -39,7 +39,7 @@ def test_an_unusable_directory_is_an_error_before_training_that_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     dirpath, options = UNUSABLE[name](tmp_path)
     merge = CheckpointMergeCallback(dirpath=dirpath)
-    trainer = pl.Trainer(accelerator="cpu", callbacks=[merge], **{"logger": False, "max_steps": 1, **options})
+    trainer = make_trainer(None, merge, **{"max_steps": 1, **options})
     with pytest.raises(ConfigError, match="URL" if "URL" in name else "must be a directory that can be written to"):
         trainer.fit(Classifier(), points_loader(train=True), points_loader(train=False))
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
@@ -48,6 +48,6 @@ def test_an_unusable_directory_is_an_error_before_training_that_leaves_nothing(
 def test_the_home_directory_is_known_by_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     merge = CheckpointMergeCallback(dirpath="~/merges")
-    trainer = pl.Trainer(accelerator="cpu", callbacks=[merge], logger=False, max_steps=1, default_root_dir=tmp_path)
+    trainer = make_trainer(tmp_path, merge, max_steps=1)
     trainer.fit(Classifier(), points_loader(train=True), points_loader(train=False))
     assert merge._resolved_dirpath == tmp_path / "merges"

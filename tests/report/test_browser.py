@@ -10,8 +10,8 @@ import pytest
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.run import render_run_html
 from lightning_ckmerge.report.text import ReportPlace
-from tests.report.browser import find_browser, visit
-from tests.report.runs import DIRPATH, make_history
+from tests.support.browser import find_browser, visit
+from tests.support.outcomes import DIRPATH, make_history
 
 BROWSER = find_browser()
 PLACE = ReportPlace(path=DIRPATH / "step=000004000")

@@ -13,7 +13,7 @@ from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.report.axes import BOTTOM, LEFT, RIGHT, TOP, Axis, log_ticks, nice_ticks
 from lightning_ckmerge.report.charts import MIN_BAR, coefficient_chart, history_chart
-from tests.artifact.outcomes import make_outcome
+from tests.support.outcomes import make_outcome
 
 
 def manifest(**kwargs: Any) -> dict[str, Any]:

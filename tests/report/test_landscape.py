@@ -8,7 +8,7 @@ from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.report.axes import BOTTOM, LEFT, RIGHT, TOP
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.landscape import NUM_COLUMNS, NUM_LEVELS, NUM_ROWS, draw_landscape
-from tests.artifact.outcomes import make_outcome
+from tests.support.outcomes import make_outcome
 
 
 def manifest(dims: int, mode: Any = "min") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
 from lightning_ckmerge.report.text import ReportPlace
 from lightning_ckmerge.report.view import build_view
-from tests.artifact.outcomes import make_outcome
+from tests.support.outcomes import make_outcome
 
 HOSTILE = "</title><script>alert('x')</script>\"'{{ 7*7 }}&amp;|`[a](http://b.example)\n# heading"
 FILES = {"model.safetensors": {"bytes": 498_000_123, "sha256": "ef" * 32}}

@@ -14,8 +14,8 @@ from lightning_ckmerge.report.axes import BOTTOM, TOP
 from lightning_ckmerge.report.run import render_run_html, render_run_markdown, summarize
 from lightning_ckmerge.report.run_charts import gain_chart, validation_chart, validation_curve
 from lightning_ckmerge.report.view import NEXT
-from tests.report.runs import DIRPATH, make_history
 from tests.report.test_report import HOSTILE, Page
+from tests.support.outcomes import DIRPATH, make_history
 
 
 def reports(history: History) -> tuple[str, str]:

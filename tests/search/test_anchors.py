@@ -16,7 +16,7 @@ from lightning_ckmerge.core.outcome import Candidate, Score, Scored
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Auto, Decay, Pairwise, Simplex, Space, Window
 from lightning_ckmerge.search.anchors import make_anchors, most_anchors, next_anchor
-from tests.core.runs import coordinates, means, runs, with_latest
+from tests.support.segments import coordinates, means, runs, with_latest
 
 SPACES = [
     Decay(),

@@ -20,8 +20,8 @@ from lightning_ckmerge.search import engine
 from lightning_ckmerge.search.problem import Half, KeepGoing
 from lightning_ckmerge.search.racing import MIN_BATCHES
 from lightning_ckmerge.search.stopping import Budget
-from tests.core.runs import means, with_latest
-from tests.search.paraboloid import OPTIMUM, SEGMENTS, Paraboloid, make_search
+from tests.support.paraboloid import OPTIMUM, SEGMENTS, Paraboloid, make_search
+from tests.support.segments import means, with_latest
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lightning_ckmerge.search.engine import MAX_SHOWN, Search
 from lightning_ckmerge.search.hedge import GPHedgeSampler
 from lightning_ckmerge.search.problem import Half, KeepGoing
 from lightning_ckmerge.search.study import make_sampler
-from tests.search.paraboloid import OPTIMUM, SEGMENTS, Paraboloid, make_search
+from tests.support.paraboloid import OPTIMUM, SEGMENTS, Paraboloid, make_search
 
 ELSEWHERE = Decay().coefficients({"tau": 400.0, "beta": 0.2}, SEGMENTS)
 OTHERS = (Objective("other", "max"),)

@@ -14,7 +14,7 @@ from lightning_ckmerge.core.spaces import Pairwise
 from lightning_ckmerge.errors import ConfigError
 from lightning_ckmerge.search.gaussian_process import GaussianProcess
 from lightning_ckmerge.search.hedge import ACQUISITIONS, GPHedgeSampler
-from tests.search.paraboloid import POINTS, Paraboloid, make_search
+from tests.support.paraboloid import POINTS, Paraboloid, make_search
 
 UNIT = {"x": FloatDistribution(0.0, 1.0)}
 

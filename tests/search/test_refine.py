@@ -22,7 +22,7 @@ from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.problem import Half, KeepGoing
 from lightning_ckmerge.search.refine import FORWARDS_PER_GRADIENT, MAX_REFINED, NUM_STEPS, refine
 from lightning_ckmerge.search.stopping import Budget
-from tests.search.paraboloid import SEGMENTS, make_search
+from tests.support.paraboloid import SEGMENTS, make_search
 
 K, NUM_WEIGHTS, NUM_BATCHES = len(SEGMENTS), 40, 10
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -18,6 +18,8 @@ from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
 from lightning_ckmerge.search import study as study_module
 from lightning_ckmerge.search.study import SharedStudy
+from tests.support.ranks import forkserver
+from tests.support.waiting import wait_until
 
 
 def open_shared(storage: Path | str, n_trials: int = 4, seed: int = 0, fingerprint: str = "f" * 64) -> SharedStudy:
@@ -60,7 +62,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
 
 def test_processes_share_the_trials_and_each_learns_all(storage: Path | str) -> None:
     """They start together, before there is any table."""
-    context = multiprocessing.get_context("spawn")
+    context = forkserver()
     with context.Manager() as manager:
         evaluated = manager.list()
         with context.Pool(3) as pool:
@@ -74,14 +76,27 @@ def test_processes_share_the_trials_and_each_learns_all(storage: Path | str) -> 
         assert sorted(found[0]) == sorted(found[1]) == sorted(found[2])
 
 
-def test_a_process_waits_for_what_another_is_doing(storage: Path | str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_module, "POLL_S", 0.01)
+@pytest.fixture
+def polls(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Grows whenever a study waits for another process; it waits for a hundredth of a second."""
+    found: list[float] = []
+    pause = time.sleep
+
+    def sleep(seconds: float) -> None:
+        found.append(seconds)
+        pause(0.01)
+
+    monkeypatch.setattr(study_module, "time", SimpleNamespace(sleep=sleep))
+    return found
+
+
+def test_a_process_waits_for_what_another_is_doing(storage: Path | str, polls: list[float]) -> None:
     a, b = open_shared(storage, n_trials=1), open_shared(storage, n_trials=1)
     z, known = a.begin("trial-0")
     assert known is None
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(b.begin, "trial-0")
-        time.sleep(0.3)
+        wait_until(lambda: len(polls) > 2 or waiting.done())
         assert not waiting.done()
         a.tell("trial-0", score_of(z), {})
         assert waiting.result(timeout=30) == (z, score_of(z))
@@ -101,7 +116,7 @@ def ask_and_die(storage: str) -> None:
 
 
 def test_nobody_waits_for_a_process_that_died_on_this_machine(storage: Path | str) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=ask_and_die, args=(storage,))
+    process = forkserver().Process(target=ask_and_die, args=(storage,))
     process.start()
     process.join(60)
     study = open_shared(storage, n_trials=1)
@@ -109,14 +124,16 @@ def test_nobody_waits_for_a_process_that_died_on_this_machine(storage: Path | st
     assert [t.state for t in stored(study)] == [TrialState.FAIL, TrialState.RUNNING]
 
 
-def test_nobody_waits_for_ever_for_a_process_elsewhere(storage: Path | str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_ever_for_a_process_elsewhere(
+    storage: Path | str, polls: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     lost = open_shared(storage, n_trials=1)
     lost._worker = {"host": "elsewhere", "pid": 1}
     z, _ = lost.begin("trial-0")
     study = open_shared(storage, n_trials=1)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(study.begin, "trial-0")
-        time.sleep(0.3)
+        wait_until(lambda: polls or waiting.done())
         assert not waiting.done()
         monkeypatch.setattr(study_module, "MIN_PATIENCE_S", 0)
         assert waiting.result(timeout=30)[1] is None

@@ -19,7 +19,7 @@ from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
 from lightning_ckmerge.search.stopping import MIN_TRIALS, Stopping
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
-from tests.search.paraboloid import HaltError, Paraboloid, halting, make_search, proposals
+from tests.support.paraboloid import HaltError, Paraboloid, halting, make_search, proposals
 
 
 class Recording(GPSampler):

@@ -1,10 +1,9 @@
-"""One training process: ``python -m tests.plugin.resuming ROOT JSON``. Its data and noise depend on the step alone."""
+"""One training process, which is ended, or dies, and goes on. Its data and noise depend on the step alone."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, SearchConfig
-from tests.plugin.models import NUM_FEATURES, Classifier, points_loader
-from tests.plugin.runs import digest
+from lightning_ckmerge import BufferConfig, SearchConfig
+from tests.support.bitwise import digest
+from tests.support.models import NUM_FEATURES, Classifier, points_loader
+from tests.support.trainers import make_merge, train
 
 
 class BySteps(Classifier):
@@ -73,38 +73,27 @@ class DiesInTrial(BySteps):
 
 def main(root: Path, options: dict[str, Any]) -> None:
     """Train to ``max_steps`` and write what happened to ``root/notes.json``."""
-    pl.seed_everything(3, verbose=False)
     dies_after = options.pop("dies_after", None)
     DiesInTrial.left = dies_after or 0
     ckpt_path = options.pop("ckpt_path", None)
     notes = Notes(root, options.pop("save_at", None))
     every = options.pop("every_n_train_steps", 10)
     search = SearchConfig(n_trials=3, max_fraction_of_training=None, **options.pop("search", {}))
-    merge = CheckpointMergeCallback(
+    merge = make_merge(
         dirpath=root / "merges",
         every_n_train_steps=every,
-        search_on_train_end=False,
-        save_top_k=-1,
-        on_error="raise",
         search=search,
         buffer=BufferConfig(every_n_train_steps=4, update_every_n_steps=1),
     )
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        logger=False,
-        default_root_dir=root,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+    train(
+        DiesInTrial if dies_after else BySteps,
+        points_loader(train=True, shuffle=False),
+        points_loader(train=False),
+        root=root,
         callbacks=[merge, notes],
-        enable_checkpointing=False,
+        seed=3,
+        ckpt_path=ckpt_path,
+        max_epochs=-1,
         **options,
     )
-    module = DiesInTrial() if dies_after else BySteps()
-    trainer.fit(module, points_loader(train=True, shuffle=False), points_loader(train=False), ckpt_path=ckpt_path)
     (root / "notes.json").write_text(json.dumps(notes.batches))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

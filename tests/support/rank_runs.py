@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_ckmerge import ArtifactConfig, BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
+from lightning_ckmerge import ArtifactConfig, BufferConfig, CheckpointMergeCallback, EvaluationConfig
+from tests.support.trainers import make_merge, train
 
 NUM_TRAIN = 96
 BATCH = 4
@@ -91,16 +91,6 @@ class TiedGPT(Classifier):
         return loss
 
 
-class SearchNow(pl.Callback):
-    """Searches where Lightning has switched gradients off."""
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.global_step:
-            for callback in trainer.callbacks:
-                if isinstance(callback, CheckpointMergeCallback):
-                    callback.search_now()
-
-
 @dataclass
 class Run:
     """What is left of a run on one rank."""
@@ -119,20 +109,18 @@ def make_strategy(name: str) -> Any:
     return ModelParallelStrategy(*sizes[name]) if name in sizes else name
 
 
-def make_merge(root: str, **overrides: Any) -> CheckpointMergeCallback:
-    """A callback that searches twice and fails loudly."""
+def make_rank_merge(root: str, **overrides: Any) -> CheckpointMergeCallback:
+    """Return a callback that searches twice and fails loudly."""
     options: dict[str, Any] = {
         "dirpath": f"{root}/merges",
         "every_n_train_steps": 6,
+        "search_on_train_end": True,
         "buffer": BufferConfig(every_n_train_steps=2, update_every_n_steps=1),
-        "search": SearchConfig(max_fraction_of_training=None, n_trials=2, anchors=["uniform"]),
         # No batch is left to confirm with, so that no search is rejected and each publishes weights.
         "evaluation": EvaluationConfig(confirm_fraction=0.01),
         "artifact": ArtifactConfig(max_shard_size="600B"),
-        "save_top_k": -1,
-        "on_error": "raise",
     }
-    return CheckpointMergeCallback(**{**options, **overrides})
+    return make_merge(**{**options, **overrides})
 
 
 def fit(
@@ -145,32 +133,40 @@ def fit(
     devices: int = 2,
     val: Any = None,
     ckpt_path: str | None = None,
+    expected: Sequence[str] = (),
     **options: Any,
 ) -> Run:
     """Train on one rank of several: for twelve steps, if there are two."""
-    warnings.simplefilter("ignore")
-    pl.seed_everything(1, verbose=False)
-    module = model()
-    defaults: Mapping[str, Any] = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "val_check_interval": 0.5,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-    }
-    trainer = pl.Trainer(
+    defaults: Mapping[str, Any] = {"max_epochs": 1, "val_check_interval": 0.5}
+    trainer = train(
+        model,
+        DataLoader(points(NUM_TRAIN), batch_size=BATCH, shuffle=True),
+        val or DataLoader(points(83), batch_size=2 * BATCH),
+        root=root,
+        callbacks=[*([callback] if callback else []), *others],
+        ckpt_path=ckpt_path,
+        expected=expected,
         devices=devices,
         strategy=make_strategy(strategy),
-        default_root_dir=root,
-        callbacks=[*([callback] if callback else []), *others],
         **{**defaults, **options},
     )
-    train = DataLoader(points(NUM_TRAIN), batch_size=BATCH, shuffle=True)
-    val = val or DataLoader(points(83), batch_size=2 * BATCH)
-    trainer.fit(module, train, val, ckpt_path=ckpt_path)
-    return Run(module, trainer, callback)
+    return Run(trainer.lightning_module, trainer, callback)
+
+
+_PLAIN_RUNS: dict[Any, Run] = {}
+
+
+def fit_plain(strategy: str, root: str, *, model: Callable[[], pl.LightningModule] = Classifier, **options: Any) -> Run:
+    """Return the run without the merge callback; under DDP, once for all tests of these processes that compare with it.
+
+    All ranks have to call this alike, as they have to call ``fit``.
+    """
+    key = (strategy, model, tuple((name, repr(value)) for name, value in sorted(options.items())))
+    if not strategy.startswith("ddp"):
+        return fit(strategy, root, None, model=model, **options)
+    if key not in _PLAIN_RUNS:
+        _PLAIN_RUNS[key] = fit(strategy, root, None, model=model, **options)
+    return _PLAIN_RUNS[key]
 
 
 def same_trail(run: Run, baseline: Run) -> bool:

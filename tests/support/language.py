@@ -1,7 +1,8 @@
-"""Small transformers models, built from configs, inside LightningModules."""
+"""Small transformers models inside LightningModules, plain and with LoRA adapters, and short runs that merge them."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from tests.plugin.models import tokens_loader
+from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
+from tests.support.models import tokens_loader
+from tests.support.trainers import make_merge, train
 
 VOCABULARY = 23
 
@@ -115,3 +118,82 @@ def logits(model: Any) -> Tensor:
             images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(7))
             return model(pixel_values=images).logits
         return model(input_ids=torch.arange(12).reshape(2, 6)).logits
+
+
+RANK = 2
+# Of the tensors that are trained: the embedding's factors, two layers' factors, a norm that is trained whole.
+NUM_TRAINED = 2 + 2 * 2 + 2
+
+
+def adapted(**options: Any) -> Any:
+    """A PeftModel, the same at each call."""
+    import peft
+
+    model = gpt2()
+    torch.manual_seed(3)
+    config = {
+        "r": RANK,
+        "lora_alpha": 6,
+        "lora_dropout": 0.1,
+        "target_modules": ["c_attn", "wte"],
+        "modules_to_save": ["ln_f"],
+        "fan_in_fan_out": True,
+        "task_type": "CAUSAL_LM",
+        **options,
+    }
+    return peft.get_peft_model(model, peft.LoraConfig(**config))
+
+
+class Adapted(Language):
+    def __init__(self, model: Any = None, lr: float = 0.02) -> None:
+        super().__init__(adapted() if model is None else model)
+        self.lr = lr
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.net["lm"](input_ids=batch, labels=batch).loss
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self.net["lm"](input_ids=batch, labels=batch).loss
+        self.log("val_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+class MergesToValidate(Adapted):
+    """Writes the adapters into their base for the time of a validation; taken out again, its last bits have changed."""
+
+    def on_validation_start(self) -> None:
+        self.net["lm"].merge_adapter()
+
+    def on_validation_end(self) -> None:
+        self.net["lm"].unmerge_adapter()
+
+
+def make_adapter_merge(root: Path, **overrides: Any) -> CheckpointMergeCallback:
+    """Point snapshots, and a mean of them that wins: the loss falls, so that, searching for high ones, old weights do.
+
+    No batch is left to confirm with, so that no search is rejected.
+    """
+    options: dict[str, Any] = {
+        "dirpath": root / "merges",
+        "mode": "max",
+        "check_mode": False,
+        "buffer": BufferConfig(every_n_train_steps=1, capacity=4, snapshot="point", layout="uniform"),
+        "search": SearchConfig(n_trials=2, max_fraction_of_training=None),
+        "evaluation": EvaluationConfig(confirm_fraction=0.01),
+        "every_n_train_steps": 100,
+        "search_on_train_end": True,
+        "save_top_k": 1,
+    }
+    return make_merge(**{**options, **overrides})
+
+
+def train_on_tokens(module: pl.LightningModule, merge: CheckpointMergeCallback, **options: Any) -> None:
+    """Train for eight steps."""
+    options = {"root": None, "max_steps": 8, "num_sanity_val_steps": 0, **options}
+    callbacks = [merge, *options.pop("callbacks", ())]
+    train(module, tokens_loader(train=True), tokens_loader(train=False), callbacks=callbacks, **options)

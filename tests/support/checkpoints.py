@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from tests.artifact.conftest import TiedModel, tensors_of
+from tests.support.outcomes import TiedModel, tensors_of
+from tests.support.warnings import only_expected
 
 STEPS = (100, 200, 300)
 
@@ -78,8 +78,7 @@ def write_hub(path: Path, step: int) -> Path:
 def write_distributed(path: Path, step: int, *, key: str = "state_dict", lightning: bool = True) -> Path:
     tensors = tensors_of(model_at(step))
     content: Mapping[str, Any] = {key: tensors} if key else tensors
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with only_expected():
         dcp.save({**content, "optimizer_0": {"lr": 0.1, "m": torch.ones(2)}}, checkpoint_id=path, no_dist=True)
     if lightning:
         torch.save({"global_step": step}, path / "meta.pt")

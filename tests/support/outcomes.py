@@ -1,13 +1,22 @@
-"""A search's outcome, made up but in every respect as a real one is built."""
+"""Searches, artifacts and histories of runs, made up but in every respect as real ones are built."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from lightning_ckmerge.artifact.history import History
+from lightning_ckmerge.artifact.load import Artifact
+from lightning_ckmerge.artifact.manifest import build_manifest
+from lightning_ckmerge.artifact.publish import ArtifactStore
+from lightning_ckmerge.artifact.timeline import timeline_record
 from lightning_ckmerge.core.layout import find_aliases, tensor_spec
 from lightning_ckmerge.core.objectives import Mode
 from lightning_ckmerge.core.outcome import (
@@ -21,6 +30,12 @@ from lightning_ckmerge.core.outcome import (
     Status,
     Verdict,
 )
+
+Publish = Callable[..., Artifact]
+CREATED = "2026-11-24T22:05:31+00:00"
+DIRPATH = Path("/data/lightning_logs/version_3/merges")
+FILES = {"model.safetensors": {"bytes": 498_000_123, "sha256": "ef" * 32}}
+
 
 LAST_STEPS = (512, 768, 896, 960, 1000)
 
@@ -128,3 +143,75 @@ class LocalWeights:
 
     def gather(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+class TiedModel(nn.Module):
+    """Tied weights, BatchNorm's buffers (one of them integer), a mask of ``-inf``, and extra state."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(6, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.head = nn.Linear(width, 6, bias=False)
+        self.head.weight = self.wte.weight
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"calls": 1}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        raise AssertionError("a merge holds no extra state")
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.detach() for name, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+
+
+def publisher(dirpath: Path) -> Publish:
+    """Return a function that publishes made-up searches of one run in ``dirpath``.
+
+    Each has a model's weights, unless ``weights`` says otherwise.
+    """
+
+    def publish(
+        *,
+        save_top_k: int = -1,
+        max_shard_size: int = 1 << 30,
+        weights: Any = "default",
+        extras: Any = (),
+        **kwargs: Any,
+    ) -> Artifact:
+        mode = kwargs.get("mode", "min")
+        store = ArtifactStore(dirpath, mode=mode, save_top_k=save_top_k, max_shard_size=max_shard_size)
+        if weights == "default":
+            weights = tensors_of(TiedModel())
+        merged = None if weights is None else LocalWeights(weights)
+        return store.publish(build_manifest(make_outcome(**kwargs)), merged, extras=extras)
+
+    return publish
+
+
+def make_history(
+    statuses: tuple[Status, ...] = ("unconfirmed", "accepted", "rejected", "accepted"), *, monitor: str = "val_loss"
+) -> History:
+    """Return a run with a search every 1000 steps and a validation every 250; the best is the last accepted one."""
+    timeline: list[dict[str, Any]] = []
+    manifests = {}
+    for i, status in enumerate(statuses, start=1):
+        step = 1000 * i
+        gain = -0.03 if status == "rejected" else 0.05 + 0.01 * i
+        outcome = make_outcome(step=step, status=status, gain=gain, value=2.0 + 3.0 * math.exp(-i), monitor=monitor)
+        interval = None if status == "unconfirmed" else (gain - 0.02, gain + 0.02)
+        verdict = replace(outcome.verdict, interval=interval)
+        manifest = {**build_manifest(replace(outcome, verdict=verdict)), "files": FILES, "created": CREATED}
+        validation = [(s, 2.05 + 6.0 * math.exp(-s / 900)) for s in range(step - 750, step + 1, 250)]
+        name = f"step={step:09d}"
+        timeline.append(timeline_record(manifest, name, validation))
+        manifests[name] = manifest
+    accepted = [r["artifact"] for r in timeline if r["status"] == "accepted"]
+    return History(
+        dirpath=DIRPATH,
+        timeline=timeline,
+        manifests=manifests,
+        best=accepted[-1] if accepted else None,
+    )

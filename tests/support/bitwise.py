@@ -6,7 +6,6 @@ import csv
 import hashlib
 import json
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,21 +17,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, SearchConfig
-from lightning_ckmerge.artifact.manifest import read_manifest
+from lightning_ckmerge import CheckpointMergeCallback
 from lightning_ckmerge.artifact.timeline import read_timeline
-from tests.plugin.models import Classifier, points_loader
-
-NUM_TRIALS = 2
-
-
-class SearchAtValidationEnd(pl.Callback):
-    """Searches where Lightning has switched gradients off and its own validation loop is still running."""
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step > 2:  # the first segment's end
-            for callback in merge_callbacks(trainer):
-                callback.search_now()
+from tests.support.models import Classifier, points_loader
+from tests.support.trainers import NUM_TRIALS, QUIET, SearchNow, make_merge, manifests, merge_callbacks
+from tests.support.warnings import only_expected
 
 
 class Recorder(pl.Callback):
@@ -86,16 +75,25 @@ class Recorder(pl.Callback):
 
 @dataclass
 class Case:
-    """How to build one run; each part is built anew for the run with the callback and for the one without."""
+    """How to build one run; each part is built anew for the run with the merge callback and for the one without.
+
+    Args:
+        callbacks: The user's, in both runs.
+        searching: Callbacks that ask for searches, in the run with the merge callback alone.
+        merge: Arguments of the merge callback.
+        expected: Patterns of warnings that the runs may show beside those of the inventory.
+    """
 
     model: Callable[[], pl.LightningModule] = Classifier
     train: Callable[[], Any] = lambda: points_loader(train=True)
     val: Callable[[], Any] = lambda: points_loader(train=False)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     callbacks: Callable[[], Sequence[pl.Callback]] = tuple
+    searching: Callable[[], Sequence[pl.Callback]] = tuple
     merge: Mapping[str, Any] = field(default_factory=dict)
     datamodule: Callable[[], pl.LightningDataModule] | None = None
     make_trainer: Callable[..., Any] = pl.Trainer
+    expected: Sequence[str] = ()
 
 
 @dataclass
@@ -109,40 +107,21 @@ class Run:
     callbacks: list[pl.Callback]
 
 
-def merge_callbacks(trainer: pl.Trainer) -> list[CheckpointMergeCallback]:
-    return [c for c in trainer.callbacks if isinstance(c, CheckpointMergeCallback)]
-
-
-def make_merge(**overrides: Any) -> CheckpointMergeCallback:
-    """Return a callback that searches often and fails loudly."""
-    options: dict[str, Any] = {
-        "search": SearchConfig(n_trials=NUM_TRIALS, anchors=["uniform"], max_fraction_of_training=None),
-        "buffer": BufferConfig(every_n_train_steps=2),
-        "on_error": "raise",
-        "save_top_k": -1,
-        "search_on_train_end": False,
-    }
-    if not {"every_n_epochs", "train_time_interval"} & overrides.keys():
-        options["every_n_train_steps"] = 5
-    return CheckpointMergeCallback(**{**options, **overrides})
-
-
 def fit(case: Case, root: Path, merges: Sequence[pl.Callback] = (), seed: int = 1) -> Run:
     """Train once. The merge callbacks come first and the recorder last, so that it sees what they leave."""
     pl.seed_everything(seed, verbose=False)
     module = case.model()
     recorder = Recorder()
     checkpoint = ModelCheckpoint(root / "checkpoints", save_top_k=2, monitor="train_loss", save_last=True)
-    callbacks = [*merges, *case.callbacks(), recorder]
+    callbacks = [*merges, *case.callbacks(), *(case.searching() if merges else ()), recorder]
     if not any(isinstance(c, ModelCheckpoint) for c in callbacks):
         callbacks.append(checkpoint)
     options = {
         "max_epochs": 2,
-        "accelerator": "cpu",
+        **QUIET,
+        "enable_checkpointing": True,
         "logger": CSVLogger(root, name="logs", version=0),
         "default_root_dir": root,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
         "log_every_n_steps": 1,
         **case.trainer,
     }
@@ -155,10 +134,24 @@ def fit(case: Case, root: Path, merges: Sequence[pl.Callback] = (), seed: int = 
             "val_dataloaders": case.val(),
         }
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with only_expected(*case.expected):
         trainer.fit(module, **data)
     return Run(root, trainer, module, recorder, callbacks)
+
+
+_PLAIN_RUNS: dict[Any, Run] = {}
+
+
+def fit_plain(case: Case, root: Path) -> Run:
+    """Return the run without the merge callback; once a session for all cases that differ in what merges alone.
+
+    ``root`` is where it is trained if it has not been. pytest keeps it until the session's end.
+    """
+    options = tuple((name, repr(value)) for name, value in sorted(case.trainer.items()))
+    key = (case.model, case.train, case.val, options, case.callbacks, case.datamodule, case.make_trainer)
+    if key not in _PLAIN_RUNS:
+        _PLAIN_RUNS[key] = fit(case, root)
+    return _PLAIN_RUNS[key]
 
 
 def assert_same_run(case: Case, tmp_path: Path, *, merges: int = 1, min_searches: int = 1) -> Run:
@@ -167,7 +160,7 @@ def assert_same_run(case: Case, tmp_path: Path, *, merges: int = 1, min_searches
     Returns:
         The run with the callback, in which searches did take place.
     """
-    plain = fit(case, tmp_path / "plain")
+    plain = fit_plain(case, tmp_path / "plain")
     merged = fit(case, tmp_path / "merged", [make_merge(**case.merge) for _ in range(merges)])
     compare_runs(plain, merged)
     assert_searched(merged, min_searches)
@@ -204,8 +197,9 @@ def compare_checkpoints(plain: Run, merged: Run) -> None:
 
 
 def other_states(run: Run) -> dict[str, Any]:
-    """The final state of all callbacks but the merge callbacks."""
-    others = [c for c in run.callbacks if not isinstance(c, (CheckpointMergeCallback, Timer))]  # which holds a time
+    """The final state of all callbacks but the merge callbacks and those that ask for searches."""
+    ours = (CheckpointMergeCallback, SearchNow, Timer)  # a Timer holds a time
+    others = [c for c in run.callbacks if not isinstance(c, ours)]
     return {c.state_key.replace(str(run.root), ""): relative(c.state_dict(), run.root) for c in others}
 
 
@@ -230,11 +224,6 @@ def read_csv(root: Path) -> list[dict[str, str]]:
 
 def merges_dir(run: Run) -> Path:
     return run.root / "logs" / "version_0" / "merges"
-
-
-def manifests(dirpath: Path) -> list[dict[str, Any]]:
-    """What was published in ``dirpath``, by step."""
-    return [read_manifest(path) for path in sorted(dirpath.glob("step=*"))]
 
 
 def assert_searched(run: Run, min_searches: int = 1) -> None:

@@ -17,6 +17,13 @@ import torch.multiprocessing as mp
 TIMEOUT_S = 240
 
 
+def forkserver() -> Any:
+    """Return a context whose processes are forked from one that has imported all this and done nothing with it."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_ckmerge.plugin.callback", "torch.distributed.fsdp", "optuna"])
+    return context
+
+
 class RankError(AssertionError):
     """A rank raised, died or hung; the message holds its traceback."""
 
@@ -58,9 +65,7 @@ class RankPool:
         self._processes = []
 
     def _start(self) -> None:
-        # Forked from a process that has imported all this and done nothing with it.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["lightning_ckmerge.plugin.callback", "torch.distributed.fsdp", "optuna"])
+        context = forkserver()
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]

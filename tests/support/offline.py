@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from tests.support.trainers import train
 
 NUM_STEPS = 80
 EVERY = 10
@@ -96,8 +98,8 @@ def write_config(root: Path, *, data: str = "PointsData", trainer: dict[str, Any
             "callbacks": [{"class_path": "lightning_ckmerge.CheckpointMergeCallback", "init_args": arguments}],
             **(trainer or {}),
         },
-        "model": {"class_path": "tests.cli.runs.Wandering"},
-        "data": {"class_path": f"tests.cli.runs.{data}"},
+        "model": {"class_path": "tests.support.offline.Wandering"},
+        "data": {"class_path": f"tests.support.offline.{data}"},
         "ckpt_path": None,
     }
     path = root / "run.yaml"
@@ -105,19 +107,9 @@ def write_config(root: Path, *, data: str = "PointsData", trainer: dict[str, Any
     return path
 
 
-def train(root: Path, **options: Any) -> Path:
-    """Train without the merge callback, and return the directory of the checkpoints."""
-    pl.seed_everything(1, verbose=False)
+def train_without_merging(root: Path, **options: Any) -> Path:
+    """Return the directory of the checkpoints of a run without the merge callback."""
     checkpoint = ModelCheckpoint(root / "checkpoints", every_n_train_steps=EVERY, save_top_k=-1, save_last=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = pl.Trainer(
-            max_steps=NUM_STEPS,
-            accelerator="cpu",
-            logger=False,
-            callbacks=[checkpoint],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(Wandering(**options), datamodule=PointsData())
+    model = partial(Wandering, **options)
+    train(model, datamodule=PointsData(), root=root, callbacks=[checkpoint], max_steps=NUM_STEPS)
     return root / "checkpoints"

@@ -18,7 +18,7 @@ from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.problem import Half, KeepGoing, Problem
 from lightning_ckmerge.search.stopping import Budget
 from lightning_ckmerge.search.study import SearchStudy, make_sampler
-from tests.core.runs import means, with_latest
+from tests.support.segments import means, with_latest
 
 SEGMENTS: tuple[Segment, ...] = with_latest(means([100] * 9))
 OPTIMUM = Decay().coefficients({"tau": 150.0, "beta": 1.0}, SEGMENTS)
