@@ -33,6 +33,10 @@ from tests.support.rank_runs import Classifier, fit, fit_plain, make_rank_merge,
 from tests.support.ranks import RankPool
 
 
+# What is said of a search that fails, and of a snapshot that is lost.
+TOLD = ["boom", "No merge at step", "[Ss]napshot", "failed: "]
+
+
 class BoomError(OSError):
     """The injected fault."""
 
@@ -120,7 +124,7 @@ def faults_in_one_run(rank: int, strategy: str, stages: list[str], root: str) ->
     options: dict[str, Any] = {"max_epochs": 3, "max_steps": FaultAtEachSearch.FIRST + len(stages)}
     at_each = FaultAtEachSearch(rank, stages)
     merge = merge_for(root, "warn", every_n_train_steps=1)
-    run = fit(strategy, root, merge, others=[at_each], expected=["boom"], **options)
+    run = fit(strategy, root, merge, others=[at_each], expected=TOLD, **options)
     missed = {s: f.count for s, f in zip(stages, at_each.faults, strict=True) if f.is_here and not f.happened}
     return {"same": same_trail(run, fit_plain(strategy, root, **options)), "called only": missed}
 
@@ -186,7 +190,7 @@ class FailsInValidation(Classifier):
 
 def in_validation(failing_batch: int, root: str) -> bool:
     model = partial(FailsInValidation, failing_batch)
-    found = fit("ddp", root, merge_for(root, "warn"), model=model, val_check_interval=1.0, expected=["boom"])
+    found = fit("ddp", root, merge_for(root, "warn"), model=model, val_check_interval=1.0, expected=TOLD)
     baseline = fit_plain("ddp", root, model=model, val_check_interval=1.0)
     return same_trail(found, baseline)
 
@@ -200,7 +204,7 @@ def test_a_validation_step_fails(ranks: RankPool, tmp_path: Path, failing_batch:
 def with_lost_snapshot(root: str) -> bool:
     """The disk of rank 1 is full for its second snapshot."""
     with Fault(1, (storage, "write_file", 2)):
-        found = fit("ddp", root, merge_for(root, "raise", every_n_train_steps=3), expected=["boom"])
+        found = fit("ddp", root, merge_for(root, "raise", every_n_train_steps=3), expected=TOLD)
     return same_trail(found, fit_plain("ddp", root))
 
 
