@@ -20,9 +20,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ckmerge.artifact.timeline import read_timeline
 from tests.plugin.test_lifecycle import searching
-from tests.support.bitwise import Case, Run, compare_runs, fit, merge_callbacks, merges_dir
+from tests.support.bitwise import Case, Run, compare_runs, fit, merges_dir
 from tests.support.models import Classifier
-from tests.support.trainers import make_merge
+from tests.support.trainers import make_merge, merge_callbacks
 
 Outside = Callable[["Interrupted"], None]
 
