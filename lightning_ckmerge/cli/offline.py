@@ -18,7 +18,7 @@ from lightning_ckmerge.cli.options import Json, Key
 
 if TYPE_CHECKING:
     from lightning_ckmerge.config import MergeSettings
-    from lightning_ckmerge.plugin.cli_config import Configured
+    from lightning_ckmerge.plugin.offline.config import Configured
     from lightning_ckmerge.plugin.plan import Plan
 
 ModelClass = Annotated[
@@ -151,7 +151,7 @@ def _build(
     import yaml
 
     from lightning_ckmerge.errors import ConfigError
-    from lightning_ckmerge.plugin.cli_config import build
+    from lightning_ckmerge.plugin.offline.config import build
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
