@@ -32,7 +32,6 @@ from lightning_ckmerge.tensorfiles.writer import ShardWriter
 from tests.support.rank_runs import Classifier, fit, fit_plain, make_rank_merge, same_trail
 from tests.support.ranks import RankPool
 
-
 # What is said of a search that fails, and of a snapshot that is lost.
 TOLD = ["boom", "No merge at step", "[Ss]napshot", "failed: "]
 
