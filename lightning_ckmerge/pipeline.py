@@ -47,6 +47,7 @@ class Bench:
         begin: Called before each evaluation: brings everything but the weights to where the search began.
         load: Writes a merge into the live tensors, and recalibrates it where that is asked for.
         reload: Loads a merge as if it had not been loaded: ``reload(c, read)`` calls ``read`` to write it.
+        put: Puts in what the function that it is given writes into the live tensors, as ``load`` puts in a merge.
         scored: Told of each candidate's score on the search half, once it is in the live tensors.
         notes: Returns what people should know of the evaluations so far.
         tolerance: Relative difference of one batch's value that rounding explains.
@@ -58,6 +59,7 @@ class Bench:
     begin: Callable[[], None]
     load: Callable[[Coefficients], None]
     reload: Callable[[Coefficients, Callable[[], None]], None]
+    put: Callable[[Callable[[], None]], None] = lambda write: write()
     scored: Callable[[Score], None] = lambda score: None
     notes: Callable[[], Sequence[str]] = tuple
     tolerance: float = 1e-5
@@ -67,6 +69,15 @@ class Bench:
         """Return a candidate's score; arguments are those of ``search.problem.Evaluate``."""
         self.begin()
         self.load(c)
+        return self._run(half, keep_going)
+
+    def evaluate_written(self, write: Callable[[], None], half: Half) -> Score:
+        """Return the score of what ``write`` writes into the live tensors; it may be called again."""
+        self.begin()
+        self.put(write)
+        return self._run(half)
+
+    def _run(self, half: Half, keep_going: KeepGoing | None = None) -> Score:
         score = self.validation.run(half, keep_going)
         if half == "search":
             self.scored(score)

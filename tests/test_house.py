@@ -23,6 +23,7 @@ ROWS = {
     "search": 4,
     "buffer": 4,
     "distributed": 4,
+    "pilot": 5,
     "pipeline": 5,
     "artifact": 5,
     "report": 5,

@@ -85,6 +85,7 @@ class BenchMaker:
                     begin=partial(self._begin, standstill, count()),
                     load=loader.load,
                     reload=loader.reload,
+                    put=loader.put,
                     scored=lambda score: equal.take(candidate.weights, score),
                     notes=lambda: [*[SWAPPED] * candidate.was_swapped, *equal.notes()],
                     tolerance=_tolerance(self._trainer),
@@ -182,7 +183,11 @@ class CandidateLoader:
 
     def load(self, c: Coefficients) -> None:
         """Load a merge."""
-        self._candidate.put(lambda: self._merge(c))
+        self.put(lambda: self._merge(c))
+
+    def put(self, write: Callable[[], None]) -> None:
+        """Load what ``write`` writes into the live tensors."""
+        self._candidate.put(write)
         if self._recalibrate_batches:
             self._validation.recalibrate(self._recalibrate_batches)
 
