@@ -151,7 +151,7 @@ def study(
 
     Scores all pairs of checkpoints, uniform means of the newest, and places along pairs, also past their ends and on
     great circles (SLERP). Writes study.json and study.html, and names a config of the callback. The number of
-    evaluations is told before the first one. Stopped and started again, it goes on.
+    evaluations is told before it begins. Stopped and started again, it goes on.
 
     \b
     Examples:

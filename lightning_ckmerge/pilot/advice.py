@@ -167,7 +167,9 @@ def _how_many(means: Sequence[Mapping[str, Any]]) -> str:
 
 def _how(lines: Sequence[Mapping[str, Any]], sign: int) -> str:
     told = [text for line in sorted(lines, key=lambda line: line["steps"]) if (text := _along(line, sign))]
-    return " ".join(["How:", *(text[0].upper() + text[1:] for text in told), _circle(lines)]).strip() if told else ""
+    return (
+        " ".join(["How:", *(text[0].upper() + text[1:] for text in told), _circle(lines, sign)]).strip() if told else ""
+    )
 
 
 def _along(line: Mapping[str, Any], sign: int) -> str:
@@ -183,19 +185,23 @@ def _along(line: Mapping[str, Any], sign: int) -> str:
     return told + (", past the newer one." if lam > 1 else ", past the older one." if lam < 0 else ".")
 
 
-def _circle(lines: Sequence[Mapping[str, Any]]) -> str:
+def _circle(lines: Sequence[Mapping[str, Any]], sign: int) -> str:
     """How far the great circle is from the straight line at the same ``lam``, and which of them is better there."""
     found = []
     for line in lines:
         straight = {lam: v for lam, v in line["linear"] if v is not None}
         found += [
-            abs(v - straight[lam])
+            sign * (straight[lam] - v)
             for lam, v in line["slerp"]
             if v is not None and 0 < lam < 1 and straight.get(lam) is not None
         ]
     if not found:
         return ""
-    return f"Between its ends SLERP differs from the straight line by at most {max(found):.2g}."
+    num_better = sum(gain > 0 for gain in found)
+    return (
+        f"Between the ends, SLERP is better than the straight line at {num_better} of {len(found)} places, and differs "
+        f"from it by at most {max(map(abs, found)):.2g}."
+    )
 
 
 def _limits(choice: Found, status: Status) -> str:

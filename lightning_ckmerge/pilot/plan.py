@@ -146,7 +146,14 @@ class StudyPlan:
     @property
     def num_evaluations(self) -> int:
         """The most evaluations that it takes: a second one for each pair at its best ``lam``, and the finalists'."""
-        return len(self.known) + len(self.pairs) + MAX_CONFIRMED
+        num = len(self.mapped)
+        num_pairs = num * (num - 1) // 2
+        # Not by `known`, which is long: plans are counted many times before one fits.
+        beside = {mean(w.places(self.num_checkpoints)) for w in self.windows} | set(self.places)
+        mapped = set(self.mapped)
+        on_map = {m for m in beside if m == mean(m.places) and len(m.places) <= 2 and mapped.issuperset(m.places)}
+        num_beside = len(beside - on_map)
+        return num + 2 * num_pairs + num_beside + MAX_CONFIRMED
 
     def told(self) -> str:
         """Return the plan in a sentence."""

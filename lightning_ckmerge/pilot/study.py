@@ -114,6 +114,7 @@ def run_study(
     *,
     can_confirm: Callable[[], bool] = lambda: True,
     tolerance: float = 1e-5,
+    on_begun: Callable[[], None] = lambda: None,
     on_scored: Callable[[int, int], None] = lambda amount, total: None,
 ) -> Scores:
     """Score a plan; what the ledger holds is not scored again.
@@ -127,6 +128,7 @@ def run_study(
         ledger: Keeps the scores.
         can_confirm: Asked in the end whether the confirmation half has any batches.
         tolerance: Relative difference of one batch's value that rounding explains.
+        on_begun: Called when it is known which scores of the ledger hold, before anything else is scored.
         on_scored: Told of each evaluation, and of how many there are in all.
     """
     scores = Scores(plan=plan, sign=sign, search={})
@@ -143,6 +145,7 @@ def run_study(
     # The newest first: of it an evaluation has to leave no trace.
     newest = single(plan.num_checkpoints - 1)
     _begin(ledger, newest, evaluate(newest, "search"), tolerance)
+    on_begun()
     for merge in dict.fromkeys([newest, *plan.known]):
         scores.search[merge] = score(merge, "search")
     for older, newer in plan.pairs:

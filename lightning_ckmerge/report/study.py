@@ -62,7 +62,7 @@ def render_study_html(study: Mapping[str, Any]) -> str:
         no_code="",
         up_text="",
         monitor=study["monitor"],
-        advice=study["advice"],
+        words={name: _without_question(study["advice"][name]) for name in ("which", "how_many", "how")},
         over_better=charts.gain_map(study, "gain_over_better"),
         over_newest=charts.gain_map(study, "gain_over_newest"),
         distances=charts.distance_map(study),
@@ -90,9 +90,11 @@ def _view(study: Mapping[str, Any]) -> StudyView:
             (f"Newest checkpoint, {study['monitor']} ({study['mode']})", number(newest["confirm"])),
             ("Best of what the callback can merge", number(chosen["confirm"])),
             ("Gain, 95 % interval", _gain(chosen)),
-            ("Evaluations", count(evaluation["num_evaluations"])),
+            (
+                "Evaluations",
+                f"{count(evaluation['num_evaluations'])}, the last session {seconds(evaluation['seconds'])}",
+            ),
             ("Batches to choose and to confirm", f"{_sum(evaluation, 'search')} + {_sum(evaluation, 'confirm')}"),
-            ("Time of the last session", seconds(evaluation["seconds"])),
         ],
         advice=advice["limits"],
         code=advice["yaml"],
@@ -102,9 +104,9 @@ def _view(study: Mapping[str, Any]) -> StudyView:
                 name=f["name"].capitalize(),
                 told=f["told"],
                 confirm=number(f["confirm"]),
-                gain=_gain(f),
+                gain=MISSING if f is newest else _gain(f),
                 search=number(f["search"]),
-                search_gain=number(f["search_gain"], "+.4f"),
+                search_gain=MISSING if f is newest else gain_text(f["search_gain"], None),
                 is_chosen=f is chosen,
             )
             for f in study["finalists"]
@@ -121,6 +123,12 @@ def _view(study: Mapping[str, Any]) -> StudyView:
         software=[(name, version or MISSING) for name, version in study["software"].items()],
         notes=list(study["notes"]),
     )
+
+
+def _without_question(text: str) -> str:
+    """An answer whose question stands above it as a heading."""
+    answer = text.partition(": ")[2]
+    return answer[:1].upper() + answer[1:]
 
 
 def _gain(finalist: Mapping[str, Any]) -> str:

@@ -18,6 +18,8 @@ from lightning_ckmerge.report.text import count, number
 MAX_WRITTEN = 10
 MAX_TICKS = 10
 FAINTEST = 0.06
+# Smaller numbers are written as 0.
+SMALLEST = 1e-4
 # Least distance of two labels beside each other.
 LABEL_HEIGHT = 13.0
 
@@ -80,7 +82,7 @@ def gain_map(study: Mapping[str, Any], name: str) -> PairMap | None:
         f"{number(lams[pair], '.3g')}"
         for pair, value in values.items()
     }
-    return _map(study["mapped"], steps_K, values, hints, "+.1g")
+    return _map(study["mapped"], steps_K, values, hints, "+.2g")
 
 
 def distance_map(study: Mapping[str, Any]) -> PairMap | None:
@@ -224,7 +226,9 @@ def _map(
 
 
 def _brief(value: float, form: str) -> str:
-    """A number without the zero before its point: cells are narrow."""
+    """A number without the zero before its point, and none that would need an exponent: cells are narrow."""
+    if abs(value) < SMALLEST:
+        return "0"
     return number(value, form).replace("0.", ".", 1) if abs(value) < 1 else number(value, form)
 
 

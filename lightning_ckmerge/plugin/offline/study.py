@@ -57,7 +57,8 @@ def study_checkpoints(
     """Return which checkpoints of a run to merge, how many, and how, as its own validation answers.
 
     ``dirpath`` gets the answers as ``study.json``, a page, ``study.html``, and the evaluations, one by one. Called
-    again after an interruption, it goes on. The number of evaluations is logged before the first one.
+    again after an interruption, it goes on. The number of evaluations is logged once the newest
+    checkpoint has been scored, which tells whether earlier evaluations still hold.
 
     Args:
         module: The LightningModule that was trained, built as it was; it gets the newest checkpoint's weights.
@@ -127,7 +128,8 @@ def study_sources(
         sources: Checkpoints, oldest first, each with its step.
         dirpath: Where the study goes.
         max_evaluations: The most evaluations.
-        on_planned: Told of the plan, and of how many evaluations are there from before, ahead of the first one.
+        on_planned: Told of the plan, and of how many evaluations are there already, once the newest checkpoint has been
+            scored and before anything else is.
         on_evaluated: Told of each evaluation, and of how many there are in all.
     """
     # Before the data are set up, which may take long.
@@ -147,7 +149,8 @@ def planned(plan: StudyPlan, num_known: int) -> str:
         plan: Its plan.
         num_known: Evaluations that are there from before.
     """
-    before = f" {num_known} are there from before." if num_known else ""
+    # The newest checkpoint has been scored by now: it tells whether the data are the same.
+    before = f" {num_known} are there from before." if num_known > 1 else ""
     return f"A study of {plan.told()}{before}"
 
 
@@ -187,7 +190,6 @@ class OfflineStudy:
         with self._offline.standing_still() as bench:
             checkpoints = self._checkpoints(bench)
             ledger = self._open_ledger(bench, checkpoints)
-            on_planned(self._plan, len(ledger))
             scores = run_study(
                 self._plan,
                 lambda merge, half: self._evaluate(bench, merge, half),
@@ -195,6 +197,7 @@ class OfflineStudy:
                 ledger,
                 can_confirm=bench.validation.can_confirm,
                 tolerance=bench.tolerance,
+                on_begun=lambda: on_planned(self._plan, len(ledger)),
                 on_scored=on_evaluated,
             )
             is_parameter = [slot.role == "parameter" for slot in self._offline.model.layout.slots]
