@@ -42,7 +42,7 @@ def second_lam(older: float, middle: float, newer: float) -> float | None:
     """Return where a pair is to be scored after its middle; ``None`` if the middle will do.
 
     >>> second_lam(3.0, 1.0, 2.0), second_lam(2.0, 1.0, 2.0), second_lam(0.0, 1.0, 2.0)
-    (0.5833333333333334, None, 0.25)
+    (0.5833333333333334, None, 0.05)
 
     Args:
         older: Badness of the older checkpoint: the metric, or less it where higher values are better.
@@ -51,8 +51,8 @@ def second_lam(older: float, middle: float, newer: float) -> float | None:
     """
     lam = vertex(older, middle, newer)
     if lam is None:
-        # A straight line, or a hump: nearer to the better end.
-        return 0.25 if older < newer else 0.75
+        # A straight line, or a hump: as near as may be to the better end.
+        return INNERMOST if older < newer else OUTERMOST
     lam = min(max(lam, INNERMOST), OUTERMOST)
     return None if abs(lam - 0.5) < NEAR_MIDDLE else lam
 
@@ -89,6 +89,11 @@ class Scores:
     sign: int
     search: dict[Merge, Score]
     finalists: list[Finalist] = field(default_factory=list)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Scores on both halves."""
+        return len(self.search) + sum(f.confirm is not None for f in self.finalists)
 
     def badness(self, merge: Merge) -> float:
         """Return a value that is better the lower it is; infinity for one that is not finite."""

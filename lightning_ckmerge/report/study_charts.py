@@ -5,6 +5,7 @@ Letters: K checkpoints, oldest first; U updates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ from lightning_ckmerge.report.text import count, number
 MAX_WRITTEN = 10
 MAX_TICKS = 10
 FAINTEST = 0.06
-# Smaller numbers are written as 0.
-SMALLEST = 1e-4
+# Numbers with more places do not fit into a cell.
+MAX_PLACES = 4
 # Least distance of two labels beside each other.
 LABEL_HEIGHT = 13.0
 
@@ -82,7 +83,7 @@ def gain_map(study: Mapping[str, Any], name: str) -> PairMap | None:
         f"{number(lams[pair], '.3g')}"
         for pair, value in values.items()
     }
-    return _map(study["mapped"], steps_K, values, hints, "+.2g")
+    return _map(study["mapped"], steps_K, values, hints, "+")
 
 
 def distance_map(study: Mapping[str, Any]) -> PairMap | None:
@@ -93,7 +94,7 @@ def distance_map(study: Mapping[str, Any]) -> PairMap | None:
     mapped = study["mapped"]
     values = {(i, j): distances[i][j] / norm for i in mapped for j in mapped if i < j}
     hints = {(i, j): f"steps {count(steps_K[i])} and {count(steps_K[j])}: {v:.3g}" for (i, j), v in values.items()}
-    return _map(mapped, steps_K, values, hints, ".2g")
+    return _map(mapped, steps_K, values, hints, "")
 
 
 def cosine_map(study: Mapping[str, Any]) -> PairMap | None:
@@ -105,7 +106,7 @@ def cosine_map(study: Mapping[str, Any]) -> PairMap | None:
     hints = {
         (i, j): f"updates to steps {count(steps_K[i])} and {count(steps_K[j])}: {v:.3g}" for (i, j), v in values.items()
     }
-    return _map(ends, steps_K, values, hints, "+.1g")
+    return _map(ends, steps_K, values, hints, "+")
 
 
 def means_chart(study: Mapping[str, Any], by: str) -> CurveChart | None:
@@ -188,7 +189,7 @@ def _map(
     steps_K: Sequence[int],
     values: Mapping[tuple[int, int], float],
     hints: Mapping[tuple[int, int], str],
-    form: str,
+    sign: str,
 ) -> PairMap | None:
     """Older ones to the right, newer ones upwards."""
     if not values:
@@ -196,7 +197,9 @@ def _map(
     olders, newers = places[:-1], places[1:]
     width, height = (RIGHT - LEFT) / len(olders), (BOTTOM - TOP) / len(newers)
     extreme = max(map(abs, values.values()))
-    is_written = len(olders) <= MAX_WRITTEN
+    # Two digits of the largest, and as many places for all.
+    places_shown = max(0, 1 - math.floor(math.log10(extreme))) if extreme else 0
+    is_written = len(olders) <= MAX_WRITTEN and places_shown <= MAX_PLACES
     cells = [
         PairCell(
             x=LEFT + olders.index(i) * width,
@@ -205,7 +208,7 @@ def _map(
             height=height,
             negative=value < 0,
             strength=FAINTEST + (0.8 - FAINTEST) * abs(value) / (extreme or 1.0),
-            text=_brief(value, form) if is_written else "",
+            text=_brief(value, places_shown, sign) if is_written else "",
             hint=hints[i, j],
         )
         for (i, j), value in values.items()
@@ -225,11 +228,10 @@ def _map(
     )
 
 
-def _brief(value: float, form: str) -> str:
-    """A number without the zero before its point, and none that would need an exponent: cells are narrow."""
-    if abs(value) < SMALLEST:
-        return "0"
-    return number(value, form).replace("0.", ".", 1) if abs(value) < 1 else number(value, form)
+def _brief(value: float, places: int, sign: str) -> str:
+    """A number without the zero before its point: cells are narrow."""
+    text = number(value, f"{sign}.{places}f")
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
 def _dot(point: tuple[float, float], hint: str, shape: Shape = "dot") -> Mark:

@@ -220,7 +220,7 @@ class OfflineStudy:
             "evaluation": {
                 "search_batches": halves["search"],
                 "confirm_batches": halves["confirm"],
-                "num_evaluations": len(ledger),
+                "num_evaluations": scores.num_evaluations,
                 "most_evaluations": self._plan.num_evaluations,
                 "seconds": time.monotonic() - start,
             },
@@ -246,7 +246,7 @@ class OfflineStudy:
     def _checkpoints(self, bench: Bench) -> list[dict[str, Any]]:
         """The checkpoints by what they hold; the newest one's files are the only ones that nobody has hashed yet."""
         records = bench.merger.records()
-        hashes = [list(r.files_sha256) or [r.sha256] for r in records[:-1]]
+        hashes: list[list[str | None]] = [list(r.files_sha256) or [r.sha256] for r in records[:-1]]
         hashes.append([file_record(path)["sha256"] for path in self._sources[-1].files])
         return [
             {"path": str(source.path), "step": source.step, "sha256": found}
