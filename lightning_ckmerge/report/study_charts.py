@@ -230,6 +230,8 @@ def _map(
 
 def _brief(value: float, places: int, sign: str) -> str:
     """A number without the zero before its point: cells are narrow."""
+    if not round(value, places):
+        return "0"
     text = number(value, f"{sign}.{places}f")
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
