@@ -23,6 +23,7 @@ ROWS = {
     "search": 4,
     "buffer": 4,
     "distributed": 4,
+    "pilot": 5,
     "pipeline": 5,
     "artifact": 5,
     "report": 5,
@@ -49,7 +50,7 @@ PLUGIN_ROWS = {
     "offline": 8,
     "__init__": 9,
 }
-MAX_DOORS = 15
+MAX_DOORS = 16
 HOMES = {
     "jinja2": {"report"},
     "jsonschema": {"artifact"},
