@@ -21,10 +21,13 @@ NAMES = [
     "EvaluationConfig",
     "Grouped",
     "Interval",
+    "MergedEnsemble",
     "Pairwise",
     "SearchConfig",
     "Space",
     "Window",
+    "build_ensemble",
+    "load_ensemble",
     "load_merged",
     "search_checkpoints",
 ]

@@ -1,0 +1,265 @@
+"""Which models form an ensemble, and with which weights: chosen by their predictions on the search half.
+
+Predictions are made once for each model; after that, an ensemble is a few additions.
+
+Letters: P models to choose from, M chosen ones; B batches, N samples in one; C classes or values.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_ckmerge.core.averaging import Averaging, average_outputs, is_classes, losses
+from lightning_ckmerge.core.objectives import Objective
+from lightning_ckmerge.core.outcome import Coefficients, Score
+from lightning_ckmerge.core.segments import Segment
+from lightning_ckmerge.core.spaces.mixtures import Simplex
+from lightning_ckmerge.errors import SearchError
+from lightning_ckmerge.search.engine import Search
+from lightning_ckmerge.search.problem import Half, KeepGoing, Problem
+from lightning_ckmerge.search.stopping import Budget, Stopping
+from lightning_ckmerge.search.study import SearchStudy, make_sampler
+
+RULE = (
+    "greedy forward selection: the best model on the search half, then one by one the model that lowers the loss of "
+    "the ensemble, with equal weights, the most"
+)
+# A member of less than this weight costs a forward pass, and changes next to nothing.
+MIN_WEIGHT = 0.01
+MIN_GAIN_LEFT = 0.002
+
+
+@dataclass
+class Predicted:
+    """One model's predictions on the search half.
+
+    Args:
+        kept_B: B tensors: ``(N,)`` log-probabilities of the right classes where probabilities are averaged, which is
+            all that their loss depends on; else ``(N, C)`` outputs.
+        answers_B: B tensors: ``(N,)`` most likely classes, or ``(N, C)`` values.
+    """
+
+    kept_B: list[Tensor] = field(default_factory=list)
+    answers_B: list[Tensor] = field(default_factory=list)
+
+    def take(self, outputs: Tensor, targets: Tensor, averaging: Averaging) -> None:
+        """Keep what is needed of one batch, on the host.
+
+        Args:
+            outputs: ``(N, C)``.
+            targets: ``(N,)`` classes or ``(N, C)`` values.
+            averaging: How an ensemble will average them.
+        """
+        own = outputs.detach().float()
+        kept = -losses(own, targets) if averaging == "probabilities" else own
+        self.kept_B.append(kept.cpu())
+        self.answers_B.append((own.argmax(-1) if is_classes(targets) else own).cpu())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(t.nbytes for t in (*self.kept_B, *self.answers_B))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """An ensemble.
+
+    Args:
+        members_M: Places of the models, by falling weight.
+        weights_M: Above 0; they sum to 1.
+        steps: Places in the order of their choice, each with the loss of the ensemble so far, with equal weights.
+        loss: Of the whole, on the search half.
+        num_trials: Weights that were tried beside equal ones.
+    """
+
+    members_M: tuple[int, ...]
+    weights_M: tuple[float, ...]
+    steps: tuple[tuple[int, float], ...]
+    loss: float
+    num_trials: int = 0
+
+
+class SearchHalf:
+    """The models' predictions on the search half.
+
+    Args:
+        averaging: How an ensemble averages them.
+        targets_B: B tensors, on the host.
+        models_P: P models' predictions.
+    """
+
+    def __init__(self, averaging: Averaging, targets_B: Sequence[Tensor], models_P: Sequence[Predicted]) -> None:
+        self.averaging: Averaging = averaging
+        self.models_P = list(models_P)
+        self._targets_B = targets_B
+        self.sizes_B = tuple(float(len(t)) for t in targets_B)
+
+    def losses_B(self, weights: Mapping[int, float]) -> tuple[float, ...]:
+        """Return the loss on each batch of the ensemble with these weights, by the models' places."""
+        used = {p: w for p, w in weights.items() if w > 0}
+        return tuple(self._loss(b, used) for b in range(len(self.sizes_B)))
+
+    def loss(self, weights: Mapping[int, float]) -> float:
+        """Return the loss on all batches."""
+        return self._mean(self.losses_B(weights))
+
+    def disagreement(self, p: int, other: int) -> float:
+        """Return how far the answers of two models differ, from 0 on.
+
+        Of classes: the share of samples that they see differently. Of values: the mean squared difference, as a share
+        of the first one's loss.
+        """
+        answers, others = self.models_P[p].answers_B, self.models_P[other].answers_B
+        if is_classes(answers[0]):
+            return sum(float((a != o).sum()) for a, o in zip(answers, others, strict=True)) / sum(self.sizes_B)
+        squares = [float((a - o).square().mean()) for a, o in zip(answers, others, strict=True)]
+        loss = self.loss({p: 1.0})
+        return self._mean(squares) / loss if loss > 0 else 0.0
+
+    def _mean(self, values_B: Sequence[float]) -> float:
+        return math.fsum(v * n for v, n in zip(values_B, self.sizes_B, strict=True)) / sum(self.sizes_B)
+
+    def _loss(self, b: int, weights: Mapping[int, float]) -> float:
+        kept_M = [self.models_P[p].kept_B[b] for p in weights]
+        w_M = list(weights.values())
+        if self.averaging == "probabilities":
+            logs = torch.tensor(w_M, dtype=torch.float64).log().unsqueeze(1)
+            return -float(torch.logsumexp(torch.stack(kept_M).double() + logs, 0).mean())
+        return float(losses(average_outputs(kept_M, w_M, self.averaging), self._targets_B[b]).double().mean())
+
+
+def choose_members(
+    half: SearchHalf, among: Sequence[int], size: int, min_disagreement: float = 0.0
+) -> list[tuple[int, float]]:
+    """Return the models of an ensemble, in the order of their choice, each with the ensemble's loss so far.
+
+    The best model comes first. Then, one by one, the model with which the ensemble has the lowest loss, with equal
+    weights. It ends at ``size``, or where nothing lowers the loss any more. Of models that are equally good alone,
+    those lower it that are wrong elsewhere: the loss of the mean lies below the mean of the losses by as much as the
+    models disagree. So copies of what is there add nothing and are not taken.
+
+    Args:
+        half: Predictions.
+        among: Places of the models to choose from.
+        size: Most members; at least 1.
+        min_disagreement: Least disagreement of a model with each one that was chosen before.
+
+    Source:
+        Caruana et al. 2004, *Ensemble selection from libraries of models*, doi:10.1145/1015330.1015432, without
+        replacement. Disagreement: Krogh and Vedelsby 1995, *Neural network ensembles, cross validation, and active
+        learning*.
+
+    Raises:
+        SearchError: No model has a finite loss.
+    """
+    single = {p: half.loss({p: 1.0}) for p in among}
+    finite = {p: loss for p, loss in single.items() if math.isfinite(loss)}
+    if not finite:
+        raise SearchError("an ensemble needs a model with a finite loss on the search half, got none. Check `predict`.")
+    best = min(finite, key=finite.__getitem__)
+    steps = [(best, finite[best])]
+    while len(steps) < size:
+        chosen = [p for p, _ in steps]
+        others = [
+            p for p in finite if p not in chosen and all(half.disagreement(p, c) >= min_disagreement for c in chosen)
+        ]
+        share = 1 / (len(chosen) + 1)
+        loss = {p: half.loss(dict.fromkeys((*chosen, p), share)) for p in others}
+        best = min(loss, key=loss.__getitem__, default=-1)
+        if best < 0 or not loss[best] < steps[-1][1]:
+            break
+        steps.append((best, loss[best]))
+    return steps
+
+
+def choose_ensemble(
+    half: SearchHalf,
+    among: Sequence[int],
+    *,
+    size: int,
+    min_disagreement: float = 0.0,
+    n_trials: int = 0,
+    seed: int = 0,
+) -> Chosen:
+    """Return the ensemble that is chosen on the search half: members, then their weights.
+
+    Args:
+        half: Predictions.
+        among: Places of the models to choose from.
+        size: Most members.
+        min_disagreement: As for ``choose_members``.
+        n_trials: Weights that Optuna proposes, beside equal ones, which win a draw; 0: equal ones.
+        seed: Of its sampler.
+
+    Raises:
+        SearchError: No model has a finite loss.
+    """
+    steps = choose_members(half, among, size, min_disagreement)
+    members = [p for p, _ in steps]
+    equal = dict.fromkeys(members, 1 / len(members))
+    weights, num_trials = equal, 0
+    if n_trials and len(members) > 1:
+        found, num_trials = _search_weights(half, members, n_trials, seed)
+        kept = {p: w for p, w in found.items() if w >= MIN_WEIGHT}
+        total = math.fsum(kept.values())
+        searched = {p: w / total for p, w in kept.items()}
+        weights = searched if half.loss(searched) < half.loss(equal) else equal
+    ordered = sorted(weights, key=lambda p: -weights[p])
+    return Chosen(
+        members_M=tuple(ordered),
+        weights_M=tuple(weights[p] for p in ordered),
+        steps=tuple(steps),
+        loss=half.loss(weights),
+        num_trials=num_trials,
+    )
+
+
+def _search_weights(
+    predictions: SearchHalf, members: Sequence[int], n_trials: int, seed: int
+) -> tuple[dict[int, float], int]:
+    """Search the simplex of weights as a search does that of coefficients; the members stand for its snapshots."""
+
+    def evaluate(c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
+        assert not isinstance(c, Mapping)
+        values_B = predictions.losses_B(dict(zip(members, c, strict=True)))
+        mean = math.fsum(v * n for v, n in zip(values_B, predictions.sizes_B, strict=True)) / sum(predictions.sizes_B)
+        return Score(value=mean, values_B=values_B, sizes_B=predictions.sizes_B, num_batches=len(values_B))
+
+    space, objectives = Simplex(), (Objective(monitor="loss", mode="min"),)
+    segments = tuple(Segment(kind="point", first_step=m + 1, last_step=m + 1) for m in range(len(members)))
+    with tempfile.TemporaryDirectory(prefix="ckmerge-") as directory:
+        open_study = partial(
+            SearchStudy,
+            Path(directory) / "study.journal",
+            "weights",
+            sampler=make_sampler(None, seed),
+            intervals=space.coordinates(segments),
+            objectives=objectives,
+            fingerprint="weights",
+        )
+        search = Search(
+            problem=Problem(
+                objectives=objectives,
+                space=space,
+                segments_K=segments,
+                n_trials=n_trials,
+                anchors=("uniform",),
+                staged=False,  # predictions are at hand: a whole evaluation costs nothing
+            ),
+            evaluate=evaluate,
+            open_study=lambda latest: open_study(),
+            budget=Budget(),
+            agree=lambda function: function(),
+            stopping=Stopping(min_gain_left=MIN_GAIN_LEFT),
+        )
+        search.run()
+    return dict(zip(members, search.winner.candidate.coefficients_K, strict=True)), len(search.trials)
