@@ -30,8 +30,10 @@ from lightning_ckmerge.search.study import SearchStudy, make_sampler
 
 RULE = (
     "greedy forward selection: the best model on the search half, then one by one the model that lowers the loss of "
-    "the ensemble, with equal weights, the most"
+    "the ensemble the most"
 )
+# Of the weight, which a new member is offered.
+SHARES = (1 / 2, 1 / 4, 1 / 8)
 # A member of less than this weight costs a forward pass, and changes next to nothing.
 MIN_WEIGHT = 0.01
 MIN_GAIN_LEFT = 0.002
@@ -138,12 +140,16 @@ class SearchHalf:
 
 
 def choose_members(
-    half: SearchHalf, among: Sequence[int], size: int, min_disagreement: float = 0.0
-) -> list[tuple[int, float]]:
-    """Return the models of an ensemble, in the order of their choice, each with the ensemble's loss so far.
+    half: SearchHalf,
+    among: Sequence[int],
+    size: int,
+    min_disagreement: float = 0.0,
+    shares: Sequence[float] | None = SHARES,
+) -> tuple[list[tuple[int, float]], dict[int, float]]:
+    """Return the models of an ensemble in the order of their choice, each with the loss so far, and their weights.
 
-    The best model comes first. Then, one by one, the model with which the ensemble has the lowest loss, with equal
-    weights. It ends at ``size``, or where nothing lowers the loss any more. Of models that are equally good alone,
+    The best model comes first. Then, one by one, the model that lowers the loss the most when it is given a share of
+    the weight. It ends at ``size``, or where nothing lowers the loss any more. Of models that are equally good alone,
     those lower it that are wrong elsewhere: the loss of the mean lies below the mean of the losses by as much as the
     models disagree. So copies of what is there add nothing and are not taken.
 
@@ -152,11 +158,12 @@ def choose_members(
         among: Places of the models to choose from.
         size: Most members; at least 1.
         min_disagreement: Least disagreement of a model with each one that was chosen before.
+        shares: What a new model may be given, the others keeping the rest; ``None``: as much as each of the others.
 
     Source:
-        Caruana et al. 2004, *Ensemble selection from libraries of models*, doi:10.1145/1015330.1015432, without
-        replacement. Disagreement: Krogh and Vedelsby 1995, *Neural network ensembles, cross validation, and active
-        learning*.
+        Caruana et al. 2004, *Ensemble selection from libraries of models*, doi:10.1145/1015330.1015432. There a model
+        gets more weight by being chosen again; here a new one is offered several shares. Disagreement: Krogh and
+        Vedelsby 1995, *Neural network ensembles, cross validation, and active learning*.
 
     Raises:
         SearchError: No model has a finite loss.
@@ -166,19 +173,23 @@ def choose_members(
     if not finite:
         raise SearchError("an ensemble needs a model with a finite loss on the search half, got none. Check `predict`.")
     best = min(finite, key=finite.__getitem__)
-    steps = [(best, finite[best])]
+    steps, weights = [(best, finite[best])], {best: 1.0}
     while len(steps) < size:
-        chosen = [p for p, _ in steps]
         others = [
-            p for p in finite if p not in chosen and all(half.disagreement(p, c) >= min_disagreement for c in chosen)
+            p for p in finite if p not in weights and all(half.disagreement(p, c) >= min_disagreement for c in weights)
         ]
-        share = 1 / (len(chosen) + 1)
-        loss = {p: half.loss(dict.fromkeys((*chosen, p), share)) for p in others}
-        best = min(loss, key=loss.__getitem__, default=-1)
-        if best < 0 or not loss[best] < steps[-1][1]:
+        offers = [(p, s) for p in others for s in shares or (1 / (len(weights) + 1),)]
+        loss = {(p, s): half.loss(_joined(weights, p, s)) for p, s in offers}
+        offer = min(loss, key=loss.__getitem__, default=None)
+        if offer is None or not loss[offer] < steps[-1][1]:
             break
-        steps.append((best, loss[best]))
-    return steps
+        weights = _joined(weights, *offer)
+        steps.append((offer[0], loss[offer]))
+    return steps, weights
+
+
+def _joined(weights: Mapping[int, float], p: int, share: float) -> dict[int, float]:
+    return {**{c: w * (1 - share) for c, w in weights.items()}, p: share}
 
 
 def choose_ensemble(
@@ -197,22 +208,19 @@ def choose_ensemble(
         among: Places of the models to choose from.
         size: Most members.
         min_disagreement: As for ``choose_members``.
-        n_trials: Weights that Optuna proposes, beside equal ones, which win a draw; 0: equal ones.
+        n_trials: Weights that Optuna proposes, beside those of the choice; 0: equal ones.
         seed: Of its sampler.
 
     Raises:
         SearchError: No model has a finite loss.
     """
-    steps = choose_members(half, among, size, min_disagreement)
-    members = [p for p, _ in steps]
-    equal = dict.fromkeys(members, 1 / len(members))
-    weights, num_trials = equal, 0
-    if n_trials and len(members) > 1:
-        found, num_trials = _search_weights(half, members, n_trials, seed)
+    steps, weights = choose_members(half, among, size, min_disagreement, SHARES if n_trials else None)
+    num_trials = 0
+    if n_trials and len(weights) > 1:
+        found, num_trials = _search_weights(half, weights, n_trials, seed)
         kept = {p: w for p, w in found.items() if w >= MIN_WEIGHT}
-        total = math.fsum(kept.values())
-        searched = {p: w / total for p, w in kept.items()}
-        weights = searched if half.loss(searched) < half.loss(equal) else equal
+        searched = {p: w / math.fsum(kept.values()) for p, w in kept.items()}
+        weights = min(searched, weights, key=half.loss)
     ordered = sorted(weights, key=lambda p: -weights[p])
     return Chosen(
         members_M=tuple(ordered),
@@ -224,9 +232,10 @@ def choose_ensemble(
 
 
 def _search_weights(
-    predictions: SearchHalf, members: Sequence[int], n_trials: int, seed: int
+    predictions: SearchHalf, start: Mapping[int, float], n_trials: int, seed: int
 ) -> tuple[dict[int, float], int]:
     """Search the simplex of weights as a search does that of coefficients; the members stand for its snapshots."""
+    members = list(start)
 
     def evaluate(c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
         assert not isinstance(c, Mapping)
@@ -253,6 +262,7 @@ def _search_weights(
                 segments_K=segments,
                 n_trials=n_trials,
                 anchors=("uniform",),
+                previous=space.inverse(list(start.values()), segments),
                 staged=False,  # predictions are at hand: a whole evaluation costs nothing
             ),
             evaluate=evaluate,

@@ -24,7 +24,7 @@ from lightning_ckmerge.core.averaging import Averaging, is_classes
 from lightning_ckmerge.core.objectives import Mode, make_objectives, sign_of
 from lightning_ckmerge.core.outcome import Coefficients, Scored, SearchOutcome, counted
 from lightning_ckmerge.core.spaces import normalised
-from lightning_ckmerge.errors import ConfigError
+from lightning_ckmerge.errors import ArtifactError, ConfigError
 from lightning_ckmerge.pipeline import Bench
 from lightning_ckmerge.plugin.ensemble.figures import Figures, Tally
 from lightning_ckmerge.plugin.ensemble.judging import judge
@@ -61,6 +61,7 @@ class EnsembleConfig:
         pool_size: Merges of the search to choose from, by their value on the search half; at least 1.
         min_disagreement: Least disagreement of a member with each one chosen before: of classes, the share of samples
             that they see differently; else the mean squared difference, as a share of the loss.
+        with_snapshots: Whether checkpoints as they are may be members too.
     """
 
     size: int = 4
@@ -68,6 +69,7 @@ class EnsembleConfig:
     weight_trials: int = 16
     pool_size: int = 12
     min_disagreement: float = 0.0
+    with_snapshots: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -89,6 +91,7 @@ def build_ensemble(
     weight_trials: int = 16,
     pool_size: int = 12,
     min_disagreement: float = 0.0,
+    with_snapshots: bool = True,
     out: str | Path | None = None,
     monitor: str | list[str] = "val_loss",
     mode: Mode | list[Mode] = "min",
@@ -104,7 +107,7 @@ def build_ensemble(
     """Return an ensemble of merges, with the account of what it gains over the single merge.
 
     A search over the checkpoints scores merges, as `search_checkpoints` does. Among the best of them, and means of
-    blocks of checkpoints, members are chosen by their predictions on the search half: the best merge first, then the
+    blocks of checkpoints, and the checkpoints themselves, members are chosen by their predictions on the search half: the best one first, then the
     one that lowers the ensemble's loss the most, and so on (Caruana et al. 2004). Optuna finds their weights, on the
     search half too. The confirmation half, which has chosen nothing, compares the ensemble with the latest weights, the
     single merge, and an ensemble of the checkpoints themselves, chosen in the same way: ``manifest["comparison"]`` and
@@ -127,6 +130,7 @@ def build_ensemble(
         pool_size: Merges of the search to choose from.
         min_disagreement: Least disagreement of a member with each one chosen before: of classes, the share of samples
             that they see differently; else the mean squared difference, as a share of the loss.
+        with_snapshots: Whether checkpoints as they are may be members too.
         out: Where the ensemble is published, a directory that does not exist; ``None``: nowhere.
         monitor: As the callback's; leads the search for merges.
         mode: As the callback's.
@@ -148,15 +152,18 @@ def build_ensemble(
         MonitorError: Validation does not log ``monitor``.
 
     Source:
-        Caruana et al. 2004, *Ensemble selection from libraries of models*, doi:10.1145/1015330.1015432; Lakshminarayanan
-        et al. 2017, arXiv:1612.01474.
+        Caruana et al. 2004, *Ensemble selection from libraries of models*, doi:10.1145/1015330.1015432.
+        Lakshminarayanan et al. 2017, arXiv:1612.01474.
     """
+    if out is not None:
+        _require_free(Path(out))
     config = EnsembleConfig(
         size=size,
         averaging=averaging,
         weight_trials=weight_trials,
         pool_size=pool_size,
         min_disagreement=min_disagreement,
+        with_snapshots=with_snapshots,
     )
     settings = MergeSettings(
         objectives=make_objectives(monitor, mode),
@@ -205,8 +212,6 @@ def make_ensemble(
         out: Where it is published.
         on_step: Told of passes over a half that are done, and of how many are expected in all.
     """
-    if out is not None:
-        _require_free(out)
     work = partial(_Builder, settings, material, config, predict, on_step)
     built = at_train_start(trainer, module, data, lambda trainer, callback: work(trainer, callback).run())
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
@@ -229,7 +234,7 @@ def make_ensemble(
 def _require_free(out: Path) -> None:
     """Before the work, not after it."""
     if out.exists() or out.is_symlink():
-        raise ConfigError(f"`out` must not exist yet, got {out}. Name another directory, or remove this one.")
+        raise ArtifactError(f"`out` must not exist yet, got {out}. Name another directory, or remove this one.")
 
 
 @dataclass(frozen=True)
@@ -321,11 +326,13 @@ class _Builder:
             n_trials=self._config.weight_trials,
             seed=self._settings.search.seed,
         )
-        chosen, of_snapshots = choose(range(len(merges))), choose(range(len(merges), len(models)))
-        winner = next(i for i, m in enumerate(models) if m.name == outcome.winner.candidate.name)
+        chosen = choose(range(len(models) if self._config.with_snapshots else len(merges)))
+        of_snapshots = choose(range(len(merges), len(models)))
+        # By the loss that is compared, which need not be what the search went by.
+        best = choose_ensemble(half, range(len(merges)), size=1).members_M[0]
         contenders = {
             "latest": Chosen(members_M=(len(models) - 1,), weights_M=(1.0,), steps=(), loss=0.0),
-            "merge": Chosen(members_M=(winner,), weights_M=(1.0,), steps=(), loss=0.0),
+            "merge": Chosen(members_M=(best,), weights_M=(1.0,), steps=(), loss=0.0),
             "snapshots": of_snapshots,
             "ensemble": chosen,
         }
@@ -334,7 +341,7 @@ class _Builder:
             name: self._measure(bench, validation, name, c, [states[p] for p in c.members_M], models)
             for name, c in contenders.items()
         }
-        manifest = self._manifest(search, outcome, half, models, chosen, of_snapshots, figures)
+        manifest = self._manifest(outcome, half, models, best, chosen, of_snapshots, figures)
         return _Built([states[p] for p in chosen.members_M], chosen.weights_M, self._averaging, manifest)
 
     def _snapshots(self, bench: Bench) -> list[_Model]:
@@ -358,14 +365,22 @@ class _Builder:
         ]
 
     def _blocks(self, bench: Bench) -> list[_Model]:
-        """Return the means of blocks of snapshots, as many as members are wanted: merges that share no snapshot."""
+        """Return the means of blocks of snapshots: merges that share no snapshot, and so disagree the most.
+
+        There are as many as members are wanted, and once more as many as leave two snapshots in each.
+        """
         steps_K = [s.num_steps for s in bench.merger.segments_K]
-        num_blocks = min(self._config.size, len(steps_K) // 2)
-        if num_blocks < 2:
-            return []
-        edges = [len(steps_K) * i // num_blocks for i in range(num_blocks + 1)]
-        rows = [[n * (a <= k < b) for k, n in enumerate(steps_K)] for a, b in pairwise(edges)]
-        return [self._mixed(bench, f"block-{i + 1}", normalised(row)) for i, row in enumerate(rows) if any(row)]
+        most = max(1, len(steps_K) // 2)
+        models = []
+        for num_blocks in sorted({min(self._config.size, most), most}):
+            edges = [len(steps_K) * i // num_blocks for i in range(num_blocks + 1)]
+            rows = [[n * (a <= k < b) for k, n in enumerate(steps_K)] for a, b in pairwise(edges)]
+            models += [
+                self._mixed(bench, f"block-{i}-of-{num_blocks}", normalised(row))
+                for i, row in enumerate(rows, start=1)
+                if any(row)
+            ]
+        return models
 
     def _stored(self, bench: Bench, model: Any, latest: _Model) -> list[_Model]:
         """Return the merges that the run has published."""
@@ -482,19 +497,18 @@ class _Builder:
 
     def _manifest(
         self,
-        search: OfflineSearch,
         outcome: SearchOutcome,
         half: SearchHalf,
         models: Sequence[_Model],
+        best: int,
         chosen: Chosen,
         of_snapshots: Chosen,
         figures: Mapping[str, Figures],
     ) -> dict[str, Any]:
-        winner = next(i for i, m in enumerate(models) if m.name == outcome.winner.candidate.name)
         merge, latest = figures["merge"], figures["latest"]
 
         def told(p: int) -> dict[str, Any]:
-            return {"loss": half.loss({p: 1.0}), "disagreement_with_merge": half.disagreement(p, winner)}
+            return {"loss": half.loss({p: 1.0}), "disagreement_with_merge": half.disagreement(p, best)}
 
         def steps(c: Chosen) -> dict[str, Any]:
             chosen_one_by_one = [{"name": models[p].name, "loss_so_far": loss} for p, loss in c.steps]

@@ -45,6 +45,8 @@ class Figures:
 
     def gains_over(self, other: Figures) -> dict[str, dict[str, Any]]:
         """Return how much better each score is than another's, with the 95 % interval, by paired batches."""
+        if self.members == other.members:
+            return {name: {"gain": 0.0, "interval": None} for name in self.scores}
         found = {n: score_gain(score, other.scores[n], SIGNS[n]) for n, score in self.scores.items()}
         return {
             n: {"gain": gain, "interval": list(interval) if interval else None} for n, (gain, interval) in found.items()

@@ -15,7 +15,7 @@ def judge(figures: Mapping[str, Figures], notes: Sequence[str] = ()) -> dict[str
     """Return the verdict: whether the ensemble beats the single merge on the confirmation half, by its loss.
 
     ``accepted``: the 95 % interval of the gain lies above 0. ``unconfirmed``: it contains 0, or does not exist.
-    ``rejected``: it lies below 0, or the ensemble has one member, and that is the merge.
+    ``rejected``: it lies below 0, or the ensemble has one member.
 
     Args:
         figures: Of ``latest``, ``merge``, ``snapshots`` and ``ensemble``.
@@ -23,15 +23,17 @@ def judge(figures: Mapping[str, Figures], notes: Sequence[str] = ()) -> dict[str
     """
     ensemble, merge, latest, snapshots = (figures[n] for n in ("ensemble", "merge", "latest", "snapshots"))
     ours, theirs = ensemble.scores["loss"], merge.scores["loss"]
-    gain, interval = score_gain(ours, theirs, 1)
     is_merge = ensemble.members == merge.members
+    gain, interval = (0.0, None) if is_merge else score_gain(ours, theirs, 1)
     status: Status = "unconfirmed"
-    if is_merge or (interval is not None and interval[1] < 0):
+    is_single = ensemble.forward_passes == 1
+    if is_single or (interval is not None and interval[1] < 0):
         status = "rejected"
     elif interval is not None and interval[0] > 0:
         status = "accepted"
-    if is_merge:
-        sentence = "The single merge has it already: no second member lowers the loss on the search half."
+    if is_single:
+        which = "The single merge" if is_merge else f"A single model, {ensemble.members[0]},"
+        sentence = f"{which} has it already: no second member lowers the loss on the search half."
     else:
         told, ends = change_told("loss", "min", theirs.value, ours.value, interval)
         ends = f"; 95 % interval {ends}" if ends else f"; under {MIN_CONFIRM_BATCHES} batches there is no interval"

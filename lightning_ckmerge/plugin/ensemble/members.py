@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from lightning_ckmerge.core.averaging import Averaging, average_outputs
 from lightning_ckmerge.core.layout import find_aliases, is_dense
+from lightning_ckmerge.errors import UnsupportedError
 
 State = Mapping[str, Tensor]
 
@@ -31,12 +32,19 @@ class Members:
         states_M: M sets of weights, by ``state_dict`` names; a tied tensor has one name.
         w_M: M weights that sum to 1.
         averaging: How their outputs are averaged.
+        slots: What ``find_slots`` returned; ``None``: it is called.
     """
 
     def __init__(
-        self, module: nn.Module, states_M: Sequence[State], w_M: Sequence[float], averaging: Averaging
+        self,
+        module: nn.Module,
+        states_M: Sequence[State],
+        w_M: Sequence[float],
+        averaging: Averaging,
+        slots: Mapping[str, str] | None = None,
     ) -> None:
         self._call = _Call(module)
+        self._slots = find_slots(module) if slots is None else slots
         self._states_M = states_M
         self._w_M = w_M
         self._averaging: Averaging = averaging
@@ -49,8 +57,9 @@ class Members:
     def each(self, function: Callable[[Any], Any]) -> Iterator[Any]:
         """Yield what the function returns for each member in turn."""
         for state in self._states_M:
-            own = {f"module.{name}": tensor for name, tensor in state.items()}
-            yield functional_call(self._call, own, (function,))
+            own = {f"module.{slot}": state[name] for slot, name in self._slots.items()}
+            # Ties are in the slots. Told of them, it leaves a module that has two names with borrowed weights.
+            yield functional_call(self._call, own, (function,), tie_weights=False)
 
 
 class _Call(nn.Module):
@@ -66,13 +75,38 @@ class _Call(nn.Module):
 
 def state_of(module: nn.Module, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Return a copy of a module's weights, a tied tensor under one name. Extra state stays the module's own."""
+    return {name: tensor.detach().to(device, copy=True) for name, tensor in _distinct(module).items()}
+
+
+def find_slots(module: nn.Module) -> dict[str, str]:
+    """Return where the module's weights are used: each place in its modules, with the name in ``state_of``.
+
+    Raises:
+        UnsupportedError: Something in the ``state_dict`` is not in a module, so that it cannot be lent.
+    """
+    by_memory = {_memory(tensor): name for name, tensor in _distinct(module).items() if tensor.numel()}
+    slots = {}
+    for prefix, each in module.named_modules():
+        for key, tensor in (*each._parameters.items(), *each._buffers.items()):
+            if tensor is not None and (name := by_memory.get(_memory(tensor))) is not None:
+                slots[f"{prefix}.{key}" if prefix else key] = name
+    if missing := set(by_memory.values()) - set(slots.values()):
+        raise UnsupportedError(
+            f"an ensemble needs each tensor of the `state_dict` in a module, got {min(missing)!r}, which is none's "
+            "parameter or buffer. Let `state_dict` return the tensors that the modules compute with."
+        )
+    return slots
+
+
+def _distinct(module: nn.Module) -> dict[str, Tensor]:
+    """Return the weights themselves, a tied tensor under one name."""
     state = {n: t for n, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor) and is_dense(t)}
     aliases = find_aliases(state)
-    return {
-        name: tensor.detach().to(device, copy=True)
-        for name, tensor in state.items()
-        if name not in aliases and not name.endswith("_extra_state")
-    }
+    return {n: t for n, t in state.items() if n not in aliases and n.rpartition(".")[2] != "_extra_state"}
+
+
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def split_shared(states_M: Sequence[State]) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:

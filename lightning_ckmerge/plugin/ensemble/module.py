@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lightning_ckmerge.artifact.ensembles import EnsembleArtifact
 from lightning_ckmerge.core.averaging import Averaging, is_classes, losses
 from lightning_ckmerge.errors import ArtifactError, ConfigError
 from lightning_ckmerge.plugin.ensemble.figures import calibration_error
-from lightning_ckmerge.plugin.ensemble.members import Members, State, split_shared, state_of
+from lightning_ckmerge.plugin.ensemble.members import Members, State, find_slots, split_shared, state_of
 from lightning_ckmerge.plugin.ensemble.predicting import (
     Predict,
     Prediction,
@@ -63,6 +64,7 @@ class MergedEnsemble(LightningModule):
         super().__init__()
         _check(module, states, weights)
         self.module = module
+        self._slots = find_slots(module)
         self.averaging: Averaging = averaging
         self.manifest = dict(manifest or {})
         self._predict = predict
@@ -169,29 +171,27 @@ class MergedEnsemble(LightningModule):
         return self.module.on_after_batch_transfer(batch, dataloader_idx)
 
     def _average(self, function: Callable[[Any], Tensor]) -> Tensor:
-        return Members(self.module, self.states(), self.weights, self.averaging).average(function)
+        return Members(self.module, self.states(), self.weights, self.averaging, self._slots).average(function)
 
     def _log(self, batch: Any, stage: str) -> None:
         prediction = self.predict_batch(batch)
         outputs, targets = prediction.outputs, prediction.targets
         if not len(targets):
             return
-        loss = self._metric(f"{stage}_loss", MeanMetric)
-        loss.update(losses(outputs, targets))
-        self.log(f"{stage}_loss", loss, on_step=False, on_epoch=True)
-        if not is_classes(targets):
-            return
-        num_classes = outputs.shape[-1]
-        accuracy = self._metric(f"{stage}_accuracy", lambda: MulticlassAccuracy(num_classes, average="micro"))
-        calibration = self._metric(f"{stage}_calibration_error", lambda: calibration_error(num_classes))
-        for name, metric in ((f"{stage}_accuracy", accuracy), (f"{stage}_calibration_error", calibration)):
-            metric.update(outputs.float().softmax(-1), targets)
-            self.log(name, metric, on_step=False, on_epoch=True)
+        self._log_metric(f"{stage}_loss", MeanMetric, losses(outputs, targets))
+        if is_classes(targets):
+            num_classes, p_NC = outputs.shape[-1], outputs.float().softmax(-1)
+            accuracy = partial(MulticlassAccuracy, num_classes, average="micro")
+            self._log_metric(f"{stage}_accuracy", accuracy, p_NC, targets)
+            self._log_metric(f"{stage}_calibration_error", partial(calibration_error, num_classes), p_NC, targets)
 
-    def _metric(self, name: str, make: Callable[[], Any]) -> Any:
+    def _log_metric(self, name: str, make: Callable[[], Any], *values: Tensor) -> None:
+        """Update and log a metric, which is made when it is first needed."""
         if name not in self._metrics:
             self._metrics[name] = make().to(self.device)
-        return self._metrics[name]
+        self._metrics[name].update(*values)  # type: ignore[operator]
+        # Named, since Lightning looks for metric objects once only.
+        self.log(name, self._metrics[name], on_step=False, on_epoch=True, metric_attribute=f"_metrics.{name}")
 
 
 def load_ensemble(

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_ckmerge import load_ensemble
+from tests.cli.commands import ckmerge, ckmerge_json
+from tests.cli.runs import Wandering, predict, train, write_config
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_an_ensemble_is_built_told_and_loaded(tmp_path: Path) -> None:
+    """Outputs of this model are linear in its weights: the merge has all that an ensemble can give."""
+    config, checkpoints, out = write_config(tmp_path), train(tmp_path), tmp_path / "ensemble"
+    args = ["ensemble", "--config", config, "--source", checkpoints, "--last", 4]
+    args += ["--predict", "tests.cli.runs.predict", "--weight-trials", 2]
+    found = ckmerge_json(*args, "--out", out, code=1)
+    assert found["averaging"] == "outputs"
+    assert found["verdict"]["status"] in ("rejected", "unconfirmed")
+    assert [c["name"] for c in found["comparison"]] == ["latest", "merge", "snapshots", "ensemble"]
+    assert "accuracy" not in found["comparison"][0]
+    assert load_ensemble(out, Wandering(), predict=predict).num_members == len(found["members"])
+    told = ckmerge(*args, "--out", tmp_path / "again", code=1).stdout
+    assert found["verdict"]["sentence"].split(": ")[-1] in told
+    assert "gain over merge" in told
+    assert "must not exist" in ckmerge(*args, "--out", out, code=2).stderr
+    wrong = ckmerge("ensemble", "--config", config, "--source", checkpoints, "--out", tmp_path / "no", code=2)
+    assert "--predict" in wrong.stderr or "`predict`" in wrong.stderr
