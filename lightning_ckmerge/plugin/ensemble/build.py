@@ -106,12 +106,12 @@ def build_ensemble(
 ) -> MergedEnsemble:
     """Return an ensemble of merges, with the account of what it gains over the single merge.
 
-    A search over the checkpoints scores merges, as `search_checkpoints` does. Among the best of them, and means of
-    blocks of checkpoints, and the checkpoints themselves, members are chosen by their predictions on the search half: the best one first, then the
-    one that lowers the ensemble's loss the most, and so on (Caruana et al. 2004). Optuna finds their weights, on the
-    search half too. The confirmation half, which has chosen nothing, compares the ensemble with the latest weights, the
-    single merge, and an ensemble of the checkpoints themselves, chosen in the same way: ``manifest["comparison"]`` and
-    ``verdict``.
+    A search over the checkpoints scores merges, as `search_checkpoints` does. Among the best of them, means of blocks
+    of checkpoints, and the checkpoints themselves, members are chosen by their predictions on the search half: the best
+    one first, then the one that lowers the ensemble's loss the most, and so on (Caruana et al. 2004). Optuna finds
+    their weights, on the search half too. The confirmation half, which has chosen nothing, compares the ensemble with
+    the latest weights, the single merge, and an ensemble of checkpoints alone, chosen in the same way:
+    ``manifest["comparison"]`` and ``verdict``.
 
     Args:
         module: The LightningModule that was trained, built as it was; it lends the ensemble its structure. Of a run its

@@ -189,9 +189,10 @@ class MergedEnsemble(LightningModule):
         """Update and log a metric, which is made when it is first needed."""
         if name not in self._metrics:
             self._metrics[name] = make().to(self.device)
-        self._metrics[name].update(*values)  # type: ignore[operator]
+        metric: Any = self._metrics[name]
+        metric.update(*values)
         # Named, since Lightning looks for metric objects once only.
-        self.log(name, self._metrics[name], on_step=False, on_epoch=True, metric_attribute=f"_metrics.{name}")
+        self.log(name, metric, on_step=False, on_epoch=True, metric_attribute=f"_metrics.{name}")
 
 
 def load_ensemble(
