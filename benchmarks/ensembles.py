@@ -152,7 +152,13 @@ def _trained(
         )
         trainer.fit(module, train)
         return build_ensemble(
-            module, val, directory, train_dataloaders=train, trainer={"accelerator": "cpu"}, **arguments
+            module,
+            val,
+            directory,
+            train_dataloaders=train,
+            trainer={"accelerator": "cpu"},
+            min_gain=0.0,  # to see what the least of gains come to
+            **arguments,
         )
 
 

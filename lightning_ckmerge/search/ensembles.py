@@ -144,12 +144,13 @@ def choose_members(
     among: Sequence[int],
     size: int,
     min_disagreement: float = 0.0,
+    min_gain: float = 0.0,
     shares: Sequence[float] | None = SHARES,
 ) -> tuple[list[tuple[int, float]], dict[int, float]]:
     """Return the models of an ensemble in the order of their choice, each with the loss so far, and their weights.
 
     The best model comes first. Then, one by one, the model that lowers the loss the most when it is given a share of
-    the weight. It ends at ``size``, or where nothing lowers the loss any more. Of models that are equally good alone,
+    the weight. It ends at ``size``, or where nothing lowers the loss enough. Of models that are equally good alone,
     those lower it that are wrong elsewhere: the loss of the mean lies below the mean of the losses by as much as the
     models disagree. So copies of what is there add nothing and are not taken.
 
@@ -158,6 +159,7 @@ def choose_members(
         among: Places of the models to choose from.
         size: Most members; at least 1.
         min_disagreement: Least disagreement of a model with each one that was chosen before.
+        min_gain: Share of the loss by which a new member must lower it, which costs a forward pass; at least 0.
         shares: What a new model may be given, the others keeping the rest; ``None``: as much as each of the others.
 
     Source:
@@ -181,7 +183,7 @@ def choose_members(
         offers = [(p, s) for p in others for s in shares or (1 / (len(weights) + 1),)]
         loss = {(p, s): half.loss(_joined(weights, p, s)) for p, s in offers}
         offer = min(loss, key=loss.__getitem__, default=None)
-        if offer is None or not loss[offer] < steps[-1][1]:
+        if offer is None or not steps[-1][1] - loss[offer] > min_gain * abs(steps[-1][1]):
             break
         weights = _joined(weights, *offer)
         steps.append((offer[0], loss[offer]))
@@ -198,6 +200,7 @@ def choose_ensemble(
     *,
     size: int,
     min_disagreement: float = 0.0,
+    min_gain: float = 0.0,
     n_trials: int = 0,
     seed: int = 0,
 ) -> Chosen:
@@ -208,13 +211,14 @@ def choose_ensemble(
         among: Places of the models to choose from.
         size: Most members.
         min_disagreement: As for ``choose_members``.
+        min_gain: Likewise.
         n_trials: Weights that Optuna proposes, beside those of the choice; 0: equal ones.
         seed: Of its sampler.
 
     Raises:
         SearchError: No model has a finite loss.
     """
-    steps, weights = choose_members(half, among, size, min_disagreement, SHARES if n_trials else None)
+    steps, weights = choose_members(half, among, size, min_disagreement, min_gain, SHARES if n_trials else None)
     num_trials = 0
     if n_trials and len(weights) > 1:
         found, num_trials = _search_weights(half, weights, n_trials, seed)

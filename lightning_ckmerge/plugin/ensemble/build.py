@@ -55,12 +55,13 @@ class EnsembleConfig:
     """Which ensemble is wanted.
 
     Args:
-        size: Most members; at least 1. Fewer are taken where more do not lower the loss on the search half.
+        size: Most members; at least 1. Fewer are taken where more do not lower the loss on the search half enough.
         averaging: ``probabilities`` or ``logits``; ``None``: probabilities of classes, and outputs of anything else.
         weight_trials: Weights of the members that Optuna proposes; 0: equal weights.
         pool_size: Merges of the search to choose from, by their value on the search half; at least 1.
         min_disagreement: Least disagreement of a member with each one chosen before: of classes, the share of samples
             that they see differently; else the mean squared difference, as a share of the loss.
+        min_gain: Share of the loss on the search half by which a new member must lower it; at least 0.
         with_snapshots: Whether checkpoints as they are may be members too.
     """
 
@@ -69,6 +70,7 @@ class EnsembleConfig:
     weight_trials: int = 16
     pool_size: int = 12
     min_disagreement: float = 0.0
+    min_gain: float = 0.001
     with_snapshots: bool = True
 
     def __post_init__(self) -> None:
@@ -76,8 +78,9 @@ class EnsembleConfig:
         require_at_least("size", self.size, 1, "The default is 4.")
         require_at_least("weight_trials", self.weight_trials, 0, "0 gives members equal weights.")
         require_at_least("pool_size", self.pool_size, 1, "The default is 12.")
-        if not self.min_disagreement >= 0:
-            raise ConfigError(f"`min_disagreement >= 0` must hold, got {self.min_disagreement}. 0 asks for none.")
+        for name in ("min_disagreement", "min_gain"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"`{name} >= 0` must hold, got {getattr(self, name)}. 0 asks for none.")
 
 
 def build_ensemble(
@@ -91,6 +94,7 @@ def build_ensemble(
     weight_trials: int = 16,
     pool_size: int = 12,
     min_disagreement: float = 0.0,
+    min_gain: float = 0.001,
     with_snapshots: bool = True,
     out: str | Path | None = None,
     monitor: str | list[str] = "val_loss",
@@ -130,6 +134,7 @@ def build_ensemble(
         pool_size: Merges of the search to choose from.
         min_disagreement: Least disagreement of a member with each one chosen before: of classes, the share of samples
             that they see differently; else the mean squared difference, as a share of the loss.
+        min_gain: Share of the loss on the search half by which a new member must lower it: it costs a forward pass.
         with_snapshots: Whether checkpoints as they are may be members too.
         out: Where the ensemble is published, a directory that does not exist; ``None``: nowhere.
         monitor: As the callback's; leads the search for merges.
@@ -163,6 +168,7 @@ def build_ensemble(
         weight_trials=weight_trials,
         pool_size=pool_size,
         min_disagreement=min_disagreement,
+        min_gain=min_gain,
         with_snapshots=with_snapshots,
     )
     settings = MergeSettings(
@@ -323,6 +329,7 @@ class _Builder:
             half,
             size=self._config.size,
             min_disagreement=self._config.min_disagreement,
+            min_gain=self._config.min_gain,
             n_trials=self._config.weight_trials,
             seed=self._settings.search.seed,
         )

@@ -33,7 +33,7 @@ def judge(figures: Mapping[str, Figures], notes: Sequence[str] = ()) -> dict[str
         status = "accepted"
     if is_single:
         which = "The single merge" if is_merge else f"A single model, {ensemble.members[0]},"
-        sentence = f"{which} has it already: no second member lowers the loss on the search half."
+        sentence = f"{which} has it already: no second member lowers the loss on the search half enough."
     else:
         told, ends = change_told("loss", "min", theirs.value, ours.value, interval)
         ends = f"; 95 % interval {ends}" if ends else f"; under {MIN_CONFIRM_BATCHES} batches there is no interval"
