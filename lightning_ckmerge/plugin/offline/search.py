@@ -16,6 +16,8 @@ from lightning_ckmerge.artifact.runs import Place
 from lightning_ckmerge.checkpoints.formats import Source, run_sources
 from lightning_ckmerge.config import ArtifactConfig, BufferConfig, EvaluationConfig, MergeSettings, SearchConfig
 from lightning_ckmerge.core.objectives import Mode, make_objectives
+from lightning_ckmerge.core.outcome import SearchOutcome
+from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.pipeline import Scorer, SearchJob, join_search, run_search
 from lightning_ckmerge.plugin.offline.scoring import CheckpointScoring, at_train_start, make_trainer, training_data
@@ -146,6 +148,10 @@ class OfflineSearch:
         dirpath: Where artifacts go.
         sources: Checkpoints, oldest first, each with its step; the last one is loaded into the module.
         on_scored: Told of each scored trial.
+        segments: As for ``OfflineBench``.
+
+    Attributes:
+        offline: The bench.
     """
 
     def __init__(
@@ -156,18 +162,23 @@ class OfflineSearch:
         dirpath: Path,
         sources: Sequence[Source],
         on_scored: OnScored,
+        segments: Sequence[Segment] | None = None,
     ) -> None:
         self._settings = settings
         self._trainer = trainer
         self._on_scored = on_scored
-        self._offline = CheckpointScoring(settings, trainer, callback, sources)
+        self.offline = CheckpointScoring(settings, trainer, callback, sources, segments)
         # The same checkpoints make the same study, so that a search that was interrupted goes on.
-        self._place = Place(dirpath=dirpath, run_id=self._offline.run_id, source=None)
+        self._place = Place(dirpath=dirpath, run_id=self.offline.run_id, source=None)
+
+    def find(self, scorer: Scorer) -> SearchOutcome:
+        """Search with the scorer of this search, and publish nothing."""
+        return run_search(self._make_job(scorer))
 
     def run(self) -> Artifact:
         """Search and publish."""
-        publisher = Publisher(self._settings, self._trainer, self._place, self._offline.model)
-        with self._offline.paused() as scorer:
+        publisher = Publisher(self._settings, self._trainer, self._place, self.offline.model)
+        with self.offline.paused() as scorer:
             job = self._make_job(scorer)
             outcome = run_search(job)
             artifact = publisher.publish(outcome, job, ())
@@ -176,16 +187,16 @@ class OfflineSearch:
 
     def help_on(self) -> int:
         """Help another process that publishes, and return how many candidates were scored here."""
-        with self._offline.paused() as scorer:
+        with self.offline.paused() as scorer:
             return join_search(self._make_job(scorer))
 
     def _make_job(self, scorer: Scorer) -> SearchJob:
         """There is no training time that a share could be taken of."""
         return SearchJob(
-            name=f"{self._place.run_id}-step={self._offline.step:09d}",
-            step=self._offline.step,
+            name=f"{self._place.run_id}-step={self.offline.step:09d}",
+            step=self.offline.step,
             settings=self._settings,
-            space=self._offline.model.space,
+            space=self.offline.model.space,
             scorer=scorer,
             allowed_s=self._settings.search.timeout_s,
             allowed_by="search.timeout_s",
@@ -197,7 +208,7 @@ class OfflineSearch:
             notes=(),
             journal=self._place.dirpath / "study.journal",
             on_scored=self._on_scored,
-            agree=partial(on_rank_zero, self._offline.model.comm),
+            agree=partial(on_rank_zero, self.offline.model.comm),
             shared=True,
-            adapters=self._offline.model.adapter_merge,
+            adapters=self.offline.model.adapter_merge,
         )
