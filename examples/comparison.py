@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,33 +200,40 @@ def table(measured: Mapping[str, Measured], more: Mapping[str, Mapping[str, str]
     """Return the comparison as aligned text.
 
     Args:
-        measured: The contenders, the latest weights first.
+        measured: The contenders, the latest weights and ours among them.
         more: Further columns: heading -> contender -> text.
     """
-    latest = next(iter(measured.values()))
-    lines = [["", "unseen batches", "gain", "test data", "gain", "95 % interval"]]
+    latest, ours = measured[LATEST], find_ours(measured)
+    lines = [["", "unseen batches", "gain", "test data", "gain", "95 % interval", "ours over it", "95 % interval"]]
     lines[0] += [*latest.extras, *(more or {})]
-    for name, values in measured.items():
-        test_gain, interval = gain(values.test_B, latest.test_B)
-        is_latest = values is latest
-        lines.append(
-            [
-                name,
-                f"{values.confirm:.4f}",
-                "" if is_latest else f"{latest.confirm - values.confirm:.4f}",
-                f"{values.test:.4f}",
-                "" if is_latest else f"{test_gain:.4f}",
-                "" if is_latest or interval is None else "{:.4f} to {:.4f}".format(*interval),
-                *(f"{figure:.4g}" for figure in values.extras.values()),
-                *(texts.get(name, "") for texts in (more or {}).values()),
-            ]
-        )
+    for name, own in measured.items():
+        confirm_gain = "" if own is latest else f"{latest.confirm - own.confirm:.4f}"
+        gains = [
+            *(("", "") if own is latest else in_words(gain(own.test_B, latest.test_B))),
+            *(("", "") if own is ours else in_words(gain(ours.test_B, own.test_B))),
+        ]
+        further = [
+            *(f"{figure:.4g}" for figure in own.extras.values()),
+            *(t.get(name, "") for t in (more or {}).values()),
+        ]
+        lines.append([name, f"{own.confirm:.4f}", confirm_gain, f"{own.test:.4f}", *gains, *further])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = (
         [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
         for line in lines
     )
     return "\n".join("   ".join(line).rstrip() for line in aligned)
+
+
+def find_ours(measured: Mapping[str, Measured]) -> Measured:
+    """Return ours among the contenders; of several forms, the last."""
+    return [own for name, own in measured.items() if name.startswith(OURS)][-1]
+
+
+def in_words(found: tuple[float, tuple[float, float] | None]) -> tuple[str, str]:
+    """Return a gain and its interval as text."""
+    value, interval = found
+    return f"{value:.4f}", "" if interval is None else "{:.4f} to {:.4f}".format(*interval)
 
 
 def conclude(title: str, measured: Mapping[str, Measured], ours: LastSearch, pair: LastSearch, run: Path) -> None:
@@ -248,17 +255,18 @@ def say_where(ours: LastSearch, pair: LastSearch) -> None:
 
 
 def write_record(path: Path, measured: Mapping[str, Measured], search: LastSearch, **more: Any) -> None:
-    """Write a comparison as JSON: each contender's means, gains with intervals, and what else was measured."""
-    latest = next(iter(measured.values()))
+    """Write a comparison as JSON: the contenders' means, their gains with intervals, and their other figures."""
+    latest, ours = measured[LATEST], find_ours(measured)
+
+    def compared(better_B: Sequence[float], worse_B: Sequence[float]) -> dict[str, Any]:
+        value, interval = gain(better_B, worse_B)
+        return {"gain": value, "interval": interval}
 
     def record(own: Measured) -> dict[str, Any]:
-        (confirm_gain, confirm_interval), (test_gain, test_interval) = (
-            gain(own.confirm_B, latest.confirm_B),
-            gain(own.test_B, latest.test_B),
-        )
         return {
-            "confirm": {"value": own.confirm, "gain": confirm_gain, "interval": confirm_interval},
-            "test": {"value": own.test, "gain": test_gain, "interval": test_interval},
+            "confirm": {"value": own.confirm, **compared(own.confirm_B, latest.confirm_B)},
+            "test": {"value": own.test, **compared(own.test_B, latest.test_B)},
+            "ours_over_it": compared(ours.test_B, own.test_B),
             "extras": own.extras,
         }
 
@@ -271,11 +279,6 @@ def write_record(path: Path, measured: Mapping[str, Measured], search: LastSearc
         **more,
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def all_batches(batches: Iterable[Any]) -> list[Any]:
-    """Return batches joined, each of their parts on its own."""
-    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
 def sha256(path: Path) -> str:

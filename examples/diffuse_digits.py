@@ -2,8 +2,8 @@
 
     python examples/diffuse_digits.py [--trainer.max_steps=800 and the like]
 
-Everything is written under ``runs/diffuse-digits``, which a new run replaces: also ``before.png`` and ``after.png``, the same
-noise turned into digits by the latest weights and by the merge.
+Everything is written under ``runs/diffuse-digits``, which a new run replaces: also ``before.png`` and ``after.png``, in
+which the latest weights and the merge turn the same noise into digits.
 
 Letters: N images, W the model's width.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -119,7 +120,7 @@ class Diffusion(LightningModule):
         """Return an image ``(N, 1, H, W)`` for each label; the seed alone decides the noise that they begin as."""
         x = torch.randn(len(labels), 1, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
         times = torch.linspace(0.99, 0, NUM_STEPS + 1)
-        for now, then in zip(times[:-1], times[1:], strict=True):
+        for now, then in pairwise(times):
             places = now.expand(len(labels))
             (signal, sigma), (next_signal, next_sigma) = scales(places), scales(then.expand(len(labels)))
             noise = self.denoiser(x, places, labels)

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, 8 x 8 pixels, which ship with it: three splits, and a space of features to compare pictures in.
+"""The handwritten digits that ship with scikit-learn, in three splits, and a space in which pictures are compared.
 
 Letters: N images, H and W their sides (8), F features.
 """
@@ -26,7 +26,7 @@ NUM_FEATURES = 32
 
 @functools.cache
 def digits(split: Split) -> tuple[Tensor, Tensor]:
-    """Return one split's images ``(N, 1, H, W)``, in [-1, 1], and their labels ``(N,)``: 400 each to judge by, 997 to train."""
+    """Return a split's images ``(N, 1, H, W)``, in [-1, 1], and labels ``(N,)``: 400 to validate, 400 to test."""
     bunch = load_digits()
     order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(0))
     chosen = {"val": order[:NUM_EVAL], "test": order[NUM_EVAL : 2 * NUM_EVAL], "train": order[2 * NUM_EVAL :]}[split]

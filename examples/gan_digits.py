@@ -2,8 +2,8 @@
 
     python examples/gan_digits.py [--trainer.max_steps=2000 and the like]
 
-Everything is written under ``runs/gan-digits``, which a new run replaces: also ``before.png`` and ``after.png``, the same
-noise turned into digits by the latest weights and by the merge.
+Everything is written under ``runs/gan-digits``, which a new run replaces: also ``before.png`` and ``after.png``, in
+which the latest weights and the merge turn the same noise into digits.
 
 Letters: N images.
 """
@@ -42,8 +42,8 @@ NUM_EVAL_BATCH = 100
 class GAN(LightningModule):
     """A generator and a discriminator, both MLPs that are given the label, trained by Adam in turn.
 
-    Validation logs the kernel distance of generated pictures to real ones, in the features of a small classifier: unlike the
-    Frechet distance it is unbiased on a batch, so that its mean over batches means something.
+    Validation logs the kernel distance of generated pictures to real ones, in the features of a small classifier. Its
+    estimate on a batch is unbiased, unlike the Frechet distance's, so that its mean over batches means something.
 
     Args:
         width: Features of both networks.

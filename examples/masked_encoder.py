@@ -2,8 +2,8 @@
 
     python examples/masked_encoder.py [--trainer.max_steps=800 and the like]
 
-Everything is written under ``runs/masked-encoder``, which a new run replaces. The merge is also written for transformers:
-``BertForMaskedLM.from_pretrained("runs/masked-encoder/merges/best/hf")`` opens it.
+Everything is written under ``runs/masked-encoder``, which a new run replaces. The merge is also written for
+transformers: ``BertForMaskedLM.from_pretrained("runs/masked-encoder/merges/best/hf")`` opens it.
 
 Letters: B windows in a batch, T bytes in a window.
 """

@@ -1,9 +1,9 @@
-"""Recognise ten spoken words. The speech is synthesised by espeak-ng (Debian: ``apt-get install espeak-ng``): no recordings.
+"""Recognise ten words of synthetic speech: espeak-ng speaks them (on Debian: ``apt-get install espeak-ng``).
 
     python examples/spoken_words.py [--trainer.max_steps=800 and the like]
 
-Everything is written under ``runs/spoken-words``, which a new run replaces; the synthesised words stay in ``runs/speech``.
-Voices are apart: those of the validation and test data are not heard in training.
+Everything is written under ``runs/spoken-words``, which a new run replaces; the words stay in ``runs/speech``. The
+voices of the validation and test data are not heard in training.
 
 Letters: N sounds, S samples of one.
 """
