@@ -117,7 +117,7 @@ def text_case() -> Case:
     }
     data = Domains(ConcatDataset([*parts["train"].values()]), parts["val"], parts["test"], batch_size)
     module = GPTModule(GPT(num_layers=2, num_heads=3, width=96, context=context), learning_rate=3e-3)
-    return Case(module, data, tuple(texts), num_steps=900)
+    return Case(module, data, tuple(texts), num_steps=600)
 
 
 def read_descriptions() -> dict[str, bytes]:
