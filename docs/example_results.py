@@ -74,7 +74,7 @@ def comparison(task: str) -> str:
             "" if is_latest else f"{confirm['gain']:.4f}",
             f"{test['value']:.4f}",
             "" if is_latest else _gain(test["gain"], test["interval"]),
-            "" if name == ours else _gain(**own["ours_over_it"]),
+            _gain(**own["ours_over_it"]) if name != ours and "ours_over_it" in own else "",
             *(f"{own['extras'][extra]:.4g}" for extra in extras),
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -152,7 +152,7 @@ def test_espeak_ng_speaks_and_is_asked_once(run: Run, tmp_path: Path, monkeypatc
 
 
 def test_the_kernel_distance_of_digits_to_other_digits_is_nothing(run: Run) -> None:
-    """Goes red if the generator is given the labels of the images that it is compared with: that biases the estimate."""
+    """Goes red if the generator gets the labels of the images that it is compared with: that biases the estimate."""
     run("gan_digits")
     from digits import SIDE, digits
     from gan_digits import GAN, NUM_EVAL_BATCH, Digits
