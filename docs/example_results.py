@@ -63,7 +63,9 @@ def comparison(task: str) -> str:
     record = _read(EXAMPLES)[task]
     extras = [*record["contenders"]["latest weights"]["extras"]]
     ours = [name for name in record["contenders"] if name.startswith("ours")][-1]
-    heads = ["", "unseen batches", "gain", "test data", "gain", "ours over it", *extras]
+    # Records of runs before this was measured do not hold it.
+    over = ["ours over it"] if all("ours_over_it" in own for own in record["contenders"].values()) else []
+    heads = ["", "unseen batches", "gain", "test data", "gain", *over, *extras]
     lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for name, own in record["contenders"].items():
         confirm, test = own["confirm"], own["test"]
@@ -74,7 +76,7 @@ def comparison(task: str) -> str:
             "" if is_latest else f"{confirm['gain']:.4f}",
             f"{test['value']:.4f}",
             "" if is_latest else _gain(test["gain"], test["interval"]),
-            _gain(**own["ours_over_it"]) if name != ours and "ours_over_it" in own else "",
+            *("" if name == ours else _gain(**own["ours_over_it"]) for _ in over),
             *(f"{own['extras'][extra]:.4g}" for extra in extras),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -100,11 +102,17 @@ def _share(test: Mapping[str, Any], latest: float) -> str:
     if test["interval"] is None:
         return text
     low, high = (100 * end / latest for end in test["interval"])
-    return f"{text} ({low:.1f} to {high:.1f})"
+    return f"{text} {_unbroken(f'({low:.1f} to {high:.1f})')}"
 
 
 def _gain(gain: float, interval: tuple[float, float] | None) -> str:
-    return f"{gain:.4f}" if interval is None else f"{gain:.4f} ({interval[0]:.4f} to {interval[1]:.4f})"
+    ends = "" if interval is None else _unbroken("({:.4f} to {:.4f})".format(*interval))
+    return f"{gain:.4f} {ends}".rstrip()
+
+
+def _unbroken(text: str) -> str:
+    """Return text that stays on one line."""
+    return text.replace(" ", "&nbsp;")
 
 
 def _read(path: Path) -> dict[str, Any]:
