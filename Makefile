@@ -16,7 +16,7 @@ demo: $(READY)  ## Pretrain a small GPT, merge, and compare. ARGS=--decay-branch
 demo-fsdp2: $(READY)  ## Pretrain a smaller GPT, sharded over two processes.
 	OMP_NUM_THREADS=1 $(BIN)/python examples/pretrain_gpt.py fit --config examples/pretrain_gpt_fsdp2.yaml
 
-examples: $(READY)  ## Run the examples beyond language models, two minutes each: images, diffusion, a GAN, an encoder, speech.
+examples: $(READY)  ## Run the examples beyond language models, a minute or two each: images, diffusion, a GAN, an encoder, speech.
 	for task in classify_digits diffuse_digits gan_digits masked_encoder spoken_words; do \
 		$(BIN)/python examples/$$task.py || exit 1; \
 	done

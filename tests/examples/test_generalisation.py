@@ -47,7 +47,7 @@ def test_a_merge_is_measured_on_every_domain_whatever_it_was_chosen_on(tmp_path:
     seed_everything(0)
     slopes = {"near": 1.0, "far": -1.0}
     val, test = ({name: domain(slope) for name, slope in slopes.items()} for _ in range(2))
-    case = Case(Line(), Domains(domain(1.0), val, test, BATCH_SIZE), tuple(slopes), num_steps=48)
+    case = Case(Line(), Domains(domain(1.0), val, test, BATCH_SIZE), tuple(slopes), num_steps=120)
     found = run(case, tmp_path, n_trials=1)
     assert found["chosen_on"].keys() == {"near", "far", "all"}
     # It has learnt the near one, and a mean of its last weights lies nearer still.
