@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.config import AdapterMerge, MergeSettings
@@ -39,6 +39,13 @@ class Validation(Protocol):
         """Whether the confirmation half has any batches."""
 
 
+class Bend(Protocol):
+    """Gives the Hessian of the monitored metric at a merge."""
+
+    def __call__(self, c: Coefficients, half: Half, num_batches: int) -> tuple[int, Callable[[Any], Any]]:
+        """Return the number P of parameters, and a function from an array ``(P,)`` to the Hessian's product with it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """Where candidates take the place of the live weights, and are scored.
@@ -51,6 +58,7 @@ class Bench:
         notes: Returns what people should know of the evaluations so far.
         tolerance: Relative difference of one batch's value that rounding explains.
         differentiate: Gives the gradient for ``SearchConfig.refine``.
+        bend: Gives products of the metric's Hessian with vectors, for an account.
     """
 
     merger: Merger
@@ -62,6 +70,7 @@ class Bench:
     notes: Callable[[], Sequence[str]] = tuple
     tolerance: float = 1e-5
     differentiate: Differentiate | None = None
+    bend: Bend | None = None
 
     def evaluate(self, c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
         """Return a candidate's score; arguments are those of ``search.problem.Evaluate``."""

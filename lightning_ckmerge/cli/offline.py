@@ -1,4 +1,4 @@
-"""Commands that read the user's LightningCLI config: ``plan``, ``search``."""
+"""Commands that read the user's LightningCLI config: ``plan``, ``search``, ``explain``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lightning_ckmerge.cli.console import FOUND, console, print_json, progress, table, verdict_text
-from lightning_ckmerge.cli.options import Json, Key
+from lightning_ckmerge.cli.console import FOUND, console, print_json, progress, table, tell_choice, verdict_text
+from lightning_ckmerge.cli.options import ArtifactPath, Json, Key
 
 if TYPE_CHECKING:
     from lightning_ckmerge.config import MergeSettings
@@ -126,6 +126,86 @@ def search(
         raise typer.Exit(FOUND)
 
 
+def explain(
+    artifact: ArtifactPath,
+    config: Annotated[Path, typer.Option("--config", help="The LightningCLI config of the run.")],
+    checkpoints: Annotated[
+        list[Path],
+        typer.Option("--checkpoints", help="A checkpoint of the artifact's step, or a directory that holds one."),
+    ],
+    buffer: Annotated[
+        Path | None, typer.Option("--buffer", help="The run's buffer; `buffer/` beside the artifact without.")
+    ] = None,
+    half: Annotated[str, typer.Option("--half", help="confirm, which the search did not see, or search.")] = "confirm",
+    max_evaluations: Annotated[
+        int | None, typer.Option("--max-evaluations", help="Leave figures out that need more.")
+    ] = None,
+    curvature_batches: Annotated[
+        int, typer.Option("--curvature-batches", help="Batches for the Hessian; 0 leaves it out.")
+    ] = 4,
+    predict: Annotated[
+        str | None,
+        typer.Option("--predict", help="Import path of a function of module and batch: logits, or a pair with labels."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+    model_class: ModelClass = None,
+    data_class: DataClass = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Explain why a merge works or not: what it gains by, and how the loss lies around it.
+
+    Leaves out one snapshot at a time, takes groups and layers from the merge one at a time, scores the line and a plane
+    through latest and merge, and measures the curvature at both. Writes `explain.json` and `explain.html` beside the
+    artifact's files, which stay as they are. The number of evaluations is told first. Stopped and started again, it
+    goes on.
+
+    \b
+    Examples:
+      ckmerge explain runs/gpt/merges --config run.yaml --checkpoints runs/gpt/checkpoints
+      ckmerge explain merges/step=000002000 --config run.yaml --checkpoints last.ckpt --max-evaluations 40
+    """
+    from lightning_ckmerge.artifact.load import Artifact
+
+    opened = Artifact.open(artifact)
+    choice = tell_choice(artifact, as_json=as_json)
+    with _quietly():
+        from lightning_ckmerge.checkpoints.formats import open_sources
+        from lightning_ckmerge.plugin.cli_config import imported
+        from lightning_ckmerge.plugin.offline.bench import ALONE
+        from lightning_ckmerge.plugin.offline.explain import Forecast, Wishes, explain_artifact
+
+        def announce(forecast: Forecast) -> None:
+            typer.echo(f"{opened.path.name}: {forecast}.", err=True)
+            if dry_run:
+                raise typer.Exit
+
+        configured = _build(config, model_class, data_class, ALONE)
+        settings = _monitoring(_settings(configured, config)[0], opened.manifest["monitor"], opened.manifest["mode"])
+        with progress("Explaining", None) as advance:
+            account = explain_artifact(
+                configured.trainer,
+                configured.module,
+                {"datamodule": configured.datamodule},
+                replace(settings, on_error="raise"),
+                opened,
+                open_sources(checkpoints, key),
+                buffer or opened.path.parent / "buffer",
+                Wishes(
+                    half=cast("Any", half),
+                    max_evaluations=max_evaluations,
+                    curvature_batches=curvature_batches,
+                    predict=imported(predict),
+                    on_forecast=announce,
+                    on_scored=lambda done, total: advance(1, total),
+                ),
+            )
+    if as_json:
+        print_json({**account, **choice})
+        return
+    _print_account(account, opened.path)
+
+
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Import from the working directory as ``python -m`` does, and keep standard output for the command's own words."""
@@ -202,6 +282,22 @@ def _adapted(settings: MergeSettings, storage: str | None, n_trials: int | None,
         seed=own.seed + (os.getpid() if worker else 0),
     )
     return replace(settings, search=search, on_error="raise")
+
+
+def _print_account(account: dict[str, Any], path: Path) -> None:
+    from lightning_ckmerge.artifact.accounts import PAGE_NAME
+    from lightning_ckmerge.report.account import TITLES
+
+    out = console()
+    for note in account["notes"]:
+        out.print(f"note: {note}", style="yellow")
+    for key, title in TITLES.items():
+        if key in account["figures"]:
+            out.print(title, style="bold")
+            out.print(f"  {account['figures'][key]['sentence']}")
+    for key, reason in account["left_out"].items():
+        out.print(f"left out: {TITLES[key]}: {reason}")
+    out.print(f"page: {path / PAGE_NAME}")
 
 
 def _print_plan(p: Plan) -> None:

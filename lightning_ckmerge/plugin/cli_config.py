@@ -68,8 +68,8 @@ def build(
             # It wants no arguments beside a command line, which is ours.
             warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter")
             cli = LightningCLI(
-                _imported(model_class),
-                _imported(data_class),
+                imported(model_class),
+                imported(data_class),
                 run=False,
                 args=sections,
                 save_config_callback=None,
@@ -91,14 +91,19 @@ def build(
     )
 
 
-def _imported(path: str | None) -> Any:
+def imported(path: str | None) -> Any:
+    """Return what an import path such as ``package.module.Name`` names; ``None`` for none.
+
+    Raises:
+        ConfigError: There is nothing of that name.
+    """
     if path is None:
         return None
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"a class must be named by its import path, got {path!r}: {error}.") from error
+        raise ConfigError(f"a class or function must be named by its import path, got {path!r}: {error}.") from error
 
 
 def _own_error(error: BaseException) -> CkmergeError | None:

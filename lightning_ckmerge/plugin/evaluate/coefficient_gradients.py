@@ -1,14 +1,17 @@
-"""How the monitored metric changes with a merge's coefficients: its derivatives by the weights, times the snapshots.
+"""Derivatives of the monitored metric at a merge: by its coefficients, and the Hessian's products with vectors.
+
+The first are the derivatives by the weights, times the snapshots.
 
 Letters: K snapshots, oldest first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lightning_ckmerge.buffer.merger import Merger
@@ -17,6 +20,7 @@ from lightning_ckmerge.distributed.comm import together
 from lightning_ckmerge.plugin.rank.model import RankModel
 from lightning_ckmerge.plugin.rank.peft_adapters import Load
 from lightning_ckmerge.plugin.restore.standstill import Standstill
+from lightning_ckmerge.search.problem import Half
 
 
 class Validation(Protocol):
@@ -24,6 +28,11 @@ class Validation(Protocol):
 
     def differentiate(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """Return the derivatives, over all ranks."""
+
+    def hessian_product(
+        self, parameters: Sequence[nn.Parameter], direction: Sequence[Tensor], half: Half, num_batches: int
+    ) -> list[Tensor]:
+        """Return the Hessian's product with a vector."""
 
 
 class Derivatives:
@@ -65,6 +74,29 @@ class Derivatives:
         everywhere = self._model.comm.exchange(own)
         groups = sorted({group for products in everywhere for group in products})
         return {g: np.sum([products[g] for products in everywhere if g in products], axis=0) for g in groups}
+
+    def bend(self, c: Coefficients, half: Half, num_batches: int) -> tuple[int, Callable[[Any], Any]]:
+        """Return the number of trained parameters, and a function that multiplies the Hessian at a merge with a vector.
+
+        On one device. The function raises ``SearchError`` where the metric is not the mean of the loss that
+        ``validation_step`` returns.
+        """
+        self._standstill.begin()
+        self._load(c)
+        trained = [o.tensor for o in self._model.ownership.local() if isinstance(o.tensor, nn.Parameter)]
+        parameters = [p for p in trained if p.requires_grad]
+        sizes = [p.numel() for p in parameters]
+
+        def product(vector: Any) -> Any:
+            self._standstill.begin()
+            self._load(c)
+            whole = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float64))
+            pieces = torch.split(whole, sizes)
+            direction = [v.view(p.shape).to(p.device, p.dtype) for v, p in zip(pieces, parameters, strict=True)]
+            found = self._validation.hessian_product(parameters, direction, half, num_batches)
+            return torch.cat([t.detach().reshape(-1).to("cpu", torch.float64) for t in found]).numpy()
+
+        return sum(sizes), product
 
     def _own(self, c: Coefficients) -> dict[str, Tensor]:
         self._standstill.begin()

@@ -78,6 +78,7 @@ class BenchMaker:
             merger = Merger(model.layout, model.live, find_snapshots(), latest, step, model.space.group_of)
             with model.merging(merger) as merge:
                 loader = self._make_loader(candidate, merge, validation, len(merger.snapshots_K))
+                derivatives = Derivatives(model, merger, loader.load, standstill, validation)
                 equal = EqualValues(self._settings.objectives[0].monitor)
                 yield Bench(
                     merger=merger,
@@ -88,7 +89,8 @@ class BenchMaker:
                     scored=lambda score: equal.take(candidate.weights, score),
                     notes=lambda: [*[SWAPPED] * candidate.was_swapped, *equal.notes()],
                     tolerance=_tolerance(self._trainer),
-                    differentiate=Derivatives(model, merger, loader.load, standstill, validation),
+                    differentiate=derivatives,
+                    bend=derivatives.bend,
                 )
 
     def check_traces(self) -> None:

@@ -5,6 +5,7 @@ Letters: B batches.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from lightning_ckmerge.plugin.evaluate.batch_values import BatchRecorder
 from lightning_ckmerge.plugin.evaluate.candidate import Candidate
 from lightning_ckmerge.plugin.evaluate.halves import Batches, Half, Split, block_sizes, length_of, limited, read_on
 from lightning_ckmerge.plugin.evaluate.lightning_loop import evaluate, find_loaders, mode_of, training_loader
-from lightning_ckmerge.plugin.evaluate.weight_gradients import GradientRecorder
+from lightning_ckmerge.plugin.evaluate.weight_gradients import GradientRecorder, ProductRecorder
 from lightning_ckmerge.search.problem import KeepGoing
 
 NUM_BLOCKS = 10
@@ -141,6 +142,48 @@ class Validation:
         step = recorder.watching(self._module.validation_step)
         recorder.finish(self._evaluate(batches, recorder, self._combined, step=step))
         return recorder.gradients()
+
+    def hessian_product(
+        self, parameters: Sequence[nn.Parameter], direction: Sequence[Tensor], half: Half, num_batches: int
+    ) -> list[Tensor]:
+        """Return the product of the monitored metric's Hessian by ``parameters`` with a vector.
+
+        Args:
+            parameters: All of them need gradients.
+            direction: The vector, one tensor a parameter.
+            half: On whose batches.
+            num_batches: How many of the first of them.
+
+        Raises:
+            SearchError: The metric is not the mean of the loss that ``validation_step`` returns.
+        """
+        parts = [s.part(half) for s in self._splits]
+        batches = self._cache.wrap(half, [p.batches for p in parts])
+        padding = [p.padding for p in parts]
+        recorder = ProductRecorder(self._monitors[0], padding, self._comm, parameters, direction, num_batches)
+        step = recorder.watching(self._module.validation_step)
+        recorder.finish(self._evaluate(batches, recorder, self._combined, step=step))
+        return recorder.gradients()
+
+    def visit(self, half: Half, take: Callable[[LightningModule, Any], None]) -> None:
+        """Run validation on one half, and give each batch to ``take`` when its step has been taken.
+
+        Args:
+            half: On whose batches.
+            take: Gets the module, which holds the candidate, and a batch on its device.
+        """
+        parts = [s.part(half) for s in self._splits]
+        batches = self._cache.wrap(half, [p.batches for p in parts])
+        recorder = BatchRecorder(self._monitors, [p.padding for p in parts], None, self._comm)
+        own_step = self._module.validation_step
+
+        @functools.wraps(own_step)
+        def step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            output = own_step(batch, *args, **kwargs)
+            take(self._module, batch)
+            return output
+
+        recorder.finish(self._evaluate(batches, recorder, self._combined, step=step))
 
     def recalibrate(self, batches: int) -> None:
         """Re-estimate BatchNorm statistics of the live weights on the first ``batches`` training batches.

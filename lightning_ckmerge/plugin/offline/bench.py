@@ -114,6 +114,7 @@ class OfflineBench:
         trainer: The Trainer, inside ``fit``, before the first step.
         callback: Told of batches in place of the muted others.
         sources: Checkpoints, oldest first, each with its step; the last one is loaded into the module.
+        others: What is merged beside the last checkpoint, with the steps that it stands for; ``None``: the others.
 
     Attributes:
         model: What candidates are merged into.
@@ -122,9 +123,15 @@ class OfflineBench:
     """
 
     def __init__(
-        self, settings: MergeSettings, trainer: Trainer, callback: Callback, sources: Sequence[Source]
+        self,
+        settings: MergeSettings,
+        trainer: Trainer,
+        callback: Callback,
+        sources: Sequence[Source],
+        others: Sequence[tuple[Segment, Mapping[str, torch.Tensor]]] | None = None,
     ) -> None:
         self._sources = sources
+        self._others = others
         _load(sources[-1], trainer.lightning_module)
         names = "\n".join(f"{s.step} {s.path.name}" for s in sources)
         self.run_id = hashlib.sha256(names.encode()).hexdigest()[:8]
@@ -146,7 +153,13 @@ class OfflineBench:
         self._bench_maker.check_traces()
 
     def _snapshots(self) -> list[Snapshot]:
-        """Return the checkpoints but the newest, which is in the module."""
+        """Return what is merged beside the newest checkpoint, which is in the module."""
+        if self._others is not None:
+            slots = self.model.layout.slots
+            return [
+                Snapshot(segment=segment, sha256=None, tensors=[as_real(weights[slot.name]) for slot in slots])
+                for segment, weights in self._others
+            ]
         steps = [0, *(s.step or 0 for s in self._sources)]
         hashes = [tuple(file_record(path)["sha256"] for path in s.files) for s in self._sources[:-1]]
         return [
