@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_ckmerge.config import ArtifactConfig, BufferConfig, Constraint, EvaluationConfig, SearchConfig
     from lightning_ckmerge.core.spaces import Decay, Grouped, Interval, Pairwise, Space, Window
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+    from lightning_ckmerge.plugin.offline.explain import explain
     from lightning_ckmerge.plugin.offline.search import search_checkpoints
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _HOMES = {
     "SearchConfig": "config",
     "Space": "core.spaces",
     "Window": "core.spaces",
+    "explain": "plugin.offline.explain",
     "load_merged": "artifact.load",
     "search_checkpoints": "plugin.offline.search",
 }
@@ -49,6 +51,7 @@ __all__ = [
     "SearchConfig",
     "Space",
     "Window",
+    "explain",
     "load_merged",
     "search_checkpoints",
 ]

@@ -25,6 +25,7 @@ NAMES = [
     "SearchConfig",
     "Space",
     "Window",
+    "explain",
     "load_merged",
     "search_checkpoints",
 ]

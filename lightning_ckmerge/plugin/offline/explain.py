@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -50,6 +51,8 @@ Half = Literal["search", "confirm"]
 Predict = Callable[[LightningModule, Any], Any]
 # Latest weights on the search half, against what the search recorded: rounding explains no more.
 TOLERANCE = 1e-3
+# What an interruption may lose.
+WRITE_EVERY_S = 2.0
 # A product costs a forward pass, two backward passes, and what they keep.
 PASSES_PER_PRODUCT = 4
 
@@ -349,7 +352,8 @@ class _Explainer:
         self._geometry = measure([*(w for _, w in others), latest.weights], parameters, cells)
         self._scores: dict[str, Score] = {}
         self._account: Account = {}
-        self._digests: dict[str, str] = {}
+        self._before: Account = {}
+        self._written = time.monotonic()
 
     def run(self) -> Account:
         """Score and measure, and write the account as it grows."""
@@ -428,7 +432,7 @@ class _Explainer:
             "points": {},
         }
         before = read_account(self._artifact.path)
-        self._before: Account = before if before and before.get("identity") == self._account["identity"] else {}
+        self._before = before if before and before.get("identity") == self._account["identity"] else {}
         self._keep(figures.LATEST, self._places.latest(), score)
         return measured
 
@@ -479,10 +483,13 @@ class _Explainer:
             "values": list(score.values_B or ()) if by_batch else None,
             "sizes": list(score.sizes_B or ()) if by_batch else None,
         }
-        self._write()
+        # A file each moment would take longer than a small model's evaluations.
+        if time.monotonic() - self._written > WRITE_EVERY_S:
+            self._write()
 
     def _write(self) -> None:
         write_account(self._artifact.path, self._account)
+        self._written = time.monotonic()
 
     def _draw(self, made: set[str], measured: figures.Measured, plane: Any) -> None:
         """Make the figures whose places have been scored."""
