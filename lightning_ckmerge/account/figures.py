@@ -56,13 +56,13 @@ class Measured:
 
     monitor: str
     mode: Literal["min", "max"]
-    half: str
+    half: Literal["search", "confirm"]
     num_batches: int
 
     @property
     def where(self) -> str:
         """On which batches, in words."""
-        name = {"search": "search", "confirm": "confirmation"}[self.half]
+        name = "search" if self.half == "search" else "confirmation"
         return f"on {self.num_batches} batches of the {name} half"
 
     def gain(self, ours: Score, theirs: Score, num_intervals: int = 1) -> tuple[float, list[float] | None]:
@@ -209,7 +209,7 @@ def parts_figure(
     latest, merge = places.latest(), places.merge()
     total, whole = measured.gain(scores[MERGE], scores[LATEST])[0], geometry.distance(merge, latest) ** 2
     names = part_names(places, key)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in names:
         chosen = _chooser(key, name)
         keys = [k for k, cell in places.cells.items() if chosen(cell)]
@@ -264,9 +264,11 @@ def line_figure(places: Places, scores: Scores, measured: Measured, geometry: Ge
         if barrier <= 0
         else f"there is a barrier of {_amount(barrier)} at {at:g}, above the straight line between the ends"
     )
+    where = "the merge" if best_t == 1 else f"{best_t:g}"
+    against = "" if best_t == 1 else f" against {value_told(merge)} at the merge"
     sentence = (
-        f"On the line from the latest weights (0) to the merge (1) {told}; the best of {len(LINE)} places is "
-        f"{best_t:g}, with {value_told(best)} against {value_told(merge)} at the merge, {measured.where}."
+        f"On the line from the latest weights (0) to the merge (1) {told}; the best of {len(LINE)} places is {where}, "
+        f"with {value_told(best)}{against}, {measured.where}."
     )
     return {
         "sentence": sentence,

@@ -173,7 +173,7 @@ class Geometry:
     def distance(self, a: Rows, b: Rows, keys: Sequence[str] | None = None) -> float:
         """Return the Euclidean distance between two mixtures."""
         d = mixed([(1.0, a), (-1.0, b)])
-        return max(0.0, self.dot(d, d, keys)) ** 0.5
+        return float(max(0.0, self.dot(d, d, keys)) ** 0.5)
 
 
 def measure(sources: Sequence[Mapping[str, Tensor]], cell_of: Mapping[str, str], cells: Mapping[str, Cell]) -> Geometry:

@@ -168,7 +168,9 @@ def _snapshots(figure: Mapping[str, Any]) -> Table:
         return "no longer kept" if not row["kept"] else MISSING
 
     header = ("Snapshot, steps", "Coefficient", "Value without it", "The merge's gain by it")
-    rows = [(name(r), _range(r["coefficients"]), number(r["value"]), loss(r)) for r in figure["rows"]]
+    rows: list[tuple[str, ...]] = [
+        (name(r), _range(r["coefficients"]), number(r["value"]), loss(r)) for r in figure["rows"]
+    ]
     return header, rows
 
 
@@ -193,12 +195,14 @@ def _tensors(figure: Mapping[str, Any]) -> Table:
 
 
 def _line(figure: Mapping[str, Any]) -> Table:
-    rows = [(f"{t:g}", number(v)) for t, v in zip(figure["places"], figure["values"], strict=True)]
+    rows: list[tuple[str, ...]] = [
+        (f"{t:g}", number(v)) for t, v in zip(figure["places"], figure["values"], strict=True)
+    ]
     return ("Place", "Value"), rows
 
 
 def _plane(figure: Mapping[str, Any]) -> Table:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (name, number(c["x"], ".3g"), number(c["y"], ".3g"), number(c["value"]))
         for name, c in figure["corners"].items()
     ]

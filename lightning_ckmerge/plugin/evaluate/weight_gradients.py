@@ -137,7 +137,7 @@ class ProductRecorder(GradientRecorder):
 
         return plain
 
-    @torch.enable_grad()  # type: ignore[untyped-decorator]
+    @torch.enable_grad()
     def _derivatives(self, loss: Tensor) -> Sequence[Tensor | None]:
         gradients = torch.autograd.grad(loss, self._parameters, create_graph=True, allow_unused=True)
         pairs = [(g, d) for g, d in zip(gradients, self._direction, strict=True) if g is not None and g.requires_grad]

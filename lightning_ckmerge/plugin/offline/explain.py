@@ -468,7 +468,7 @@ class _Explainer:
             values, sizes = known["values"], known["sizes"]
             score = Score(value=known["value"], values_B=_tuple(values), sizes_B=_tuple(sizes))
         else:
-            score = bench.evaluate(_told(rows), measured.half)  # type: ignore[arg-type]
+            score = bench.evaluate(_told(rows), measured.half)
         self._keep(name, rows, score)
 
     def _keep(self, name: str, rows: Rows, score: Score) -> None:
@@ -541,7 +541,7 @@ class _Explainer:
         found = []
         try:
             for rows in (self._places.latest(), self._places.merge()):
-                size, product = bench.bend(_told(rows), measured.half, num_batches)  # type: ignore[arg-type]
+                size, product = bench.bend(_told(rows), measured.half, num_batches)
 
                 def counted(vector: Any, product: Callable[[Any], Any] = product) -> Any:
                     tally.add()
@@ -554,7 +554,7 @@ class _Explainer:
             told = str(error).partition("\n")[0].replace("`search.refine` needs", "The curvature needs")
             self._account["left_out"]["curvature"] = told.replace(", or leave `search.refine` out", "")
             return
-        self._account["figures"]["curvature"] = figures.curvature_figure(*found, measured, num_batches)
+        self._account["figures"]["curvature"] = figures.curvature_figure(found[0], found[1], measured, num_batches)
         self._write()
 
     def _read_records(self) -> None:
