@@ -185,8 +185,9 @@ def snapshots_figure(
     certain = [row for row in known if row["interval"] and row["interval"][0] > 0]
     harmful = [row for row in known if row["interval"] and row["interval"][1] < 0]
     sentence = (
-        f"Without {_named(worst)} the merge's {measured.monitor} is {_worse_by(worst['gain'])} {measured.where}, its "
-        f"share dealt out to the other snapshots in proportion; {_certainty(known, certain, harmful)}."
+        f"Without {_named(worst)} the merge's {measured.monitor} is {_worse_by(worst['gain'])}{_interval(worst)} "
+        f"{measured.where}, its share dealt out to the other snapshots in proportion; "
+        f"{_certainty(known, certain, harmful)}."
     )
     if gone := [row for row in rows if not row["kept"] and any(row["coefficients"])]:
         sentence += f" {_counted(len(gone), 'snapshot')} of the merge had rotated out of the buffer and could not be"
@@ -403,10 +404,14 @@ def _named(row: Mapping[str, Any]) -> str:
     return f"{name} ({c})"
 
 
+def _interval(row: Mapping[str, Any]) -> str:
+    return " ({:.2g} to {:.2g})".format(*row["interval"]) if row["interval"] else ""
+
+
 def _certainty(known: Sequence[Mapping[str, Any]], certain: Sequence[Any], harmful: Sequence[Mapping[str, Any]]) -> str:
     if not any(row["interval"] for row in known):
         return "there are too few batches for intervals"
-    told = f"{len(certain)} of {len(known)} snapshots that were left out are certain to help (95 %, of all together)"
+    told = f"{len(certain)} of {len(known)} snapshots that count are certain to help (95 %, for all together)"
     return told + (f", {len(harmful)} to harm" if harmful else "")
 
 
@@ -427,7 +432,7 @@ def _changed_by(gain: float) -> str:
 
 
 def _estimate(c: Curvature) -> str:
-    return f"{c.trace:.3g}" + (f" (standard error {c.trace_error:.1g})" if c.trace_error else "")
+    return f"{c.trace:.3g}" + (f" (standard error {c.trace_error:.2g})" if c.trace_error else "")
 
 
 def _percent(share: float) -> str:

@@ -98,9 +98,11 @@ def line_chart(figure: Mapping[str, Any], account: Mapping[str, Any]) -> LineCha
         shape = "dot" if inside else ("up" if v > y.high else "down")
         hint = f"{t:g}: {number(v)}"
         marks.append(Mark(x=x.at(t), y=y.clipped(v), shape=shape, winner=t == 1, hint=hint))  # type: ignore[arg-type]
+    # Beside the curve, which falls from latest to merge if the merge is any better.
+    below = y.at(ends[1]) < BOTTOM - 30
     labels = [
-        (x.at(t), y.at(v) + 20 if y.at(v) < BOTTOM - 30 else y.at(v) - 12, name)
-        for t, v, name in zip((0, 1), ends, ("latest", "merge"), strict=True)
+        (x.at(0) + 24, y.at(ends[0]) - 8, "latest"),
+        (x.at(1), y.at(ends[1]) + (20 if below else -12), "merge"),
     ]
     return LineChart(
         curve=path([(x.at(t), y.at(v)) for t, v in known if y.low <= v <= y.high]),
@@ -176,7 +178,7 @@ def _forest(names: Sequence[str], rows: Sequence[Sequence[tuple[float, Sequence[
         labels=labels,
         marks=marks,
         zero=x.at(0),
-        height=bottom + 36,
+        height=bottom + 24,
         bottom=bottom,
         x_ticks=x.ticks(4, short),
         is_paired=any(len(row) > 1 for row in rows),

@@ -38,6 +38,7 @@ from lightning_ckmerge.artifact.manifest import software
 from lightning_ckmerge.checkpoints.formats import Source, open_sources
 from lightning_ckmerge.checkpoints.rebuild import kept_snapshots
 from lightning_ckmerge.config import ArtifactConfig, BufferConfig, EvaluationConfig, MergeSettings, SearchConfig
+from lightning_ckmerge.core.layout import find_aliases
 from lightning_ckmerge.core.objectives import make_objectives, sign_of
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.segments import Segment
@@ -153,7 +154,7 @@ def explain(
             ``search``.
         max_evaluations: Most evaluations. Figures are made in the order snapshots, line, groups, layers, plane, and
             what does not fit is left out. ``None``: no limit.
-        curvature_batches: Batches of the half on which the Hessian is measured, about 50 products with a vector at
+        curvature_batches: Batches of the half on which the Hessian is measured, about 30 products with a vector at
             either end; 0: not at all.
         predict: Gets the module and a batch on its device, and returns logits with the classes last or labels as
             integers, or a pair of these and the true labels. ``None``: no agreement.
@@ -339,7 +340,9 @@ class _Explainer:
         self._manifest = artifact.manifest
         self._wishes = wishes
         snapshots = self._manifest["snapshots"]
-        names = [n for n, t in trainer.lightning_module.state_dict().items() if isinstance(t, Tensor)]
+        state = {n: t for n, t in trainer.lightning_module.state_dict().items() if isinstance(t, Tensor)}
+        tied = find_aliases(state)  # under another name they are no part of their own
+        names = [n for n, t in state.items() if n not in tied and (t.is_floating_point() or t.is_complex())]
         cell_of, cells = partition(names, self._manifest)
         merge = [artifact.tensors()] if artifact.has_weights else []
         self._places = Places(cells, [*kept_K, len(snapshots) - 1], has_merge=bool(merge))
@@ -500,9 +503,10 @@ class _Explainer:
         snapshots = self._manifest["snapshots"]
         if "snapshots" in made:
             found["snapshots"] = figures.snapshots_figure(places, scores, measured, snapshots)
-        for key in ("groups", "layers"):
+        keys: tuple[Literal["groups", "layers"], ...] = ("groups", "layers")
+        for key in keys:
             if key in made:
-                found[key] = figures.parts_figure(places, scores, measured, key, geometry)  # type: ignore[arg-type]
+                found[key] = figures.parts_figure(places, scores, measured, key, geometry)
         if "line" in made:
             found["line"] = figures.line_figure(places, scores, measured, geometry)
         if "plane" in made:
