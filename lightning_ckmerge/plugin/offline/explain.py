@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_ckmerge.account import figures
 from lightning_ckmerge.account.agreement import compare, labels_of
-from lightning_ckmerge.account.curvature import MAX_PRODUCTS, find_curvature
+from lightning_ckmerge.account.curvature import MAX_PRODUCTS, Curvature, find_curvature
 from lightning_ckmerge.account.importance import find_importances, scored_candidates
 from lightning_ckmerge.account.places import Places, Rows, measure, partition
 from lightning_ckmerge.account.stability import searches
@@ -538,7 +538,8 @@ class _Explainer:
             return
         known = self._before.get("figures", {}).get("curvature")
         if known is not None and known["num_batches"] == num_batches:
-            self._account["figures"]["curvature"] = known
+            ends = (Curvature(**known[name]) for name in (figures.LATEST, figures.MERGE))
+            self._account["figures"]["curvature"] = figures.curvature_figure(*ends, measured, num_batches)
             return
         assert bench.bend is not None
         sign = sign_of(measured.mode)
