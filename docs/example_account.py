@@ -26,7 +26,7 @@ def main(artifact: Path) -> None:
     for name, shown in PICTURES.items():
         (top, _), *_, (_, bottom) = [*rows[shown], rows[shown][-1]]
         margin = rows[1][0] - rows[0][1]
-        page.crop((0, top - margin, WIDTH, bottom + margin)).quantize(64).save(TARGET / name, optimize=True)
+        page.crop((0, top - margin, WIDTH, bottom + margin)).quantize(256).save(TARGET / name, optimize=True)
 
 
 if __name__ == "__main__":
