@@ -538,8 +538,8 @@ class _Explainer:
             return
         known = self._before.get("figures", {}).get("curvature")
         if known is not None and known["num_batches"] == num_batches:
-            ends = (Curvature(**known[name]) for name in (figures.LATEST, figures.MERGE))
-            self._account["figures"]["curvature"] = figures.curvature_figure(*ends, measured, num_batches)
+            latest, merge = (Curvature(**known[name]) for name in (figures.LATEST, figures.MERGE))
+            self._account["figures"]["curvature"] = figures.curvature_figure(latest, merge, measured, num_batches)
             return
         assert bench.bend is not None
         sign = sign_of(measured.mode)
