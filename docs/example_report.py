@@ -41,18 +41,23 @@ def main(dirpath: Path) -> None:
     run = run.replace(f"{history.best}/report.html", search.name)
     (TARGET / "run.html").write_text(run, encoding="utf-8")
     with tempfile.TemporaryDirectory() as directory:
-        picture = Path(directory) / "page.png"
-        browser = shutil.which("chromium") or "google-chrome"
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
-        options += [f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={picture}"]
-        subprocess.run([browser, *options, search.as_uri()], check=True, capture_output=True)
-        page = Image.open(picture).convert("RGB")
+        page = Image.open(photograph(search, Path(directory))).convert("RGB")
     rows = rows_of_cards(page)
     for name, shown in PICTURES.items():
         (top, _), *_, (_, bottom) = rows[shown]
         margin = rows[1][0] - rows[0][1]
         whole = page.crop((0, top - margin, WIDTH, bottom + margin))
         whole.quantize(64).save(TARGET / name, optimize=True)
+
+
+def photograph(page: Path, directory: Path) -> Path:
+    """Return the path of a picture of a page, made in ``directory``."""
+    picture = directory / "page.png"
+    browser = shutil.which("chromium") or "google-chrome"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
+    options += [f"--window-size={WIDTH},{HEIGHT}", f"--screenshot={picture}"]
+    subprocess.run([browser, *options, page.as_uri()], check=True, capture_output=True)
+    return picture
 
 
 def rows_of_cards(page: Image.Image) -> list[tuple[int, int]]:

@@ -57,8 +57,10 @@ class GPTModule(LightningModule):
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, windows_BT: Tensor, batch_idx: int) -> None:
-        self.log("val_loss", self.loss(windows_BT), prog_bar=True)
+    def validation_step(self, windows_BT: Tensor, batch_idx: int) -> Tensor:
+        loss = self.loss(windows_BT)
+        self.log("val_loss", loss, prog_bar=True)
+        return loss
 
     def test_step(self, windows_BT: Tensor, batch_idx: int) -> None:
         self.log("test_loss", self.loss(windows_BT))

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
     from lightning_ckmerge.plugin.ensemble.build import build_ensemble
     from lightning_ckmerge.plugin.ensemble.module import MergedEnsemble, load_ensemble
+    from lightning_ckmerge.plugin.offline.explain import explain
     from lightning_ckmerge.plugin.offline.search import search_checkpoints
     from lightning_ckmerge.plugin.offline.study import study_checkpoints
 
@@ -36,6 +37,7 @@ _HOMES = {
     "Space": "core.spaces",
     "Window": "core.spaces",
     "build_ensemble": "plugin.ensemble.build",
+    "explain": "plugin.offline.explain",
     "load_ensemble": "plugin.ensemble.module",
     "load_merged": "artifact.load",
     "search_checkpoints": "plugin.offline.search",
@@ -58,6 +60,7 @@ __all__ = [
     "Space",
     "Window",
     "build_ensemble",
+    "explain",
     "load_ensemble",
     "load_merged",
     "search_checkpoints",

@@ -27,6 +27,7 @@ NAMES = [
     "Space",
     "Window",
     "build_ensemble",
+    "explain",
     "load_ensemble",
     "load_merged",
     "search_checkpoints",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_ckmerge.artifact.accounts import has_page
 from lightning_ckmerge.artifact.load import best_target
 from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
 from lightning_ckmerge.artifact.runs import find_run
@@ -28,6 +29,7 @@ class History:
         manifests: Name of each artifact that is still there, and its checked manifest.
         best: Name of the best accepted artifact; ``None`` if there is none.
         standing: How it stands against the newest weights; ``None`` where that is not known.
+        explained: Names of the artifacts that have the page of an account.
     """
 
     dirpath: Path = Path()
@@ -35,6 +37,7 @@ class History:
     manifests: dict[str, Manifest]
     best: str | None
     standing: Standing | None = None
+    explained: frozenset[str] = frozenset()
 
 
 def read_history(dirpath: str | os.PathLike[str]) -> History:
@@ -68,4 +71,5 @@ def read_history(dirpath: str | os.PathLike[str]) -> History:
         manifests={name: read_manifest(dirpath / name) for name in present},
         best=target.name if target is not None else None,
         standing=read_standing(dirpath) if target is not None else None,
+        explained=frozenset(name for name in present if has_page(dirpath / name)),
     )

@@ -78,6 +78,26 @@ def rebuild(
     return Rebuilt(num_compared=len(names), different=tuple(different), not_compared=tuple(rest))
 
 
+def kept_snapshots(
+    artifact: Artifact, shapes: Shapes, buffer: Path, checkpoints: Sequence[Source] = ()
+) -> dict[int, Mapping[str, Tensor]]:
+    """Return, by their place in the manifest, the snapshots of an artifact that are still kept, but the latest weights.
+
+    Args:
+        artifact: It need not hold weights.
+        shapes: The model's, by name.
+        buffer: The run's snapshots; found by their SHA-256.
+        checkpoints: What an offline search merged; found by their SHA-256 likewise.
+    """
+    kept_K: dict[int, Mapping[str, Tensor]] = {}
+    for k, snapshot in enumerate(artifact.manifest["snapshots"][:-1]):
+        hashes = snapshot.get("files_sha256", [snapshot["sha256"]])
+        found = find_snapshot(buffer, checkpoints, snapshot["last_step"], hashes, shapes)
+        if not isinstance(found, int):
+            kept_K[k] = found
+    return kept_K
+
+
 def _merged(name: str, tensors_K: Sequence[Tensor], c_K: Sequence[float], like: Tensor) -> Tensor:
     """Return one tensor of the merge, in the shape and precision of ``like``."""
     side = side_of(name)

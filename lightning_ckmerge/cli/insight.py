@@ -1,4 +1,4 @@
-"""Commands that tell more of a run's checkpoints and merges: ``study``, ``ensemble``."""
+"""Commands that tell more of a run's checkpoints and merges: ``study``, ``ensemble``, ``explain``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lightning_ckmerge.cli.configs import (
     quietly,
     settings_of,
 )
-from lightning_ckmerge.cli.console import FOUND, console, print_json, progress, table, verdict_text
-from lightning_ckmerge.cli.options import Json, Key, require_absent
+from lightning_ckmerge.cli.console import FOUND, console, print_json, progress, table, tell_choice, verdict_text
+from lightning_ckmerge.cli.options import ArtifactPath, Json, Key, require_absent
 
 
 def study(
@@ -194,3 +194,99 @@ def _print_ensemble(manifest: dict[str, Any], out: Path) -> None:
 def _gain_told(gain: dict[str, Any]) -> str:
     ends = gain["interval"]
     return f"{gain['gain']:+.4f}" + (f" [{ends[0]:+.4f}, {ends[1]:+.4f}]" if ends else "")
+
+
+def explain(
+    artifact: ArtifactPath,
+    config: Annotated[Path, typer.Option("--config", help="The LightningCLI config of the run.")],
+    checkpoints: Annotated[
+        list[Path],
+        typer.Option("--checkpoints", help="A checkpoint of the artifact's step, or a directory that holds one."),
+    ],
+    buffer: Annotated[
+        Path | None, typer.Option("--buffer", help="The run's buffer; `buffer/` beside the artifact without.")
+    ] = None,
+    half: Annotated[str, typer.Option("--half", help="confirm, which the search did not see, or search.")] = "confirm",
+    max_evaluations: Annotated[
+        int | None, typer.Option("--max-evaluations", help="Leave figures out that need more.")
+    ] = None,
+    curvature_batches: Annotated[
+        int, typer.Option("--curvature-batches", help="Batches for the Hessian; 0 leaves it out.")
+    ] = 4,
+    predict: Annotated[
+        str | None,
+        typer.Option("--predict", help="Import path of a function of module and batch: logits, or a pair with labels."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and stop.")] = False,
+    model_class: ModelClass = None,
+    data_class: DataClass = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Explain why a merge works or not: what it gains by, and how the loss lies around it.
+
+    Leaves out one snapshot at a time, takes groups and layers from the merge one at a time, scores the line and a plane
+    through latest and merge, and measures the curvature at both. Writes `explain.json` and `explain.html` beside the
+    artifact's files, which stay as they are. The number of evaluations is told first. Stopped and started again, it
+    goes on.
+
+    \b
+    Examples:
+      ckmerge explain runs/gpt/merges --config run.yaml --checkpoints runs/gpt/checkpoints
+      ckmerge explain merges/step=000002000 --config run.yaml --checkpoints last.ckpt --max-evaluations 40
+    """
+    from lightning_ckmerge.artifact.load import Artifact
+
+    opened = Artifact.open(artifact)
+    choice = tell_choice(artifact, as_json=as_json)
+    with quietly():
+        from lightning_ckmerge.checkpoints.formats import open_sources
+        from lightning_ckmerge.plugin.offline.config import imported
+        from lightning_ckmerge.plugin.offline.explain import Forecast, Wishes, explain_artifact
+        from lightning_ckmerge.plugin.offline.scoring import ALONE
+
+        def announce(forecast: Forecast) -> None:
+            typer.echo(f"{opened.path.name}: {forecast}.", err=True)
+            if dry_run:
+                raise typer.Exit
+
+        configured = build_config(config, model_class, data_class, ALONE)
+        settings = monitoring(settings_of(configured, config)[0], opened.manifest["monitor"], opened.manifest["mode"])
+        with progress("Explaining", None) as advance:
+            account = explain_artifact(
+                configured.trainer,
+                configured.module,
+                {"datamodule": configured.datamodule},
+                replace(settings, on_error="raise"),
+                opened,
+                open_sources(checkpoints, key),
+                buffer or opened.path.parent / "buffer",
+                Wishes(
+                    half=cast("Any", half),
+                    max_evaluations=max_evaluations,
+                    curvature_batches=curvature_batches,
+                    predict=imported(predict),
+                    on_forecast=announce,
+                    on_scored=lambda done, total: advance(1, total),
+                ),
+            )
+    if as_json:
+        print_json({**account, **choice})
+        return
+    _print_account(account, opened.path)
+
+
+def _print_account(account: dict[str, Any], path: Path) -> None:
+    from lightning_ckmerge.artifact.accounts import PAGE_NAME
+    from lightning_ckmerge.report.account import TITLES
+
+    out = console()
+    for note in account["notes"]:
+        out.print(f"note: {note}", style="yellow")
+    for key, title in TITLES.items():
+        if key in account["figures"]:
+            out.print(title, style="bold")
+            out.print(f"  {account['figures'][key]['sentence']}")
+    for key, reason in account["left_out"].items():
+        out.print(f"left out: {TITLES[key]}: {reason}")
+    out.print(f"page: {path / PAGE_NAME}")

@@ -191,13 +191,21 @@ def _holds(path: Path) -> str:
 
 
 def _search_report(directory: Path) -> tuple[str, Path]:
-    """A search's own report is part of its artifact, and listed with its hash: it is left as it is."""
+    """A search's own report is part of its artifact, and listed with its hash: it is left as it is.
+
+    Where there is an account of it, that is added.
+    """
+    from lightning_ckmerge.artifact.accounts import read_account
     from lightning_ckmerge.artifact.load import Artifact
+    from lightning_ckmerge.report.account import render_account_markdown
     from lightning_ckmerge.report.markdown import render_markdown
     from lightning_ckmerge.report.text import ReportPlace
 
     artifact = Artifact.open(directory, verify=False)
-    return render_markdown(artifact.manifest, ReportPlace(path=artifact.path)), artifact.path / "report.html"
+    markdown = render_markdown(artifact.manifest, ReportPlace(path=artifact.path))
+    if (account := read_account(artifact.path)) is not None:
+        markdown += "\n" + render_account_markdown(account)
+    return markdown, artifact.path / "report.html"
 
 
 def _run_report(directory: Path) -> tuple[str, Path]:
@@ -207,7 +215,7 @@ def _run_report(directory: Path) -> tuple[str, Path]:
     from lightning_ckmerge.tensorfiles.durable import replace_text
 
     history = read_history(directory)
-    found = (history.timeline, history.manifests, history.best, history.dirpath, history.standing)
+    found = (history.timeline, history.manifests, history.best, history.dirpath, history.standing, history.explained)
     markdown, page = render_run_markdown(*found), history.dirpath / "report.html"
     replace_text(page, render_run_html(*found))
     replace_text(history.dirpath / "report.md", markdown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -54,7 +54,7 @@ class Standing(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchRow:
-    """One search's line; ``link`` is ``None`` where its artifact is gone, or never was.
+    """One search's line; ``link`` is ``None`` where its artifact is gone, or never was, ``account`` where it has none.
 
     ``gain`` is the reason of a search that was skipped.
     """
@@ -68,6 +68,7 @@ class SearchRow:
     seconds: str
     artifact: str
     link: str | None
+    account: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ def render_run_html(
     best: str | None,
     dirpath: Path | None = None,
     standing: Standing | None = None,
+    explained: Collection[str] = (),
 ) -> str:
     """Return the report of a run as a page, to lie in the run's ``dirpath``: it links to the searches' own reports.
 
@@ -102,10 +104,11 @@ def render_run_html(
         best: Name of the best accepted artifact, if any; one of ``manifests``.
         dirpath: Where the page will lie, for its code and the run's name.
         standing: How the best artifact stands against the newest weights, where that is known.
+        explained: Names of the artifacts that have the page of an account.
     """
     return render_page(
         "run.html.j2",
-        view=build_run_view(timeline, manifests, best, dirpath, standing),
+        view=build_run_view(timeline, manifests, best, dirpath, standing, explained),
         no_code="",
         monitor=timeline[-1]["monitor"],
         gains=run_charts.gain_chart(timeline),
@@ -121,9 +124,10 @@ def render_run_markdown(
     best: str | None,
     dirpath: Path | None = None,
     standing: Standing | None = None,
+    explained: Collection[str] = (),
 ) -> str:
     """Return the report of a run in GitHub's Markdown; the arguments are those of ``render_run_html``."""
-    view = build_run_view(timeline, manifests, best, dirpath, standing)
+    view = build_run_view(timeline, manifests, best, dirpath, standing, explained)
     header = ("step", "verdict", "gain over latest, 95 % interval", "merged", "latest", "seconds", "artifact")
     rows = [(s.step, s.verdict, s.gain, s.merged, s.latest, s.seconds, s.artifact) for s in view.searches]
     sections = [
@@ -162,6 +166,7 @@ def build_run_view(
     best: str | None,
     dirpath: Path | None = None,
     standing: Standing | None = None,
+    explained: Collection[str] = (),
 ) -> RunView:
     """Return the contents of a run's report; the arguments are those of ``render_run_html``."""
     leader = _leader(timeline, best)
@@ -175,7 +180,7 @@ def build_run_view(
         badge=STALE_BADGE if is_stale else BADGES[leader["status"]],
         sentence=" ".join([*([standing.advice] if standing is not None else []), _finding(leader), _tally(timeline)]),
         facts=_facts(timeline, leader),
-        searches=[_row(record, manifests) for record in timeline],
+        searches=[_row(record, manifests, explained) for record in timeline],
         code=LOAD_MERGED.format(path=(dirpath / best).as_posix() if dirpath else best)
         if best is not None and not is_stale
         else None,
@@ -257,9 +262,10 @@ def _best_validation(timeline: Sequence[Record]) -> list[tuple[str, str]]:
     return [("Best of the run's own validations, all batches", f"{number(value)} at step {count(step)}")]
 
 
-def _row(record: Record, manifests: Mapping[str, Manifest]) -> SearchRow:
+def _row(record: Record, manifests: Mapping[str, Manifest], explained: Collection[str]) -> SearchRow:
     name = record["artifact"] or MISSING
     gain = gain_text(record["gain"], record["interval"]) if record["gain"] is not None else MISSING
+    is_there = name in manifests and ARTIFACT_NAME.fullmatch(name) is not None
     return SearchRow(
         step=count(record["step"]),
         status=record["status"],
@@ -269,5 +275,6 @@ def _row(record: Record, manifests: Mapping[str, Manifest]) -> SearchRow:
         gain=record.get("reason", gain),
         seconds=f"{sum(record['cost']['seconds'].values()):.1f}",
         artifact=name,
-        link=f"{name}/report.html" if name in manifests and ARTIFACT_NAME.fullmatch(name) else None,
+        link=f"{name}/report.html" if is_there else None,
+        account=f"{name}/explain.html" if is_there and name in explained else None,
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -295,3 +296,18 @@ def test_the_function_refuses_with_the_reason(
             Wandering(), PointsData().val_dataloader(), checkpoints, dirpath=tmp_path / "merges", **options
         )
     assert not list((tmp_path / "merges").glob("step=*"))
+
+
+def test_a_search_can_be_explained(checkpoints: Path, tmp_path: Path) -> None:
+    """The forecast comes first; a dry run ends there and writes nothing."""
+    artifact = Path(ckmerge_json(*search_args(checkpoints, tmp_path))["artifact"])
+    args = ("explain", artifact, "--config", tmp_path / "run.yaml", "--checkpoints", checkpoints)
+    told = ckmerge(*args, "--dry-run").stderr
+    assert re.search(r"at most \d+ evaluations \(snapshots \d+, line 9", told)
+    assert not (artifact / "explain.json").exists()
+    account = ckmerge_json(*args, "--max-evaluations", 20, "--curvature-batches", 1)
+    assert len(account["points"]) <= 20
+    assert account["figures"]["curvature"]["num_batches"] == 1
+    assert "all of one layer" in account["left_out"]["layers"]
+    assert "## Why it works or not" in ckmerge_json("report", artifact)["markdown"]
+    assert ckmerge("verify", artifact)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from lightning_ckmerge.pilot.advice import advise
-from lightning_ckmerge.pilot.findings import find
-from lightning_ckmerge.pilot.ledger import Ledger
-from lightning_ckmerge.pilot.plan import make_plan
-from lightning_ckmerge.pilot.study import run_study
 from lightning_ckmerge.report.study import render_study_html
+from lightning_ckmerge.studies.pilot.advice import advise
+from lightning_ckmerge.studies.pilot.findings import find
+from lightning_ckmerge.studies.pilot.ledger import Ledger
+from lightning_ckmerge.studies.pilot.plan import make_plan
+from lightning_ckmerge.studies.pilot.study import run_study
 from tests.support.browser import find_browser, visit
 from tests.support.quadratic import CIRCLING, Quadratic
 

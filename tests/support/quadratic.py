@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lightning_ckmerge.core.outcome import Score
-from lightning_ckmerge.pilot.plan import Merge
 from lightning_ckmerge.search.problem import Half
+from lightning_ckmerge.studies.pilot.plan import Merge
 
 # Around an optimum at 0: the checkpoints drift along the first axis, and swing from side to side along the second.
 CIRCLING = [(4.0, 1.0), (3.0, -1.0), (2.0, 1.0), (1.0, -1.0), (0.5, 1.0), (0.25, -1.0)]

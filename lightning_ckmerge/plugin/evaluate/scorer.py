@@ -123,6 +123,34 @@ class CandidateScorer:
         groups = sorted({group for products in everywhere for group in products})
         return {g: np.sum([products[g] for products in everywhere if g in products], axis=0) for g in groups}
 
+    def hessian(self, c: Coefficients, half: Half, num_batches: int) -> tuple[int, Callable[[Any], Any]]:
+        """Return the number P of trained parameters, and the product of the metric's Hessian at ``c`` with a vector.
+
+        On one device. The product takes and returns arrays ``(P,)`` of float64.
+
+        Args:
+            c: K coefficients, or K a group.
+            half: On whose batches.
+            num_batches: How many of the first of them.
+
+        Raises:
+            SearchError: By the product, where the metric is not the mean of the loss that ``validation_step`` returns.
+        """
+        self.load(c)
+        trained = [o.tensor for o in self._model.ownership.local() if isinstance(o.tensor, nn.Parameter)]
+        parameters = [p for p in trained if p.requires_grad]
+        sizes = [p.numel() for p in parameters]
+
+        def product(vector: Any) -> Any:
+            self.load(c)
+            whole = torch.from_numpy(np.ascontiguousarray(vector, dtype=np.float64))
+            pieces = torch.split(whole, sizes)
+            direction = [v.view(p.shape).to(p.device, p.dtype) for v, p in zip(pieces, parameters, strict=True)]
+            found = self._validation.hessian_product(parameters, direction, half, num_batches)
+            return torch.cat([t.detach().reshape(-1).to("cpu", torch.float64) for t in found]).numpy()
+
+        return sum(sizes), product
+
     def check(self, scored: Scored, read: Callable[[], None]) -> None:
         """Score the merge that ``read`` puts into the live tensors on one batch, which must have its recorded value.
 

@@ -23,7 +23,7 @@ from lightning_ckmerge.plugin.evaluate.batch_values import BatchRecorder
 from lightning_ckmerge.plugin.evaluate.candidate import Candidate
 from lightning_ckmerge.plugin.evaluate.halves import Split, block_sizes, length_of, limited, read_on, taken
 from lightning_ckmerge.plugin.evaluate.lightning_loop import evaluate, find_loaders, mode_of, training_loader
-from lightning_ckmerge.plugin.evaluate.weight_gradients import GradientRecorder
+from lightning_ckmerge.plugin.evaluate.weight_gradients import GradientRecorder, ProductRecorder
 from lightning_ckmerge.search.problem import Half, KeepGoing
 
 NUM_BLOCKS = 10
@@ -139,6 +139,28 @@ class Validation:
         parts = [s.part("search") for s in self._splits]
         batches = self._cache.wrap("search", [p.batches for p in parts])
         recorder = GradientRecorder(self._monitors[0], [p.padding for p in parts], self._comm, parameters)
+        step = recorder.watching(self._module.validation_step)
+        recorder.finish(self._evaluate(batches, recorder, self._combined, step=step))
+        return recorder.gradients()
+
+    def hessian_product(
+        self, parameters: Sequence[nn.Parameter], direction: Sequence[Tensor], half: Half, num_batches: int
+    ) -> list[Tensor]:
+        """Return the product of the monitored metric's Hessian by ``parameters`` with a vector.
+
+        Args:
+            parameters: All of them need gradients.
+            direction: The vector, one tensor a parameter.
+            half: On whose batches.
+            num_batches: How many of the first of them.
+
+        Raises:
+            SearchError: The metric is not the mean of the loss that ``validation_step`` returns.
+        """
+        parts = [s.part(half) for s in self._splits]
+        batches = self._cache.wrap(half, [p.batches for p in parts])
+        padding = [p.padding for p in parts]
+        recorder = ProductRecorder(self._monitors[0], padding, self._comm, parameters, direction, num_batches)
         step = recorder.watching(self._module.validation_step)
         recorder.finish(self._evaluate(batches, recorder, self._combined, step=step))
         return recorder.gradients()

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.plugin.evaluate.batch_values import BatchRecorder
+from lightning_ckmerge.search.problem import KeepGoing
 
 # A loss of bfloat16 has 8 bits, and may have been logged by way of another precision.
 MAX_DIFFERENCE = 2e-3
@@ -35,12 +37,18 @@ class GradientRecorder(BatchRecorder):
         padding: As for ``BatchRecorder``.
         comm: The ranks, which score their shares of the batches together.
         parameters: By which to differentiate; all of them need gradients.
+        keep_going: As for ``BatchRecorder``.
     """
 
     def __init__(
-        self, monitor: str, padding: Sequence[Collection[int]], comm: Comm, parameters: Sequence[nn.Parameter]
+        self,
+        monitor: str,
+        padding: Sequence[Collection[int]],
+        comm: Comm,
+        parameters: Sequence[nn.Parameter],
+        keep_going: KeepGoing | None = None,
     ) -> None:
-        super().__init__([monitor], padding, None, comm)
+        super().__init__([monitor], padding, keep_going, comm)
         self._parameters = parameters
         self._sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         self._total_size = 0.0
@@ -82,11 +90,61 @@ class GradientRecorder(BatchRecorder):
         if size == 0:  # padding
             return
         sign = _sign(loss, total / size, monitor)
-        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        gradients = self._derivatives(loss)
         for summed, gradient in zip(self._sums, gradients, strict=True):
             if gradient is not None:
                 summed.add_(gradient, alpha=sign * size)
         self._total_size += size
+
+    def _derivatives(self, loss: Tensor) -> Sequence[Tensor | None]:
+        """Return what is added up of one batch's loss."""
+        return torch.autograd.grad(loss, self._parameters, allow_unused=True)
+
+
+class ProductRecorder(GradientRecorder):
+    """Adds up each batch's product of its Hessian with a vector: the derivative of the gradient along it.
+
+    Args:
+        monitor: The metric.
+        padding: As for ``BatchRecorder``.
+        comm: Likewise.
+        parameters: By which to differentiate; all of them need gradients.
+        direction: The vector, one tensor a parameter.
+        num_batches: How many of the first batches to take.
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        padding: Sequence[Collection[int]],
+        comm: Comm,
+        parameters: Sequence[nn.Parameter],
+        direction: Sequence[Tensor],
+        num_batches: int,
+    ) -> None:
+        super().__init__(monitor, padding, comm, parameters, lambda values_B, sizes_B: len(values_B) < num_batches)
+        self._direction = direction
+
+    def watching(self, validation_step: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``validation_step`` with gradients, and with attention that can be differentiated twice."""
+        watched = super().watching(validation_step)
+
+        @functools.wraps(validation_step)
+        def plain(*args: Any, **kwargs: Any) -> Any:
+            # The fused kernels of attention have no second derivative.
+            with sdpa_kernel(SDPBackend.MATH):
+                return watched(*args, **kwargs)
+
+        return plain
+
+    @torch.enable_grad()
+    def _derivatives(self, loss: Tensor) -> Sequence[Tensor | None]:
+        gradients = torch.autograd.grad(loss, self._parameters, create_graph=True, allow_unused=True)
+        pairs = [(g, d) for g, d in zip(gradients, self._direction, strict=True) if g is not None and g.requires_grad]
+        if not pairs:  # a linear loss
+            return [None] * len(self._parameters)
+        slope = torch.stack([(g * d).sum() for g, d in pairs]).sum()
+        return torch.autograd.grad(slope, self._parameters, allow_unused=True)
 
 
 def loss_of(output: Any) -> Tensor:

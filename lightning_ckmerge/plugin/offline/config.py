@@ -71,8 +71,8 @@ def build(
             # It wants no arguments beside a command line, which is ours.
             warnings.filterwarnings("ignore", message=r".*LightningCLI's args parameter")
             cli = LightningCLI(
-                _imported(model_class),
-                _imported(data_class),
+                imported(model_class),
+                imported(data_class),
                 run=False,
                 args=sections,
                 save_config_callback=None,
@@ -94,16 +94,14 @@ def build(
     )
 
 
-def _imported(path: str | None) -> Any:
-    return None if path is None else imported(path)
-
-
-def imported(path: str) -> Any:
-    """Return what an import path names.
+def imported(path: str | None) -> Any:
+    """Return the class or function of an import path such as ``package.module.Name``; ``None`` for none.
 
     Raises:
         ConfigError: There is nothing of that name.
     """
+    if path is None:
+        return None
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)

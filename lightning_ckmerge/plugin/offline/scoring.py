@@ -114,6 +114,7 @@ class CheckpointScoring:
         callback: Told of batches in place of the muted others.
         sources: Checkpoints, oldest first, each with its step; the last one is loaded into the module.
         segments: What each but the last stands for; ``None``: the weights at its step.
+        others: What is merged beside the last checkpoint, with the steps that it stands for; ``None``: the others.
 
     Attributes:
         model: What candidates are merged into.
@@ -128,8 +129,10 @@ class CheckpointScoring:
         callback: Callback,
         sources: Sequence[Source],
         segments: Sequence[Segment] | None = None,
+        others: Sequence[tuple[Segment, Mapping[str, torch.Tensor]]] | None = None,
     ) -> None:
         self._sources = sources
+        self._others = others
         steps = [0, *(s.step or 0 for s in sources)]
         self._segments = segments or [
             Segment(kind="point", first_step=before + 1, last_step=step) for before, step in pairwise(steps[:-1])
@@ -155,7 +158,13 @@ class CheckpointScoring:
         self._scorer_maker.check_traces()
 
     def _snapshots(self) -> list[Snapshot]:
-        """Return the checkpoints but the newest, which is in the module."""
+        """Return what is merged beside the newest checkpoint, which is in the module."""
+        if self._others is not None:
+            slots = self.model.layout.slots
+            return [
+                Snapshot(segment=segment, sha256=None, tensors=[as_real(weights[slot.name]) for slot in slots])
+                for segment, weights in self._others
+            ]
         hashes = [tuple(file_record(path)["sha256"] for path in s.files) for s in self._sources[:-1]]
         return [
             Snapshot(

@@ -148,7 +148,7 @@ class OfflineSearch:
         dirpath: Where artifacts go.
         sources: Checkpoints, oldest first, each with its step; the last one is loaded into the module.
         on_scored: Told of each scored trial.
-        segments: As for ``OfflineBench``.
+        segments: As for ``CheckpointScoring``.
 
     Attributes:
         offline: The bench.

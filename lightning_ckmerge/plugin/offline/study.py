@@ -20,16 +20,16 @@ from lightning_ckmerge.config import BufferConfig, EvaluationConfig, MergeSettin
 from lightning_ckmerge.core.geometry import measure_geometry
 from lightning_ckmerge.core.objectives import Mode, make_objectives
 from lightning_ckmerge.core.outcome import Score
-from lightning_ckmerge.pilot.advice import advise
-from lightning_ckmerge.pilot.findings import find
-from lightning_ckmerge.pilot.ledger import Ledger
-from lightning_ckmerge.pilot.plan import Merge, StudyPlan, make_plan
-from lightning_ckmerge.pilot.study import run_study
 from lightning_ckmerge.plugin.evaluate.scorer import CandidateScorer
 from lightning_ckmerge.plugin.offline.scoring import CheckpointScoring, at_train_start, make_trainer, training_data
 from lightning_ckmerge.plugin.offline.search import find_sources
 from lightning_ckmerge.report.study import render_study_html
 from lightning_ckmerge.search.problem import Half
+from lightning_ckmerge.studies.pilot.advice import advise
+from lightning_ckmerge.studies.pilot.findings import find
+from lightning_ckmerge.studies.pilot.ledger import Ledger
+from lightning_ckmerge.studies.pilot.plan import Merge, StudyPlan, make_plan
+from lightning_ckmerge.studies.pilot.study import run_study
 from lightning_ckmerge.tensorfiles.durable import file_record, replace_text
 
 STUDY_NAME, PAGE_NAME = "study.json", "study.html"

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning_ckmerge.artifact.accounts import PAGE_NAME
 from lightning_ckmerge.artifact.history import read_history
 from lightning_ckmerge.artifact.timeline import read_timeline
+from lightning_ckmerge.report.account import render_account_html
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
 from lightning_ckmerge.report.run import render_run_html, render_run_markdown, summarize
@@ -27,9 +29,17 @@ def write_run_report(dirpath: Path) -> None:
         ArtifactError: An older file is damaged.
     """
     history = read_history(dirpath)
-    found = (history.timeline, history.manifests, history.best, history.dirpath, history.standing)
+    found = (history.timeline, history.manifests, history.best, history.dirpath, history.standing, history.explained)
     replace_text(dirpath / "report.md", render_run_markdown(*found))
     replace_text(dirpath / "report.html", render_run_html(*found))
+
+
+def write_account_page(artifact: Path, manifest: dict[str, Any], account: dict[str, Any]) -> None:
+    """Write the page of an account beside its artifact's files, and link it from the run's page."""
+    page = render_account_html(account, manifest, ReportPlace(path=artifact, up="report.html"))
+    replace_text(artifact / PAGE_NAME, page)
+    if read_timeline(artifact.parent):
+        write_run_report(artifact.parent)
 
 
 def summarize_run(dirpath: Path) -> str:

@@ -181,7 +181,7 @@ def make_plan(num_checkpoints: int, max_evaluations: int | None = None, *, slerp
         ConfigError: The limit is too low for any study.
 
     >>> make_plan(8).num_evaluations, make_plan(8, 60).num_evaluations, make_plan(8, 60).mapped
-    (110, 56, (0, 3, 5, 6, 7))
+    (117, 60, (0, 3, 5, 6, 7))
     """
     require_at_least("max_evaluations", max_evaluations, 1, "Leave it out for no limit.")
     lines = _lines(num_checkpoints)

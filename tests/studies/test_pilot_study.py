@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from lightning_ckmerge import CheckpointMergeCallback
-from lightning_ckmerge.pilot.advice import advise
-from lightning_ckmerge.pilot.findings import find
-from lightning_ckmerge.pilot.ledger import Ledger
-from lightning_ckmerge.pilot.plan import between, make_plan, mean, single
-from lightning_ckmerge.pilot.study import Scores, run_study, vertex
+from lightning_ckmerge.studies.pilot.advice import advise
+from lightning_ckmerge.studies.pilot.findings import find
+from lightning_ckmerge.studies.pilot.ledger import Ledger
+from lightning_ckmerge.studies.pilot.plan import between, make_plan, mean, single
+from lightning_ckmerge.studies.pilot.study import Scores, run_study, vertex
 from tests.support.quadratic import CIRCLING, Quadratic
 
 STEPS = [10 * (k + 1) for k in range(len(CIRCLING))]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckmerge.core.outcome import Score
-from lightning_ckmerge.pilot.plan import Merge
 from lightning_ckmerge.search.problem import Half
+from lightning_ckmerge.studies.pilot.plan import Merge
 from lightning_ckmerge.tensorfiles.durable import replace_text
 
 

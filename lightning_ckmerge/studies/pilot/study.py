@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lightning_ckmerge.core.outcome import Score
-from lightning_ckmerge.pilot.ledger import Ledger
-from lightning_ckmerge.pilot.plan import MAX_CONFIRMED, Merge, StudyPlan, between, mean, single
 from lightning_ckmerge.search.problem import Half
+from lightning_ckmerge.studies.pilot.ledger import Ledger
+from lightning_ckmerge.studies.pilot.plan import MAX_CONFIRMED, Merge, StudyPlan, between, mean, single
 
 Evaluate = Callable[[Merge, Half], Score]
 

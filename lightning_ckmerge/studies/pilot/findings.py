@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_ckmerge.core.outcome import Score
-from lightning_ckmerge.pilot.plan import Merge, mean, single
-from lightning_ckmerge.pilot.study import NEWEST, Scores
 from lightning_ckmerge.search.interval import score_gain
+from lightning_ckmerge.studies.pilot.plan import Merge, mean, single
+from lightning_ckmerge.studies.pilot.study import NEWEST, Scores
 
 Found = dict[str, Any]
 

@@ -12,8 +12,8 @@ from typing import Any
 from lightning_ckmerge.core.objectives import sign_of
 from lightning_ckmerge.core.outcome import Status
 from lightning_ckmerge.core.wording import change_told
-from lightning_ckmerge.pilot.findings import Found, by_distance
-from lightning_ckmerge.pilot.study import BEST_CHECKPOINT, BEST_MEAN, BEST_PAIR, NEWEST
+from lightning_ckmerge.studies.pilot.findings import Found, by_distance
+from lightning_ckmerge.studies.pilot.study import BEST_CHECKPOINT, BEST_MEAN, BEST_PAIR, NEWEST
 
 # What the callback's spaces hold: a pair, and means of the newest. A great circle, or an older checkpoint, they do not.
 CONFIGURABLE = (BEST_PAIR, BEST_MEAN)

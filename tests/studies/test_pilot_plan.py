@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_ckmerge.errors import ConfigError
-from lightning_ckmerge.pilot.plan import MAX_CONFIRMED, Merge, between, make_plan, mean, single, spread
+from lightning_ckmerge.studies.pilot.plan import MAX_CONFIRMED, Merge, between, make_plan, mean, single, spread
 
 
 @pytest.mark.parametrize("num", [2, 3, 10, 200])
