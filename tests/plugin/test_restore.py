@@ -471,3 +471,59 @@ def test_a_bytearray_that_is_watched_can_still_grow() -> None:
     memory = remember(raw)
     raw += b"x"
     assert memory.changed()
+
+
+class Scripted(nn.Module):
+    """Holds state of every kind that TorchScript has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+        self.lin = nn.Linear(2, 2)
+        self.memory = torch.zeros(2)
+        self.calls: list[int] = [1]
+        self.num = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count.add_(1.0)
+        self.memory = self.memory + 1
+        self.calls.append(len(self.calls))
+        self.num += 1
+        return self.lin(x) * self.count * self.memory.sum() * self.num * len(self.calls)
+
+
+class Traced(nn.Module):
+    """Counts in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.norm(x)
+        return y
+
+
+def script(kind: str) -> Any:
+    return torch.jit.script(Scripted()) if kind == "scripted" else torch.jit.trace(Traced(), torch.eye(2))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["scripted", "traced"])
+def test_the_state_of_a_module_of_torchscript_is_put_back(kind: str) -> None:
+    """Goes red if something of a dict is asked of its parameters and buffers, or if its own state is passed by."""
+    owner = nn.Module()
+    owner.inner = module = script(kind)
+    memory = remember(owner, weights=run_weights(owner))
+    assert not memory.left_out
+    outputs, states = [], []
+    for _ in range(2):
+        outputs.append([module(torch.eye(2)).tolist() for _ in range(2)])
+        module.extra = 1
+        assert memory.changed()
+        assert not memory.put_back()
+        assert not memory.changed()
+        states.append({name: t.tolist() for name, t in module.state_dict().items()})
+    assert outputs[0] == outputs[1]
+    assert states[0] == states[1]
+    assert not hasattr(module, "extra")

@@ -14,7 +14,7 @@ from lightning_ckmerge.config import AdapterMerge, ArtifactConfig
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.core.spaces import Space, SpaceName, make_space
-from lightning_ckmerge.distributed.comm import connect, together
+from lightning_ckmerge.distributed.comm import Comm, connect, together
 from lightning_ckmerge.distributed.gather import scatter
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.plugin.rank.peft_adapters import Load, find_adapters
@@ -30,6 +30,7 @@ class RankModel:
         space: Bound to the module's tensors, it knows their groups.
         artifact: How adapters are merged.
         bucket_bytes: Most extra memory that a merge takes while ranks send each other their parts.
+        comm: The ranks; ``None``: those of the process group.
 
     Attributes:
         comm: The ranks.
@@ -45,13 +46,18 @@ class RankModel:
     """
 
     def __init__(
-        self, module: LightningModule, space: SpaceName | Space, artifact: ArtifactConfig, bucket_bytes: int
+        self,
+        module: LightningModule,
+        space: SpaceName | Space,
+        artifact: ArtifactConfig,
+        bucket_bytes: int,
+        comm: Comm | None = None,
     ) -> None:
         self._module = module
         self._space = space
         self._artifact = artifact
         self._bucket_bytes = bucket_bytes
-        self.comm = connect()
+        self.comm = comm or connect()
         self.begin()
 
     def begin(self) -> None:

@@ -338,6 +338,19 @@ class Setting(Kept):
             return MISSING
 
 
+class ScriptAttribute(Setting):
+    """What a scripted or traced module holds under one name. Its numbers, lists and dicts are made anew at each look."""
+
+    def __init__(self, where: str, target: Any, name: str) -> None:
+        super().__init__(where, lambda: getattr(target, name), lambda value: setattr(target, name, value))
+
+    def _differs(self) -> bool:
+        return not _is_alike(self._now(), self.value)
+
+    def lend(self, copy_of: Callable[[Any], Any]) -> None:
+        """TorchScript holds no iterators."""
+
+
 def slot(where: str, holder: Any, descriptor: MemberDescriptorType) -> Setting:
     """Keep an attribute of an object without a ``__dict__``, past its class's own ``__setattr__``."""
     return Setting(
@@ -392,6 +405,19 @@ def components(tensor: Tensor) -> list[Tensor]:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     raise TypeError(f"a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device}")
+
+
+def _is_alike(a: Any, b: Any) -> bool:
+    """Whether two values of TorchScript, which copies containers but not tensors, are one."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if type(a) in (list, tuple):
+        return len(a) == len(b) and all(map(_is_alike, a, b))
+    if type(a) is dict:
+        return _is_alike(list(a), list(b)) and _is_alike(list(a.values()), list(b.values()))
+    return type(a) in (int, float, str, bool, complex) and bool(a == b)
 
 
 def _all_same(a: Iterable[Any], b: Iterable[Any]) -> bool:

@@ -28,6 +28,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_ckmerge.core.holders import is_script
+
 MAX_DEPTH = 12
 MAX_OBJECTS = 300_000
 # Items of longer containers are data.
@@ -125,6 +127,12 @@ def slots_of(cls: type) -> Iterator[tuple[str, MemberDescriptorType]]:
             yield from ((n, d) for n, d in vars(base).items() if type(d) is MemberDescriptorType)
 
 
+def script_attributes(module: Any) -> list[str]:
+    """Return the names of what a scripted module holds beside parameters and submodules; a traced one has none."""
+    concrete = getattr(module, "_concrete_type", None)
+    return [] if concrete is None else list(concrete.get_attributes())
+
+
 def named_modules(module: nn.Module, where: str) -> Iterator[tuple[str, nn.Module]]:
     """Return a module and all below it, each once, past methods of their own."""
     seen: set[int] = set()
@@ -135,5 +143,8 @@ def named_modules(module: nn.Module, where: str) -> Iterator[tuple[str, nn.Modul
             continue
         seen.add(id(current))
         yield path, current
-        children = (attributes_of(current) or {}).get("_modules") or {}
+        own = attributes_of(current) or {}
+        children = current._modules if is_script(current) else own.get("_modules") or {}
+        if "_actual_script_module" in own:  # a traced module's, which takes attributes in its place
+            stack.append((path, own["_actual_script_module"]))
         stack += [(f"{path}.{name}", child) for name, child in children.items()]

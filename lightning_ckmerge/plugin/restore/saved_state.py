@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_ckmerge.core.holders import buffers_of, is_script, parameters_of
 from lightning_ckmerge.errors import explain
 from lightning_ckmerge.plugin.restore.bits import checksum
 from lightning_ckmerge.plugin.restore.iterators import CARRIERS, Copies, Position, described, is_iterator, look_at
@@ -29,6 +30,7 @@ from lightning_ckmerge.plugin.restore.kept import (
     Items,
     Kept,
     Raw,
+    ScriptAttribute,
     TensorHooks,
     TensorPlace,
     Watched,
@@ -52,6 +54,7 @@ from lightning_ckmerge.plugin.restore.reach import (
     is_looked_into,
     named_modules,
     package_of,
+    script_attributes,
     slots_of,
 )
 
@@ -61,6 +64,7 @@ OF_THE_RUN = (nn.Module, nn.Parameter, Optimizer)
 PLAIN_TYPES = {list, dict, set, deque, OrderedDict, defaultdict, Counter, np.ndarray}
 MODULE_INTERNALS = vars(nn.Module()).keys()
 SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+HOOKS_OF_MODULES = sorted(name for name in MODULE_INTERNALS if name.endswith("_hooks"))
 HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -203,6 +207,9 @@ class SavedState:
         """Mode, hooks, parameters, buffers, submodules, and attributes of the user's own."""
         own = Attributes(where, vars(module), moving=self._moving(module, where))
         self.kept += [class_of(f"{where}.__class__", module), own]
+        if is_script(module):
+            self._take_script(module, where, allowance)
+            return
         is_somebodys = not type(module).__module__.startswith("torch.")
         for name, value in own.saved.items():
             if name in ("_parameters", "_buffers"):
@@ -213,6 +220,18 @@ class SavedState:
                 self.kept.append(Items(f"{where}, its submodules", value))
             elif is_somebodys or name in MODULE_INTERNALS:
                 self.take(value, f"{where}.{name}", allowance, 1)
+
+    def _take_script(self, module: Any, where: str, allowance: Allowance) -> None:
+        """What TorchScript holds in place of a module's attributes; its lists and dicts are copies at each look."""
+        parameters = parameters_of(module)
+        names = {*parameters, *buffers_of(module), *script_attributes(module)}
+        for name in sorted(names):
+            kept = ScriptAttribute(f"{where}.{name}", module, name)
+            self.kept.append(kept)
+            self.take(kept.value, kept.where, allowance if name in parameters else allowance.buffers, 1)
+        for name in HOOKS_OF_MODULES:
+            if (hooks := vars(module).get(name)) is not None:
+                self.take(hooks, f"{where}.{name}", allowance, 1)
 
     def _moving(self, module: nn.Module, where: str) -> list[str]:
         """Names of a module's attributes that another thread may change."""
