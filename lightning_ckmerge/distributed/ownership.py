@@ -14,7 +14,7 @@ No rank owns the frozen base of PEFT's adapters: it stays as it is, so snapshots
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -82,19 +82,27 @@ class Ownership:
         module: The LightningModule; names are as in its ``state_dict``.
         comm: The ranks.
         bucket_bytes: Most extra memory that ``publish`` takes.
+        changing: Names of buffers that go on changing their shapes, and are left out too.
 
     Attributes:
         left_out: Names of the entries that are not averaged, but for BatchNorm's counters.
         not_dense: Entries of ``left_out``, such as sparse ones, that a file of weights does not hold either.
     """
 
-    def __init__(self, module: nn.Module, comm: Comm, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        comm: Comm,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        changing: Collection[str] = (),
+    ) -> None:
+        self._changing = frozenset(changing)
         self._module = module
         self._comm = comm
         self._bucket_bytes = bucket_bytes
         self._fsdp2 = [m for m in module.modules() if isinstance(m, FSDPModule)]
         self.settle()
-        self._places, self.left_out = _find_places(module)
+        self._places, self.left_out = _find_places(module, self._changing)
         self.not_dense = sorted(
             place.name for place in _entries(module) if not is_dense(local_part(place.holder[place.key]))
         )
@@ -137,13 +145,17 @@ class Ownership:
         if changed or not everywhere:
             return changed
         before = {place.name: place for place in self._places}
-        now = {place.name: place for place in _find_places(self._module)[0]}
+        now = {place.name: place for place in _find_places(self._module, self._changing)[0]}
         moved = [n for n in before.keys() & now.keys() if not _same(before[n], now[n])]
         return sorted({*moved, *(before.keys() ^ now.keys())})
 
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor is a buffer of a module, and no parameter."""
+        return any(place.name == name and place.role == "buffer" for place in self._places)
+
     def check_alike(self) -> None:
         """Raise ``SnapshotError``, on all ranks, if their modules' tensors differ. A collective."""
-        tensors = {p.name: p.holder[p.key] for p in _entries(self._module)}
+        tensors = {p.name: p.holder[p.key] for p in _entries(self._module) if p.name not in self._changing}
         shapes = {n: tuple(t.shape) if is_dense(local_part(t)) else () for n, t in tensors.items()} | self._flat_shapes
         kinds = {n: (str(t.dtype), shapes[n]) for n, t in tensors.items()}
         first, *others = self._comm.exchange(kinds)
@@ -301,7 +313,7 @@ def _own_part(name: str, role: Role, tensor: Tensor | None, flat: FlatShard | No
     return [Piece(name=name, role=role, rows=None, part=part)]
 
 
-def _find_places(module: nn.Module) -> tuple[list[Place], list[str]]:
+def _find_places(module: nn.Module, changing: Collection[str]) -> tuple[list[Place], list[str]]:
     """Return the places of the tensors that can be averaged, tied ones once, and the names of those that cannot."""
     places, left_out = [], []
     seen: set[int] = set()
@@ -310,7 +322,7 @@ def _find_places(module: nn.Module) -> tuple[list[Place], list[str]]:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        if _is_averaged(tensor):
+        if _is_averaged(tensor) and place.name not in changing:
             places.append(place)
         elif place.key != COUNTER_NAME:
             left_out.append(place.name)

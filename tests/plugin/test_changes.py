@@ -408,3 +408,23 @@ def test_a_run_that_cannot_be_set_up_is_trained_all_the_same(tmp_path: Path, on_
         assert len(said) == 1
         assert "setting it up failed. OSError: no names here. Training continues." in said[0]
         assert steps(tmp_path) == []
+
+
+class Bank(Net):
+    """Remembers all that it has seen, in a persistent buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(0, 4))
+
+    def training_step(self, x: Tensor) -> Tensor:
+        self.bank = torch.cat([self.bank, x])
+        return super().training_step(x)
+
+
+def test_a_buffer_that_goes_on_growing_is_left_out(tmp_path: Path) -> None:
+    """Goes red if each of its changes starts the buffer again, so that no search ever finds a snapshot."""
+    _, said = train(tmp_path, merge(tmp_path), module=Bank())
+    assert len(said) <= 2
+    assert len([t for t in said if "'bank' changed again. From now on merges leave them out" in t]) == 1
+    assert steps(tmp_path)[-1] == NUM_STEPS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from lightning.pytorch import LightningModule
 from torch import Tensor
@@ -58,17 +58,22 @@ class RankModel:
         self._artifact = artifact
         self._bucket_bytes = bucket_bytes
         self.comm = comm or connect()
+        self._left_out: set[str] = set()
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self, left_out: Collection[str] = ()) -> None:
         """Look at the module as it is now. A collective.
+
+        Args:
+            left_out: Names of buffers that are averaged no more from now on, the same on all ranks.
 
         Raises:
             ConfigError: As ``find_adapters``.
             UnsupportedError: As ``find_adapters``.
         """
         module = self._module
-        self.ownership = Ownership(module, self.comm, self._bucket_bytes)
+        self._left_out.update(left_out)
+        self.ownership = Ownership(module, self.comm, self._bucket_bytes, self._left_out)
         self.layout = TensorLayout(self.ownership.owned())
         self.local_layout = TensorLayout(self.ownership.local())
         self.space = make_space(self._space).bind(list(self.ownership.shapes))
