@@ -728,7 +728,7 @@ def test_a_switch_of_the_process_is_put_back(name: str) -> None:
 
 
 def test_what_every_thread_has_is_nobodys() -> None:
-    """Goes red if an empty tuple, of which there is one in a process, counts as a thread's because it is its `_args`."""
+    """Goes red if an empty tuple, of which a process has one, counts as a thread's: it is its `_args`."""
     end = threading.Event()
     thread = threading.Thread(target=end.wait)
     thread.start()

@@ -155,8 +155,8 @@ class RankBuffer:
         self._changes = []
         if growing:
             self._warn(
-                f"The model changed by step {step}: {listed(growing)} changed again. From now on merges leave them out, "
-                "as they are in the latest weights, and the buffer starts again for the last time on their account."
+                f"The model changed by step {step}: {listed(growing)} changed again. From now on merges leave them "
+                "out, as they are in the latest weights, and the buffer starts again for the last time because of them."
             )
         elif is_loss:
             self._warn(

@@ -372,7 +372,7 @@ class Setting(Kept):
 
     Args:
         where: Its name.
-        read: Returns the value, or raises ``AttributeError`` or ``ValueError`` if there is none.
+        read: Returns the value, or raises ``AttributeError``, ``ValueError`` or ``LookupError`` if there is none.
         write: Sets a value.
         erase: Takes it away.
     """
@@ -404,12 +404,12 @@ class Setting(Kept):
     def _now(self) -> Any:
         try:
             return self._read()
-        except (AttributeError, ValueError):
+        except (AttributeError, ValueError, LookupError):
             return MISSING
 
 
 class ScriptAttribute(Setting):
-    """What a scripted or traced module holds under one name. Its numbers, lists and dicts are made anew at each look."""
+    """What a scripted or traced module holds under one name. Its lists and dicts are made anew at each look."""
 
     def __init__(self, where: str, target: Any, name: str) -> None:
         super().__init__(where, lambda: getattr(target, name), lambda value: setattr(target, name, value))

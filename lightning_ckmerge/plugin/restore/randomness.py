@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+GENERATORS: tuple[Any, ...] = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 GENERATORS += (np.random.BitGenerator, np.random.SeedSequence)
 
 

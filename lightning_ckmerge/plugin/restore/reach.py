@@ -45,7 +45,15 @@ OPAQUE_PACKAGES = {"torch", *LIGHTNING, "lightning_ckmerge", "optuna", "numpy"}
 OPAQUE_PACKAGES |= {"aim", "clearml", "comet_ml", "mlflow", "neptune", "tensorboard", "tensorboardX", "wandb"}
 # These show a search as it goes.
 OPAQUE_PACKAGES |= {"rich", "tqdm"}
-STATEFUL = (Dataset, Sampler, DataLoader, Optimizer, LRScheduler, torch.amp.GradScaler, SimpleNamespace)
+STATEFUL: tuple[Any, ...] = (
+    Dataset,
+    Sampler,
+    DataLoader,
+    Optimizer,
+    LRScheduler,
+    torch.amp.GradScaler,
+    SimpleNamespace,
+)
 STATEFUL += (Distribution, SynchronizedBase)
 # A class of one's own may build on theirs, and hold state of its own.
 OPEN_TO_HEIRS = {"torch", "numpy"}
@@ -158,7 +166,7 @@ def named_modules(module: nn.Module, where: str) -> Iterator[tuple[str, nn.Modul
         seen.add(id(current))
         yield path, current
         own = attributes_of(current) or {}
-        children = current._modules if is_script(current) else own.get("_modules") or {}
+        children: Any = current._modules if is_script(current) else own.get("_modules") or {}
         if "_actual_script_module" in own:  # a traced module's, which takes attributes in its place
             stack.append((path, own["_actual_script_module"]))
         stack += [(f"{path}.{name}", child) for name, child in children.items()]

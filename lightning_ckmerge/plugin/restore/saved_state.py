@@ -290,7 +290,7 @@ class SavedState:
         elif issubclass(cls, (list, deque, dict, set)):
             self.kept.append(Items(where, value) if issubclass(cls, dict) else Elements(where, value))
         elif issubclass(cls, ContextVar):
-            kept = Setting(where, partial(value.get, None), value.set)
+            kept = Setting(where, value.get, value.set)
             self.kept.append(kept)
             self.take(kept.value, where, allowance, depth + 1)
         elif is_iterator(cls):
@@ -431,10 +431,12 @@ class SavedState:
                 self.take(other, f"{where}[{i if is_first else '...'}]", allowance, depth)
             values = []
             for kind in (list, dict, tuple):
-                if alike := [v for _, v in new.values() if type(v) is kind]:
+                alike: list[Any] = [v for _, v in new.values() if type(v) is kind]
+                if alike:
                     self._seen.update((id(v), v) for v in alike)
                     self.kept += [] if kind is tuple else [Nest(where, alike)]
-                    values += chain.from_iterable(map(dict.values, alike) if kind is dict else alike)
+                    held: Iterable[Any] = (v.values() for v in alike) if kind is dict else alike
+                    values += chain.from_iterable(held)
             depth, is_first = depth + 1, False
 
     def _take_raw(self, value: Any, where: str, allowance: Allowance) -> None:
