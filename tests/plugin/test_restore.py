@@ -83,6 +83,16 @@ class Number(float):
     num: int
 
 
+GLOBAL = np.random.default_rng(3)
+
+
+class UsesGlobals:
+    """Draws from a generator that is a global of its module."""
+
+    def draw(self) -> float:
+        return max([GLOBAL.random() for _ in range(2)])
+
+
 class Speed(Enum):
     """Its members may have attributes."""
 
@@ -183,6 +193,7 @@ def cases() -> dict[str, tuple[Any, Callable[[], Any]]]:
         "shared array": ([shared := multiprocessing.RawArray("i", 2)], lambda: count_up_item(shared)),
         "place in a BytesIO": ([stream], lambda: stream.read(1)),
         "contents of a StringIO": ([text], lambda: append(text, "x")),
+        "global generator": (UsesGlobals(), lambda: UsesGlobals().draw()),
         "context variable": ([context], lambda: context.set(context.get() + 1) and context.get()),
         "flag of an array": ([switched], switch),
         "weak keys": ([weak], count_weakly),

@@ -20,7 +20,7 @@ from enum import Enum
 from functools import partial
 from multiprocessing.pool import Pool
 from multiprocessing.sharedctypes import SynchronizedBase
-from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
+from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -147,6 +147,20 @@ def slots_of(cls: type) -> Iterator[tuple[str, MemberDescriptorType]]:
     for base in cls.__mro__:
         if "__slots__" in vars(base):
             yield from ((n, d) for n, d in vars(base).items() if type(d) is MemberDescriptorType)
+
+
+def named_globals(cls: type) -> Iterator[tuple[str, Any]]:
+    """Return the globals that the functions of a class, and of its own bases, name."""
+    for base in cls.__mro__:
+        for function in vars(base).values() if _is_somebodys(base) else ():
+            function = getattr(function, "__func__", getattr(function, "fget", function))
+            if type(function) is not FunctionType:
+                continue
+            codes = [function.__code__]
+            for code in codes:  # which grows
+                codes += [c for c in code.co_consts if type(c) is CodeType]
+                found = function.__globals__
+                yield from ((f"{function.__module__}.{n}", found[n]) for n in code.co_names if n in found)
 
 
 def script_attributes(module: Any) -> list[str]:

@@ -62,6 +62,7 @@ from lightning_ckmerge.plugin.restore.reach import (
     is_atom,
     is_inert,
     is_looked_into,
+    named_globals,
     named_modules,
     package_of,
     script_attributes,
@@ -142,6 +143,7 @@ class SavedState:
         self._carriers: list[tuple[Any, list[Any]]] = []  # what may hold an iterator, and its parts
         self._queue: deque[Visit] = deque()
         self._is_going = False
+        self._classes: set[type] = set()
         self._data = {id(held): held for held in data if not is_inert(held)}
         self._later: list[Visit] | None = []
         self._too_deep: dict[int, tuple[Any, str]] = {}
@@ -318,6 +320,7 @@ class SavedState:
         """Mode, hooks, parameters, buffers, submodules, and attributes of the user's own."""
         own = Attributes(where, vars(module), moving=self._moving(module, where))
         self.kept += [class_of(f"{where}.__class__", module), own]
+        self._take_globals(type(module), allowance)
         if is_script(module):
             self._take_script(module, where, allowance)
             return
@@ -344,6 +347,15 @@ class SavedState:
             if (hooks := vars(module).get(name)) is not None:
                 self.take(hooks, f"{where}.{name}", allowance, 1)
 
+    def _take_globals(self, cls: type, allowance: Allowance) -> None:
+        """Generators of random numbers among the globals that a class's functions name; others are out of reach."""
+        if cls in self._classes:
+            return
+        self._classes.add(cls)
+        for name, value in named_globals(cls):
+            if issubclass(type(value), GENERATORS):
+                self.take(value, name, allowance, 1)
+
     def _moving(self, module: nn.Module, where: str) -> list[str]:
         """Names of a module's attributes that another thread may change."""
         if id(module) not in self._shared and not has_workers(module):
@@ -354,6 +366,7 @@ class SavedState:
         return [name for name, cls in own.items() if is_atom(cls) or issubclass(cls, CONTAINERS)]
 
     def _take_attributes(self, value: Any, cls: type, where: str, allowance: Allowance, depth: int) -> None:
+        self._take_globals(cls, allowance)
         own = attributes_of(value)
         if own is not None:
             self.kept.append(Attributes(where, own))
@@ -413,11 +426,11 @@ class SavedState:
         is_first = True
         while values and depth <= MAX_DEPTH:
             atoms = {cls for cls in set(map(type, values)) if is_atom(cls)}
-            known = (self._seen, self._shared)
+            seen, shared = self._seen, self._shared
             new = {
-                id(v): (i, v)
-                for i, v in enumerate(values)
-                if type(v) not in atoms and not any(id(v) in seen for seen in known)
+                i: (at, v)
+                for at, v in enumerate(values)
+                if type(v) not in atoms and (i := id(v)) not in seen and i not in shared
             }
             if self._num_items + len(new) > MAX_ITEMS:
                 self._end = self._end or f"{where}[...]"
