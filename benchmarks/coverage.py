@@ -58,17 +58,24 @@ DRAWS: dict[str, Draw] = {
     "normal": lambda rng, m, b: rng.normal(size=(m, b)),
     "t, 3 degrees of freedom": lambda rng, m, b: rng.standard_t(3, size=(m, b)),
     "exponential": lambda rng, m, b: 1 - rng.exponential(size=(m, b)),
-    "log-normal": lambda rng, m, b: np.exp(0.5) - rng.lognormal(size=(m, b)),
+    "log-normal, sigma 1": lambda rng, m, b: np.exp(0.5) - rng.lognormal(size=(m, b)),
     "one batch in 10 loses 5 sd": rare(0.1, 5.0),
     "one batch in 20 loses 10 sd": rare(0.05, 10.0),
     "autocorrelated, 0.3": autocorrelated(0.3),
     "autocorrelated, 0.6": autocorrelated(0.6),
 }
+# Tails so heavy, or losses so rare, that few samples show them.
+SKEWED: dict[str, Draw] = {
+    "log-normal, sigma 1.5": lambda rng, m, b: np.exp(1.5**2 / 2) - rng.lognormal(0, 1.5, size=(m, b)),
+    "log-normal, sigma 2": lambda rng, m, b: np.exp(2.0) - rng.lognormal(0, 2.0, size=(m, b)),
+    "one batch in 20 loses 100 sd": rare(0.05, 100.0),
+    "one batch in 50 loses 200 sd": rare(0.02, 200.0),
+}
 UNEQUAL = "exponential, batches of 1 to 8 samples"
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     rng = np.random.default_rng(0)
     cases = [*((name, draw, False) for name, draw in DRAWS.items()), (UNEQUAL, DRAWS["exponential"], True)]
     print("| differences, without a gain |", " | ".join(f"{b} batches" for b in NUM_BATCHES), "|")
@@ -80,6 +87,12 @@ def main() -> None:
     print("|---|" + "---|" * len(NUM_BATCHES))
     for gain in GAINS:
         print(f"| {gain} standard errors |", " | ".join(power(rng, gain, b) for b in NUM_BATCHES), "|", flush=True)
+    rng = np.random.default_rng(1)
+    print("\n| strongly skewed, without a gain |", " | ".join(f"{b} batches" for b in NUM_BATCHES), "|")
+    print("|---|" + "---|" * len(NUM_BATCHES))
+    for name, draw in SKEWED.items():
+        cells = [errors(rng, draw, b, unequal=False) for b in NUM_BATCHES]
+        print(f"| {name} |", " | ".join(cells), "|", flush=True)
 
 
 def errors(rng: Rng, draw: Draw, b: int, *, unequal: bool) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_ckmerge.core.adapters import frozen_base, left_out
+from lightning_ckmerge.core.holders import persistent_buffers_of
 from lightning_ckmerge.core.layout import find_aliases, is_dense, tensor_spec
 from lightning_ckmerge.core.specs import TensorSpec
 from lightning_ckmerge.distributed.comm import Comm
@@ -64,9 +65,8 @@ def entries(module: nn.Module, *, has_flat: bool) -> dict[str, Tensor]:
     # FSDP1's `state_dict` gathers the whole model at once.
     entries: dict[str, Tensor] = {clean_name(n): p for n, p in module.named_parameters(remove_duplicate=False)}
     for path, submodule in module.named_modules(remove_duplicate=False):
-        for name, buffer in submodule._buffers.items():
-            if buffer is not None and name not in submodule._non_persistent_buffers_set:
-                entries[clean_name(f"{path}.{name}" if path else name)] = buffer
+        for name, buffer in persistent_buffers_of(submodule):
+            entries[clean_name(f"{path}.{name}" if path else name)] = buffer
     return entries
 
 

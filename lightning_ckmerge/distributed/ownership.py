@@ -14,7 +14,7 @@ No rank owns the frozen base of PEFT's adapters: it stays as it is, so snapshots
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lightning_ckmerge.core.adapters import frozen_base
+from lightning_ckmerge.core.holders import buffers_of, parameters_of, persistent_buffers_of
 from lightning_ckmerge.core.layout import OwnedTensor, Role, as_real, is_dense
 from lightning_ckmerge.core.specs import Box, part_name, whole
 from lightning_ckmerge.distributed.buckets import make_buckets
@@ -65,8 +66,9 @@ class Place(NamedTuple):
 
     name: str
     role: Role
-    holder: dict[str, Any]
+    holder: MutableMapping[str, Any]
     key: str
+    submodule: nn.Module
 
 
 class Ownership:
@@ -80,32 +82,40 @@ class Ownership:
         module: The LightningModule; names are as in its ``state_dict``.
         comm: The ranks.
         bucket_bytes: Most extra memory that ``publish`` takes.
+        changing: Names of buffers that go on changing their shapes, and are left out too.
 
     Attributes:
         left_out: Names of the entries that are not averaged, but for BatchNorm's counters.
         not_dense: Entries of ``left_out``, such as sparse ones, that a file of weights does not hold either.
     """
 
-    def __init__(self, module: nn.Module, comm: Comm, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        comm: Comm,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        changing: Collection[str] = (),
+    ) -> None:
+        self._changing = frozenset(changing)
         self._module = module
         self._comm = comm
         self._bucket_bytes = bucket_bytes
         self._fsdp2 = [m for m in module.modules() if isinstance(m, FSDPModule)]
         self.settle()
-        self._places, self.left_out = _find_places(module)
+        self._places, self.left_out = _find_places(module, self._changing)
         self.not_dense = sorted(
             place.name for place in _entries(module) if not is_dense(local_part(place.holder[place.key]))
         )
-        self._kinds = [_kind(holder[key]) for _, _, holder, key in self._places]
+        self._kinds = [_kind(place.holder[place.key]) for place in self._places]
         base = {id(parameter) for parameter in frozen_base(module).values()}
-        self._frozen = {name for name, _, holder, key in self._places if id(holder[key]) in base}
+        self._frozen = {p.name for p in self._places if id(p.holder[p.key]) in base}
         flat = {s.name: s for s in flat_shards(module)}
         self._flat_shapes = {s.name: s.shape for s in flat.values()}
-        self.is_sharded = bool(flat) or any(isinstance(holder[key], DTensor) for _, _, holder, key in self._places)
+        self.is_sharded = bool(flat) or any(isinstance(p.holder[p.key], DTensor) for p in self._places)
         self.is_replicated = comm.world_size > 1 and not self.is_sharded
         self._pieces = [
             piece
-            for name, role, holder, key in self._places
+            for name, role, holder, key, _ in self._places
             if name not in self._frozen and not (self.is_replicated and role == "parameter")
             for piece in _own_part(name, role, holder[key], flat.get(name))
         ]
@@ -135,13 +145,17 @@ class Ownership:
         if changed or not everywhere:
             return changed
         before = {place.name: place for place in self._places}
-        now = {place.name: place for place in _find_places(self._module)[0]}
+        now = {place.name: place for place in _find_places(self._module, self._changing)[0]}
         moved = [n for n in before.keys() & now.keys() if not _same(before[n], now[n])]
         return sorted({*moved, *(before.keys() ^ now.keys())})
 
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor is a buffer of a module, and no parameter."""
+        return any(place.name == name and place.role == "buffer" for place in self._places)
+
     def check_alike(self) -> None:
         """Raise ``SnapshotError``, on all ranks, if their modules' tensors differ. A collective."""
-        tensors = {p.name: p.holder[p.key] for p in _entries(self._module)}
+        tensors = {p.name: p.holder[p.key] for p in _entries(self._module) if p.name not in self._changing}
         shapes = {n: tuple(t.shape) if is_dense(local_part(t)) else () for n, t in tensors.items()} | self._flat_shapes
         kinds = {n: (str(t.dtype), shapes[n]) for n, t in tensors.items()}
         first, *others = self._comm.exchange(kinds)
@@ -211,7 +225,7 @@ class Ownership:
             bucket.broadcast(memory, rank=self._comm.rank)
 
     def _tensors(self) -> Iterator[tuple[str, Role, Tensor]]:
-        for name, role, holder, key in self._places:
+        for name, role, holder, key, _ in self._places:
             tensor = holder.get(key)
             if tensor is not None:
                 yield name, role, tensor
@@ -299,7 +313,7 @@ def _own_part(name: str, role: Role, tensor: Tensor | None, flat: FlatShard | No
     return [Piece(name=name, role=role, rows=None, part=part)]
 
 
-def _find_places(module: nn.Module) -> tuple[list[Place], list[str]]:
+def _find_places(module: nn.Module, changing: Collection[str]) -> tuple[list[Place], list[str]]:
     """Return the places of the tensors that can be averaged, tied ones once, and the names of those that cannot."""
     places, left_out = [], []
     seen: set[int] = set()
@@ -308,7 +322,7 @@ def _find_places(module: nn.Module) -> tuple[list[Place], list[str]]:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        if _is_averaged(tensor):
+        if _is_averaged(tensor) and place.name not in changing:
             places.append(place)
         elif place.key != COUNTER_NAME:
             left_out.append(place.name)
@@ -323,13 +337,13 @@ def _find_places(module: nn.Module) -> tuple[list[Place], list[str]]:
 def _entries(module: nn.Module) -> Iterator[Place]:
     for path, submodule in module.named_modules():
         prefix = clean_name(f"{path}.") if path else ""
-        persistent = [n for n in submodule._buffers if n not in submodule._non_persistent_buffers_set]
-        holders: list[tuple[Role, Any, list[str]]] = [
-            ("parameter", submodule._parameters, list(submodule._parameters)),
-            ("buffer", submodule._buffers, persistent),
+        parameters = parameters_of(submodule)
+        holders: list[tuple[Role, MutableMapping[str, Any], list[str]]] = [
+            ("parameter", parameters, [n for n, p in parameters.items() if p is not None]),
+            ("buffer", buffers_of(submodule), [n for n, _ in persistent_buffers_of(submodule)]),
         ]
         for role, holder, keys in holders:
-            yield from (Place(f"{prefix}{key}", role, holder, key) for key in keys if holder[key] is not None)
+            yield from (Place(f"{prefix}{key}", role, holder, key, submodule) for key in keys)
 
 
 def _is_averaged(tensor: Tensor) -> bool:
@@ -344,4 +358,4 @@ def _kind(tensor: Tensor | None) -> tuple[Any, ...] | None:
 
 
 def _same(before: Place, now: Place) -> bool:
-    return before.holder is now.holder and before.key == now.key
+    return before.submodule is now.submodule and (before.role, before.key) == (now.role, now.key)

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact, best_target
-from lightning_ckmerge.artifact.runs import keep_snapshots
+from lightning_ckmerge.artifact.runs import Place, keep_snapshots
 from lightning_ckmerge.checks import checked
 from lightning_ckmerge.config import (
     Apply,
@@ -23,11 +23,13 @@ from lightning_ckmerge.config import (
     Triggers,
 )
 from lightning_ckmerge.core.objectives import Mode, make_objectives
-from lightning_ckmerge.errors import CkmergeError, ConfigError
+from lightning_ckmerge.distributed.comm import connect, together
+from lightning_ckmerge.errors import CkmergeError, ConfigError, UnsupportedError, explain
 from lightning_ckmerge.plugin.dirpath import ClaimedDirpath, SpawnedDirpath, find_fault, resolve_dirpath
 from lightning_ckmerge.plugin.evaluate.lightning_loop import directions, logged_names
 from lightning_ckmerge.plugin.evaluate.validation import require_logged
 from lightning_ckmerge.plugin.evaluate.weight_gradients import loss_of
+from lightning_ckmerge.plugin.progress import say
 from lightning_ckmerge.plugin.run import MergeRun
 from lightning_ckmerge.plugin.strategies import check_supported
 from lightning_ckmerge.search.study import open_storage
@@ -161,7 +163,7 @@ class CheckpointMergeCallback(Callback):
         self._resolved_dirpath = self._claimed.place.dirpath
         if trainer.local_rank == 0:
             self._spawned.leave(self._resolved_dirpath)
-        self._run = MergeRun(self.settings, trainer, self, self._claimed.place, state)
+        self._run = self._make_run(trainer, self._claimed.place, state)
         self._state = None
 
     def on_validation_batch_end(
@@ -246,6 +248,22 @@ class CheckpointMergeCallback(Callback):
         unclaimed, without = states.keys() - keys, keys - states.keys()
         if self.state_key in without and len(unclaimed) == len(without) == 1:
             self.load_state_dict(states[unclaimed.pop()])
+
+    def _make_run(self, trainer: Trainer, place: Place, state: dict[str, Any] | None) -> MergeRun | None:
+        """Set a run up, on all ranks; ``None``, on all of them, if that failed on one: no fault of ours is worth it."""
+        comm = connect()
+        try:
+            with together(comm):
+                return MergeRun(self.settings, trainer, self, place, state, comm)
+        except Exception as error:
+            is_refused = isinstance(error, (ConfigError, UnsupportedError))
+            if any(comm.exchange(is_refused or self.settings.raises)):
+                raise
+            comm.close()
+            self._release_dirpath()
+            text = f"No merges in this run: setting it up failed. {explain(error).rstrip('.')}. Training continues."
+            say(trainer, text, rank_zero_warn)
+            return None
 
     def _left_off(self, trainer: Trainer) -> dict[str, Any] | None:
         """The state of the last ``fit``, where this one continues from its last step."""

@@ -19,7 +19,7 @@ from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.outcome import Score
-from lightning_ckmerge.distributed.comm import on_rank_zero
+from lightning_ckmerge.distributed.comm import Comm, on_rank_zero
 from lightning_ckmerge.errors import FinalError, SkipError, TraceError, explain
 from lightning_ckmerge.pipeline import Scorer, SearchJob, run_search
 from lightning_ckmerge.plugin.clock import Clock, Curve
@@ -45,6 +45,7 @@ class MergeRun:
         callback: The one that Lightning calls; it is told of batches in place of the muted others.
         place: Where artifacts go, and where they went before.
         state: What a checkpoint held of an earlier one; ``None``: a new run.
+        comm: The ranks; ``None``: those of the process group.
     """
 
     def __init__(
@@ -54,12 +55,13 @@ class MergeRun:
         callback: Callback,
         place: Place,
         state: dict[str, Any] | None = None,
+        comm: Comm | None = None,
     ) -> None:
         self.settings = settings
         self.dirpath = place.dirpath
         self._trainer = trainer
         bucket_bytes = parse_size(settings.buffer.bucket_size)
-        self._model = RankModel(trainer.lightning_module, settings.search.space, settings.artifact, bucket_bytes)
+        self._model = RankModel(trainer.lightning_module, settings.search.space, settings.artifact, bucket_bytes, comm)
         self._interruptions = Interruptions(trainer, self._model.comm)
         self._scorer_maker = ScorerMaker(settings, callback, trainer, self._model, self._interruptions.reason)
         self._publisher = Publisher(settings, trainer, place, self._model)

@@ -361,3 +361,70 @@ def test_candidates_are_merged_into_the_memory_that_is_validated(
     moved_values, moved_weights = published(Moving(), tmp_path / "moving")
     assert moved_values == values
     assert all(torch.equal(moved_weights[name], weights[name]) for name in weights)
+
+
+class Scripts(Net):
+    """Has submodules of TorchScript."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripted = torch.jit.script(nn.Linear(4, 4))
+        self.traced = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), torch.zeros(2, 4))
+
+    def loss(self, x: Tensor, noise: float | Tensor = 0.0) -> Tensor:
+        return super().loss(self.traced(self.scripted(x)), noise)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_modules_of_torchscript_are_merged(tmp_path: Path) -> None:
+    """Goes red if a module of TorchScript is asked for what only a module's own dicts have."""
+    trainer, said = train(tmp_path, merge(tmp_path), module=Scripts(), max_steps=4)
+    assert (trainer.global_step, said) == (4, [])
+    assert steps(tmp_path) == [4]
+    load_merged(tmp_path / "merges" / "step=000000004", Scripts())
+
+
+class Nameless(nn.Module):
+    """Cannot even be looked at."""
+
+    @property
+    def _non_persistent_buffers_set(self) -> Any:
+        raise OSError("no names here")
+
+    @_non_persistent_buffers_set.setter
+    def _non_persistent_buffers_set(self, value: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_a_run_that_cannot_be_set_up_is_trained_all_the_same(tmp_path: Path, on_error: Any) -> None:
+    """Goes red if a fault before the first step ends `fit`, or if it is told twice, or never."""
+    module = Net()
+    module.odd = Nameless()
+    raised = pytest.raises(OSError, match="no names") if on_error == "raise" else contextlib.nullcontext()
+    with raised:
+        trainer, said = train(tmp_path, merge(tmp_path, on_error=on_error), module=module, max_steps=4)
+        assert trainer.global_step == 4
+        assert len(said) == 1
+        assert "setting it up failed. OSError: no names here. Training continues." in said[0]
+        assert steps(tmp_path) == []
+
+
+class Bank(Net):
+    """Remembers all that it has seen, in a persistent buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(0, 4))
+
+    def training_step(self, x: Tensor) -> Tensor:
+        self.bank = torch.cat([self.bank, x])
+        return super().training_step(x)
+
+
+def test_a_buffer_that_goes_on_growing_is_left_out(tmp_path: Path) -> None:
+    """Goes red if each of its changes starts the buffer again, so that no search ever finds a snapshot."""
+    _, said = train(tmp_path, merge(tmp_path), module=Bank())
+    assert len(said) <= 2
+    assert len([t for t in said if "'bank' changed again. From now on merges leave them out, as" in t]) == 1
+    assert steps(tmp_path)[-1] == NUM_STEPS

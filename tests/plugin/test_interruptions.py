@@ -229,3 +229,19 @@ def test_a_search_waits_until_another_thread_has_saved(tmp_path: Path) -> None:
     fit(case, tmp_path, [Keeps(), SearchesAgain(), make_merge(every_n_train_steps=6)])
     thread.join()
     assert_live(tmp_path / "thread.ckpt", but="num_seen")
+
+
+def test_a_heartbeat_ends_no_search(tmp_path: Path) -> None:
+    """Goes red if a signal that comes again and again keeps every search from its end, or runs its handler in one."""
+    calls: list[bool] = []
+
+    def outside(module: Interrupted) -> None:
+        Keeps.trainer = module.trainer
+        for _ in range(3):
+            signal.raise_signal(signal.SIGALRM)
+        assert calls == []
+
+    with handling(signal.SIGALRM, lambda *_: calls.append(searching(Keeps.trainer))):
+        run = train(tmp_path, outside)
+    assert len(calls) == 1
+    assert "skipped" not in statuses(run)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import decimal
+import io
 import itertools
+import multiprocessing
+import os
 import queue
 import random
 import threading
@@ -11,7 +15,9 @@ import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +31,10 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from lightning_ckmerge import CheckpointMergeCallback
-from lightning_ckmerge.plugin.restore.run_state import run_weights
+from lightning_ckmerge.errors import FinalError
+from lightning_ckmerge.plugin.restore import run_state, saved_state
+from lightning_ckmerge.plugin.restore.kept import Setting
+from lightning_ckmerge.plugin.restore.run_state import Gradients, run_weights
 from lightning_ckmerge.plugin.restore.saved_state import Allowance, SavedState
 
 
@@ -60,6 +69,43 @@ class Noisy(Dataset[int]):
 
     def __getitem__(self, i: int) -> int:
         return int(self.rng.integers(1000))
+
+
+class Heir(torch.distributions.Normal):
+    """Holds state of its own beside that of a torch class."""
+
+    seen: list[int]
+
+
+class Number(float):
+    """Has an attribute."""
+
+    num: int
+
+
+GLOBAL = np.random.default_rng(3)
+
+
+class UsesGlobals:
+    """Draws from a generator that is a global of its module."""
+
+    def draw(self) -> float:
+        return max([GLOBAL.random() for _ in range(2)])
+
+
+class Speed(Enum):
+    """Its members may have attributes."""
+
+    FAST = "fast"
+    num: int
+
+
+FAST: Any = Speed.FAST
+
+
+def count_up_item(items: Any) -> int:
+    items[1] += 1
+    return int(items[1])
 
 
 def counter() -> Callable[[], int]:
@@ -104,6 +150,28 @@ def cases() -> dict[str, tuple[Any, Callable[[], Any]]]:
         return int(getattr(holder, name))
 
     numbers: set[int] = set()
+    linear, heir, value = nn.Linear(2, 2), Heir(0.0, 1.0), multiprocessing.Value("d", 0.0)
+    linear.calls, heir.seen, FAST.num, number = [0], [0], 0, Number(1.0)  # type: ignore[assignment]
+    number.num = 0
+    sequence, spawning, bits = np.random.SeedSequence(4), np.random.default_rng(3), np.random.PCG64(9)
+    stream, text, switched = io.BytesIO(b"abcdef"), io.StringIO("abcdef"), np.zeros(2)
+    context: ContextVar[int] = ContextVar("context", default=0)
+    weak = weakref.WeakKeyDictionary({linear: 0})
+    rows: list[Any] = [[i, [i], {"a": [i]}] for i in range(1000)]
+
+    def switch() -> bool:
+        switched.setflags(write=not switched.flags.writeable)
+        return bool(switched.flags.writeable)
+
+    def count_weakly() -> int:
+        weak[linear] += 1
+        return weak[linear]
+
+    def append(stream: Any, more: Any) -> Any:
+        stream.seek(0, 2)
+        stream.write(more)
+        return stream.getvalue()
+
     wrapped = ConcatDataset([Subset(Noisy(), [0, 1])])
     return {
         "torch.Generator": (generator, lambda: draw(generator)),
@@ -114,6 +182,24 @@ def cases() -> dict[str, tuple[Any, Callable[[], Any]]]:
         "namespace": (namespace, lambda: count_up(namespace, "n")),
         "frozen": (frozen, lambda: grow(frozen.items)),
         "deep": (deep, lambda: grow(deep["a"][0][0]["b"][0].value)),
+        "attribute of a torch module": (linear, lambda: grow(getattr(linear, "calls"))),  # noqa: B009
+        "heir of a torch class": ([heir], lambda: grow(heir.seen)),
+        "heir of a number": ([number], lambda: count_up(number, "num")),
+        "member of an Enum": ([FAST], lambda: count_up(FAST, "num")),
+        "SeedSequence": ([sequence], lambda: sequence.spawn(1)[0].spawn_key),
+        "spawning Generator": ([spawning], lambda: spawning.spawn(1)[0].random()),
+        "BitGenerator": ([bits], bits.random_raw),
+        "shared number": ([value], lambda: count_up(value, "value")),
+        "shared array": ([shared := multiprocessing.RawArray("i", 2)], lambda: count_up_item(shared)),
+        "place in a BytesIO": ([stream], lambda: stream.read(1)),
+        "contents of a StringIO": ([text], lambda: append(text, "x")),
+        "global generator": (UsesGlobals(), lambda: UsesGlobals().draw()),
+        "context variable": ([context], lambda: context.set(context.get() + 1) and context.get()),
+        "flag of an array": ([switched], switch),
+        "weak keys": ([weak], count_weakly),
+        "list in a long list": (rows, lambda: grow(rows[700][1])),
+        "dict in a long list": (rows, lambda: rows[700][2].update({len(rows[700][2]): 1}) or len(rows[700][2])),
+        "row of a long list": (rows, lambda: grow(rows)),
         "set": (numbers, lambda: grow(numbers, "add")),
         "key order": (order, reorder),
         "Counter": (tally, lambda: tally.update("a") or tally["a"]),
@@ -133,6 +219,7 @@ def cases() -> dict[str, tuple[Any, Callable[[], Any]]]:
 def remember(value: Any, *, each: int = 1 << 20, weights: Any = ()) -> SavedState:
     memory = SavedState(weights)
     memory.take(value, "it", Allowance(each, 1 << 24))
+    memory.take_data({}, Allowance(each, 1 << 24))
     return memory
 
 
@@ -471,3 +558,193 @@ def test_a_bytearray_that_is_watched_can_still_grow() -> None:
     memory = remember(raw)
     raw += b"x"
     assert memory.changed()
+
+
+class Scripted(nn.Module):
+    """Holds state of every kind that TorchScript has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(1))
+        self.lin = nn.Linear(2, 2)
+        self.memory = torch.zeros(2)
+        self.calls: list[int] = [1]
+        self.num = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count.add_(1.0)
+        self.memory = self.memory + 1
+        self.calls.append(len(self.calls))
+        self.num += 1
+        return self.lin(x) * self.count * self.memory.sum() * self.num * len(self.calls)
+
+
+class Traced(nn.Module):
+    """Counts in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.norm(x)
+        return y
+
+
+def script(kind: str) -> Any:
+    return torch.jit.script(Scripted()) if kind == "scripted" else torch.jit.trace(Traced(), torch.eye(2))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["scripted", "traced"])
+def test_the_state_of_a_module_of_torchscript_is_put_back(kind: str) -> None:
+    """Goes red if something of a dict is asked of its parameters and buffers, or if its own state is passed by."""
+    owner = nn.Module()
+    owner.inner = module = script(kind)
+    memory = remember(owner, weights=run_weights(owner))
+    assert not memory.left_out
+    outputs, states = [], []
+    for _ in range(2):
+        outputs.append([module(torch.eye(2)).tolist() for _ in range(2)])
+        module.extra = 1
+        assert memory.changed()
+        assert not memory.put_back()
+        assert not memory.changed()
+        states.append({name: t.tolist() for name, t in module.state_dict().items()})
+    assert outputs[0] == outputs[1]
+    assert states[0] == states[1]
+    assert not hasattr(module, "extra")
+
+
+def test_a_set_keeps_its_order_or_is_named() -> None:
+    """Goes red if a set that is emptied and filled again goes over its elements in another order, unsaid."""
+    few = {i * 8 for i in range(40)}
+    for i in range(30):
+        few.discard(i * 8)
+    sparse = set(range(3000)) - set()
+    for i in range(3000):
+        if i % 333:
+            sparse.discard(i)
+    orders = list(few), list(sparse)
+    memory = remember([few, sparse])
+    for numbers in (few, sparse):
+        numbers.add(7)
+        numbers.discard(max(numbers))
+    memory.put_back()
+    assert (set(few), set(sparse)) == tuple(map(set, orders))
+    assert list(few) == orders[0]
+    assert (list(sparse) == orders[1]) == ("it[1]" not in memory.changed())
+
+
+def deep(value: Any, depth: int) -> Any:
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def test_depth_is_counted_from_the_nearest_place() -> None:
+    """Goes red if what is met far away first is not looked into where it is near; and if a cut is not named."""
+    near, far = SimpleNamespace(items=[0]), SimpleNamespace(items=[0])
+    memory = remember(SimpleNamespace(a=deep(near, 11), b=near, c=deep(far, 13)))
+    near.items[0] += 1
+    assert memory.changed() == ["it.b.items"]
+    assert not memory.put_back()
+    assert near.items == [0]
+    assert len(memory.left_out) == 1
+    (cut,) = memory.left_out
+    assert cut.startswith("it.c[0][0]")
+
+
+def test_data_cannot_crowd_out_the_runs_own_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goes red if data count against the number of objects that the run's own state may have, or if a cut is silent."""
+    monkeypatch.setattr(saved_state, "MAX_OBJECTS", 100)
+    allowance = Allowance(1 << 20)
+    data, own = [Slotted([i]) for i in range(200)], [[i] for i in range(90)]
+    memory = SavedState(data=[data])
+    memory.take({"data": data, "own": own}, "it", allowance)
+    memory.take_data({"data": data}, allowance)
+    own[-1].append(1)
+    data[0].value = []
+    assert memory.changed() == ["it[own][89]", "data[0].value"]
+    (reason,) = memory.left_out.values()
+    assert "100 objects" in reason
+    memory = SavedState()
+    memory.take(data, "it", allowance)
+    with pytest.raises(FinalError, match=r"no more than 100 objects .* such as it\["):
+        memory.take_data({}, allowance)
+
+
+def test_what_lies_in_a_long_list_costs_little() -> None:
+    """Goes red if each of many small lists is looked at on its own: then there are as many things to compare."""
+    memory = remember([[[i], [i], (i, [i])] for i in range(3000)])
+    assert len(memory.kept) < 10
+
+
+@pytest.mark.parametrize("is_module", [True, False])
+def test_a_number_beside_workers_is_watched(is_module: bool) -> None:
+    """Goes red if a curriculum's level on a dataset that holds a pool changes in a search, and nobody hears of it."""
+    holder = nn.Module() if is_module else Noisy()
+    vars(holder)["level"] = 1.0
+    with ThreadPoolExecutor(1) as pool:
+        vars(holder)["pool"] = pool
+        memory = remember(holder)
+        assert not memory.changed()
+        vars(holder)["level"] = 1.1
+        memory.put_back()
+        assert memory.changed() == ["it.level"]
+
+
+def test_gradients_of_all_that_is_trained_are_laid_aside() -> None:
+    """Goes red if a tensor of an optimizer that no module has registered keeps a validation's gradient."""
+    module, prompt, critic = nn.Linear(1, 1), torch.ones(1, requires_grad=True), [nn.Linear(1, 1)]
+    optimizer = torch.optim.SGD([*module.parameters(), prompt, *critic[0].parameters()], lr=0.1)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in trained:
+        p.grad = torch.ones_like(p)
+    own = [p.grad for p in trained]
+    gradients = Gradients(module, [optimizer])
+    assert all(p.grad is None for p in trained)
+    (module(prompt) * critic[0](prompt)).sum().backward()
+    gradients.put_back()
+    assert [id(p.grad) for p in trained] == [id(g) for g in own]
+    assert all(bool((g == 1).all()) for g in own if g is not None)
+
+
+SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Any]] = {
+    "flash": (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp, False),
+    "mkldnn": (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, False),
+    "anomaly": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly, True),
+    "decimal": (lambda: decimal.getcontext().prec, lambda n: setattr(decimal.getcontext(), "prec", n), 7),
+    "environment": (
+        lambda: os.environ.get("CKMERGE_LEVEL"),
+        lambda level: os.environ.update(CKMERGE_LEVEL=level) if level else os.environ.pop("CKMERGE_LEVEL", None),
+        "1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_switch_of_the_process_is_put_back(name: str) -> None:
+    read, write, other = SWITCHES[name]
+    before = read()
+    settings = [Setting(where, *functions) for where, functions in run_state.SWITCHES.items()]
+    try:
+        write(other)
+        assert len([s for s in settings if s.has_changed()]) == 1
+        for setting in settings:
+            setting.put_back()
+        assert read() == before
+    finally:
+        write(before)
+
+
+def test_what_every_thread_has_is_nobodys() -> None:
+    """Goes red if an empty tuple, of which a process has one, counts as a thread's: it is its `_args`."""
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait)
+    thread.start()
+    try:
+        assert remember(SimpleNamespace(args=(), numbers=(1, 2))).left_out == {}
+    finally:
+        end.set()
+        thread.join()

@@ -8,7 +8,7 @@ Weights that move in between end the search.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_ckmerge.core.holders import parameters_of, persistent_buffers_of
 from lightning_ckmerge.core.layout import as_real
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.distributed.comm import Comm
@@ -251,19 +252,18 @@ class EqualValues:
         )
 
 
-def _parameters(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, nn.Parameter, Tensor]]:
+def _parameters(module: nn.Module) -> Iterator[tuple[MutableMapping[str, Any], str, nn.Parameter, Tensor]]:
     """Each parameter's place, name in it, object and memory."""
     for submodule in module.modules():
-        for name, parameter in submodule._parameters.items():
+        own = parameters_of(submodule)
+        for name, parameter in own.items():
             if parameter is not None and not isinstance(parameter, nn.parameter.UninitializedParameter):
-                yield submodule._parameters, name, parameter, parameter.data
+                yield own, name, parameter, parameter.data
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[Tensor]:
     for submodule in module.modules():
-        for name, buffer in submodule._buffers.items():
-            if buffer is not None and name not in submodule._non_persistent_buffers_set and buffer.numel():
-                yield buffer
+        yield from (buffer for _, buffer in persistent_buffers_of(submodule) if buffer.numel())
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_ckmerge.buffer.merger import Merger
@@ -30,6 +29,7 @@ from lightning_ckmerge.distributed.comm import together
 from lightning_ckmerge.errors import ArtifactError, ConfigError, TraceError
 from lightning_ckmerge.plugin.evaluate.candidate import SWAPPED, Candidate, EqualValues
 from lightning_ckmerge.plugin.evaluate.validation import Validation
+from lightning_ckmerge.plugin.progress import say
 from lightning_ckmerge.plugin.rank.model import RankModel
 from lightning_ckmerge.plugin.restore.interruptions import InterruptibleComm
 from lightning_ckmerge.plugin.restore.paused_run import PausedRun
@@ -302,7 +302,7 @@ class ScorerMaker:
             self._has_said = True
             named = "; ".join(f"{where}: {reason}" for where, reason in islice(left_out.items(), MAX_NAMED))
             more = f"; and {len(left_out) - MAX_NAMED} more" if len(left_out) > MAX_NAMED else ""
-            rank_zero_info(f"If validation changes these, a search cannot restore them: {named}{more}.")
+            say(self._trainer, f"If validation changes these, a search cannot restore them: {named}{more}.")
 
     def _make_validation(self, paused: PausedRun, candidate: Candidate) -> Validation:
         config = self._settings.evaluation

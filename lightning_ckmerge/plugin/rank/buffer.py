@@ -23,6 +23,8 @@ from lightning_ckmerge.plugin.triggers import finest_segment
 # The parts that differ between faults of one kind: steps, file names, sizes.
 NUMBER = re.compile(r"[\da-f]*\d[\da-f]*")
 MAX_TOLD = 2
+# Of one module buffer: one that changes again, as a memory bank that grows, will go on.
+MAX_CHANGES = 2
 
 
 class RankBuffer:
@@ -56,6 +58,7 @@ class RankBuffer:
         self._model = model
         self._warn = warn
         self._told: Counter[str] = Counter()
+        self._num_changes: Counter[str] = Counter()
         self._place = place
         self._leftovers = Leftovers([], "")
         self._changes: list[str] = []
@@ -142,13 +145,20 @@ class RankBuffer:
     def _start_anew(self, step: int, changes: list[str]) -> None:
         """Rebuild everything that depends on the model's tensors, which are the same on all ranks."""
         is_loss = (self.rolling.first_step() or step) <= step
+        self._num_changes.update(name for name in changes if self._model.ownership.is_buffer(name))
+        growing = [name for name in changes if self._num_changes[name] == MAX_CHANGES]
         with together(self._model.comm):
-            self._model.begin()
+            self._model.begin(left_out=growing)
         self._model.ownership.check_alike()
         with together(self._model.comm):
             self.rolling.start_anew(self._model.layout, step)
         self._changes = []
-        if is_loss:
+        if growing:
+            self._warn(
+                f"The model changed by step {step}: {listed(growing)} changed again. From now on merges leave them "
+                "out, as they are in the latest weights, and the buffer starts again for the last time because of them."
+            )
+        elif is_loss:
             self._warn(
                 f"The model changed by step {step}: {listed(changes)} were added, removed, replaced, resized, cast or "
                 "moved. Older snapshots no longer fit, so the buffer starts again."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from lightning.pytorch import LightningModule
@@ -17,7 +17,7 @@ from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.core.mixing import slerp_tensors
 from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.core.spaces import Space, SpaceName, make_space
-from lightning_ckmerge.distributed.comm import connect, together
+from lightning_ckmerge.distributed.comm import Comm, connect, together
 from lightning_ckmerge.distributed.gather import scatter
 from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.plugin.rank.peft_adapters import Load, find_adapters
@@ -33,6 +33,7 @@ class RankModel:
         space: Bound to the module's tensors, it knows their groups.
         artifact: How adapters are merged.
         bucket_bytes: Most extra memory that a merge takes while ranks send each other their parts.
+        comm: The ranks; ``None``: those of the process group.
 
     Attributes:
         comm: The ranks.
@@ -48,24 +49,34 @@ class RankModel:
     """
 
     def __init__(
-        self, module: LightningModule, space: SpaceName | Space, artifact: ArtifactConfig, bucket_bytes: int
+        self,
+        module: LightningModule,
+        space: SpaceName | Space,
+        artifact: ArtifactConfig,
+        bucket_bytes: int,
+        comm: Comm | None = None,
     ) -> None:
         self._module = module
         self._space = space
         self._artifact = artifact
         self._bucket_bytes = bucket_bytes
-        self.comm = connect()
+        self.comm = comm or connect()
+        self._left_out: set[str] = set()
         self.begin()
 
-    def begin(self) -> None:
+    def begin(self, left_out: Collection[str] = ()) -> None:
         """Look at the module as it is now. A collective.
+
+        Args:
+            left_out: Names of buffers that are averaged no more from now on, the same on all ranks.
 
         Raises:
             ConfigError: As ``find_adapters``.
             UnsupportedError: As ``find_adapters``.
         """
         module = self._module
-        self.ownership = Ownership(module, self.comm, self._bucket_bytes)
+        self._left_out.update(left_out)
+        self.ownership = Ownership(module, self.comm, self._bucket_bytes, self._left_out)
         self.layout = TensorLayout(self.ownership.owned())
         self.local_layout = TensorLayout(self.ownership.local())
         self.space = make_space(self._space).bind(list(self.ownership.shapes))

@@ -2,7 +2,9 @@
 
 - **Signals** with a Python handler, such as SLURM's SIGUSR1, whose handler saves a checkpoint at once. The search ends
   at the next batch, on all ranks, and the handlers are called after it. Ctrl-C needs no deferral: ``KeyboardInterrupt``
-  restores everything on its way. Signals that tell of child processes, of the terminal or of a profiler pass.
+  restores everything on its way. Signals that tell of child processes, of the terminal or of a profiler pass. Those
+  that come again and again, such as a heartbeat's SIGALRM, wait until the search has ended by itself, and are
+  delivered once.
 - **Checkpoints** saved by another thread: it waits, and the search ends at the next batch. Those that the module's own
   validation hooks would save are left out: without a search there would be none.
 - ``trainer.should_stop`` set by another thread: it stays set, while what validation hooks set is put back.
@@ -32,6 +34,8 @@ T = TypeVar("T")
 Handler = Callable[[int, Any], Any]
 
 PASSING = {getattr(signal, name) for name in ("SIGCHLD", "SIGWINCH", "SIGPROF", "SIGVTALRM") if hasattr(signal, name)}
+# These may come again and again, as a heartbeat does: they wait, and end nothing.
+RECURRING = {getattr(signal, name) for name in ("SIGALRM", "SIGIO", "SIGCONT", "SIGURG") if hasattr(signal, name)}
 # A scheduler signals all ranks, but not at one instant. Handlers that save a checkpoint need all ranks at once.
 GRACE_S = 2.0
 POLL_S = 0.01
@@ -84,8 +88,8 @@ class Interruptions:
         """Why the search must end now; ``None`` if it may go on."""
         if not self._may_end_search:
             return None
-        if self._received:
-            name = signal.Signals(self._received[0][0]).name
+        if ending := [signum for signum, _ in self._received if signum not in RECURRING]:
+            name = signal.Signals(ending[0]).name
             return f"{name} arrived; its handler runs once the run's weights are restored"
         return "another thread is saving a checkpoint and waits for the run's weights" if self._waiting else None
 
@@ -115,7 +119,8 @@ class Interruptions:
     def _take(self, handler: Handler, signum: int, frame: Any) -> None:
         """Handle a signal. Whoever has wrapped this meanwhile may call it after the search, too."""
         if self._is_deferring:
-            self._received.append((signum, handler))
+            if signum not in RECURRING or signum not in dict(self._received):
+                self._received.append((signum, handler))
         else:
             handler(signum, frame)
 
@@ -124,11 +129,15 @@ class Interruptions:
         start = time.monotonic()
         while True:
             expired = time.monotonic() - start > GRACE_S
-            answers = self._comm.exchange((sorted(s for s, _ in self._received), expired))
+            answers = self._comm.exchange((self._ending(), expired))
             are_alike = all(received == answers[0][0] for received, _ in answers)
             if are_alike or any(expired for _, expired in answers):
                 return are_alike
             time.sleep(POLL_S)
+
+    def _ending(self) -> list[int]:
+        """The signals that end a search, which ranks must have alike."""
+        return sorted(signum for signum, _ in self._received if signum not in RECURRING)
 
     def _deliver(self) -> None:
         """Call the handlers in the order of their signals; one that raises does not keep the next from its own."""

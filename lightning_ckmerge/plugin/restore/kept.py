@@ -10,6 +10,7 @@ import operator
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable
+from itertools import chain
 from types import CellType, MemberDescriptorType
 from typing import Any
 
@@ -129,14 +130,22 @@ class Elements(Kept):
         self._elements = self._now()
 
     def _differs(self) -> bool:
-        now = self._now()
-        if self._type is set:
-            return len(now) != len(self._elements) or {*map(id, now)} != {*map(id, self._elements)}
-        return not _all_same(now, self._elements)
+        return not _all_same(self._now(), self._elements)
 
     def _write(self) -> None:
-        self._type.clear(self._target)
-        (self._type.update if self._type is set else self._type.extend)(self._target, self._elements)
+        if self._type is set:
+            self._write_set()
+        if self._differs():
+            self._type.clear(self._target)
+            (self._type.update if self._type is set else self._type.extend)(self._target, self._elements)
+
+    def _write_set(self) -> None:
+        """Move as little as may be: the order of a set tells in which one its elements came and went."""
+        saved, now = ({id(e): e for e in elements} for elements in (self._elements, self._now()))
+        for element in (e for i, e in now.items() if i not in saved):
+            set.discard(self._target, element)
+        for element in (e for i, e in saved.items() if i not in now):
+            set.add(self._target, element)
 
     def lend(self, copy_of: Callable[[Any], Any]) -> None:
         """Lend a copy of each element that has one. A set would not know them again."""
@@ -148,19 +157,80 @@ class Elements(Kept):
         return list(self._type.__iter__(self._target))
 
 
+class Nest(Kept):
+    """The contents of many lists, or of many dicts, of the built-in types, looked at together as data in plenty."""
+
+    def __init__(self, where: str, targets: list[Any]) -> None:
+        super().__init__(f"{where}[...]")
+        self._targets, self._is_of_dicts = targets, type(targets[0]) is dict
+        self._lengths, self._items, self._values = self._now()
+
+    def _differs(self) -> bool:
+        lengths, items, values = self._now()
+        return lengths != self._lengths or not (_all_same(items, self._items) and _all_same(values, self._values))
+
+    def _write(self) -> None:
+        start = 0
+        for target, length in zip(self._targets, self._lengths, strict=True):
+            part = slice(start, start + length)
+            start += length
+            items, values = self._items[part], self._values[part]
+            if self._is_of_dicts and not (_all_same(target, items) and _all_same(target.values(), values)):
+                target.clear()
+                target.update(zip(items, values, strict=True))
+            elif not self._is_of_dicts and not _all_same(target, items):
+                target[:] = items
+
+    def _now(self) -> tuple[list[int], list[Any], list[Any]]:
+        values = chain.from_iterable(map(dict.values, self._targets)) if self._is_of_dicts else ()
+        return list(map(len, self._targets)), list(chain.from_iterable(self._targets)), list(values)
+
+
 class Raw(Kept):
-    """The bytes of a ``bytearray`` or an ``array.array``."""
+    """The bytes of a ``bytearray``, an ``array.array``, or an object of ``ctypes``."""
 
     def __init__(self, where: str, target: Any) -> None:
         super().__init__(where)
-        self._type: Any = bytearray if issubclass(type(target), bytearray) else array
-        self._target, self._saved = target, self._type.__getitem__(target, slice(None))
+        self._type: Any = next((base for base in (bytearray, array) if issubclass(type(target), base)), None)
+        self._target = target
+        self._saved: Any = self._now() if self._type is None else self._type.__getitem__(target, slice(None))
 
     def _differs(self) -> bool:
-        return memoryview(self._target).tobytes() != memoryview(self._saved).tobytes()
+        return self._now() != memoryview(self._saved).tobytes()
 
     def _write(self) -> None:
-        self._type.__setitem__(self._target, slice(None), self._saved)
+        if self._type is None:
+            memoryview(self._target).cast("B")[:] = self._saved
+        else:
+            self._type.__setitem__(self._target, slice(None), self._saved)
+
+    def _now(self) -> bytes:
+        return memoryview(self._target).tobytes()
+
+
+class Stream(Kept):
+    """The place in an ``io.BytesIO`` or ``io.StringIO``, and its contents, which are copied only once written to."""
+
+    def __init__(self, where: str, target: Any) -> None:
+        super().__init__(where)
+        self._target = target
+        self._saved = self._now()
+
+    def _differs(self) -> bool:
+        return self._now() != self._saved
+
+    def _write(self) -> None:
+        if self._saved is None or self._target.closed:
+            raise ValueError("it has been closed or opened")
+        content, place = self._saved
+        if self._target.getvalue() != content:
+            self._target.seek(0)
+            self._target.truncate()
+            self._target.write(content)
+        self._target.seek(place)
+
+    def _now(self) -> tuple[Any, int] | None:
+        return None if self._target.closed else (self._target.getvalue(), self._target.tell())
 
 
 class Array(Kept):
@@ -302,7 +372,7 @@ class Setting(Kept):
 
     Args:
         where: Its name.
-        read: Returns the value, or raises ``AttributeError`` or ``ValueError`` if there is none.
+        read: Returns the value, or raises ``AttributeError``, ``ValueError`` or ``LookupError`` if there is none.
         write: Sets a value.
         erase: Takes it away.
     """
@@ -334,8 +404,21 @@ class Setting(Kept):
     def _now(self) -> Any:
         try:
             return self._read()
-        except (AttributeError, ValueError):
+        except (AttributeError, ValueError, LookupError):
             return MISSING
+
+
+class ScriptAttribute(Setting):
+    """What a scripted or traced module holds under one name. Its lists and dicts are made anew at each look."""
+
+    def __init__(self, where: str, target: Any, name: str) -> None:
+        super().__init__(where, lambda: getattr(target, name), lambda value: setattr(target, name, value))
+
+    def _differs(self) -> bool:
+        return not _is_alike(self._now(), self.value)
+
+    def lend(self, copy_of: Callable[[Any], Any]) -> None:
+        """TorchScript holds no iterators."""
 
 
 def slot(where: str, holder: Any, descriptor: MemberDescriptorType) -> Setting:
@@ -392,6 +475,19 @@ def components(tensor: Tensor) -> list[Tensor]:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     raise TypeError(f"a {type(tensor).__name__} of layout {tensor.layout} on {tensor.device}")
+
+
+def _is_alike(a: Any, b: Any) -> bool:
+    """Whether two values of TorchScript, which copies containers but not tensors, are one."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if type(a) in (list, tuple):
+        return len(a) == len(b) and all(map(_is_alike, a, b))
+    if type(a) is dict:
+        return _is_alike(list(a), list(b)) and _is_alike(list(a.values()), list(b.values()))
+    return type(a) in (int, float, str, bool, complex) and bool(a == b)
 
 
 def _all_same(a: Iterable[Any], b: Iterable[Any]) -> bool:

@@ -17,7 +17,7 @@ from lightning_ckmerge.distributed.ownership import Ownership
 from lightning_ckmerge.errors import explain
 from lightning_ckmerge.plugin.restore.bits import same_bits
 from lightning_ckmerge.plugin.restore.randomness import is_same_state, random_state, set_random_state
-from lightning_ckmerge.plugin.restore.run_state import Gradients, keep_run, run_weights
+from lightning_ckmerge.plugin.restore.run_state import Gradients, keep_run, run_data, run_weights
 from lightning_ckmerge.plugin.restore.saved_state import Allowance, SavedState
 
 # What is copied of the run's state and of its data, in bytes of one thing and in all; the rest is summed up. In data
@@ -61,12 +61,12 @@ class PausedRun:
         self.weights = {slot.name: copy for slot, copy in zip(self._layout.slots, copies, strict=True)}
         self._metrics = [m for m in module.modules() if isinstance(m, torchmetrics.Metric)]
         self._random = random_state()
-        self._memory = SavedState(run_weights(module))
+        self._memory = SavedState(run_weights(module), run_data(trainer).values())
         # The module's buffers are copied whatever they take.
         self._memory.take(module, "module", Allowance(*MODULE_ALLOWANCE, buffers=Allowance(sys.maxsize)))
         self._allowance = Allowance(*OTHER_ALLOWANCE)
         keep_run(trainer, self._memory, self._allowance)
-        self._gradients = Gradients(module)
+        self._gradients = Gradients(module, trainer.optimizers)
         return self
 
     @torch.no_grad()

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GENERATORS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+GENERATORS: tuple[Any, ...] = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+GENERATORS += (np.random.BitGenerator, np.random.SeedSequence)
 
 
 def random_state(generators: Sequence[Any] = ()) -> tuple[Any, ...]:
@@ -39,7 +40,11 @@ def set_random_state(state: tuple[Any, ...], generators: Sequence[Any] = ()) -> 
 def generator_state(generator: Any) -> Any:
     """Return the state of one generator of ``GENERATORS``; ``None`` for what has none."""
     if isinstance(generator, np.random.Generator):
-        return generator.bit_generator.state
+        generator = generator.bit_generator
+    if isinstance(generator, np.random.BitGenerator):
+        return generator.state, _num_spawned(getattr(generator, "seed_seq", None))
+    if isinstance(generator, np.random.SeedSequence):
+        return _num_spawned(generator)
     if isinstance(generator, random.Random):
         return None if isinstance(generator, random.SystemRandom) else generator.getstate()
     return generator.get_state()
@@ -48,12 +53,28 @@ def generator_state(generator: Any) -> Any:
 def set_generator_state(generator: Any, state: Any) -> None:
     """Put a generator's state back."""
     if isinstance(generator, np.random.Generator):
-        generator.bit_generator.state = state
+        generator = generator.bit_generator
+    if isinstance(generator, np.random.BitGenerator):
+        generator.state, num_spawned = state
+        _set_num_spawned(getattr(generator, "seed_seq", None), num_spawned)
+    elif isinstance(generator, np.random.SeedSequence):
+        _set_num_spawned(generator, state)
     elif isinstance(generator, random.Random):
         if state is not None:
             generator.setstate(state)
     else:
         generator.set_state(state)
+
+
+def _num_spawned(sequence: Any) -> int | None:
+    return sequence.n_children_spawned if isinstance(sequence, np.random.SeedSequence) else None
+
+
+def _set_num_spawned(sequence: Any, num_spawned: int | None) -> None:
+    """Set how many sequences one has spawned, which NumPy lets be read alone."""
+    if num_spawned is not None and sequence.n_children_spawned != num_spawned:
+        entropy, _, *rest = sequence.__reduce__()[1][2] or sequence.__reduce__()[2]
+        sequence.__setstate__((entropy, num_spawned, *rest))
 
 
 def is_same_state(a: Any, b: Any) -> bool:

@@ -19,18 +19,25 @@ from concurrent.futures import Executor
 from enum import Enum
 from functools import partial
 from multiprocessing.pool import Pool
-from types import CellType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
+from multiprocessing.sharedctypes import SynchronizedBase
+from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributions import Distribution
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_ckmerge.core.holders import is_script
+
 MAX_DEPTH = 12
 MAX_OBJECTS = 300_000
-# Items of longer containers are data.
+# Containers of more items are looked at as a whole, as far as these are plain lists, dicts and tuples themselves.
+NUM_FEW = 256
+MAX_ITEMS = 3_000_000
+# Of one such container, beside plain ones.
 MAX_CONTAINER_LENGTH = 50_000
 LIGHTNING = {"lightning", "pytorch_lightning"}
 # Objects of these packages are not looked into: they hold threads, files, or the run itself.
@@ -38,22 +45,39 @@ OPAQUE_PACKAGES = {"torch", *LIGHTNING, "lightning_ckmerge", "optuna", "numpy"}
 OPAQUE_PACKAGES |= {"aim", "clearml", "comet_ml", "mlflow", "neptune", "tensorboard", "tensorboardX", "wandb"}
 # These show a search as it goes.
 OPAQUE_PACKAGES |= {"rich", "tqdm"}
-STATEFUL = (Dataset, Sampler, DataLoader, Optimizer, LRScheduler, torch.amp.GradScaler, SimpleNamespace)
+STATEFUL: tuple[Any, ...] = (
+    Dataset,
+    Sampler,
+    DataLoader,
+    Optimizer,
+    LRScheduler,
+    torch.amp.GradScaler,
+    SimpleNamespace,
+)
+STATEFUL += (Distribution, SynchronizedBase)
+# A class of one's own may build on theirs, and hold state of its own.
+OPEN_TO_HEIRS = {"torch", "numpy"}
 # Of the standard library, what holds other people's state.
-OPEN_STDLIB = {"__main__", "argparse", "collections", "queue", "types"}
+OPEN_STDLIB = {"__main__", "argparse", "collections", "queue", "types", "weakref", "_weakrefset"}
 ATOMS: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type(...), range, slice, type, Enum)
 ATOMS += (torch.dtype, torch.device, torch.Size, torch.layout, ModuleType)
 
 
 def is_atom(cls: type) -> bool:
     """Whether instances of a class cannot change, or hold none of the run's state."""
-    return issubclass(cls, ATOMS)
+    # Instances of a class of one's own may have attributes, and so may members of an Enum.
+    return issubclass(cls, ATOMS) and (issubclass(cls, type) or not cls.__dictoffset__ or not _is_somebodys(cls))
+
+
+def _is_somebodys(cls: type) -> bool:
+    package = package_of(cls)
+    return package not in OPAQUE_PACKAGES and (package == "__main__" or package not in sys.stdlib_module_names)
 
 
 def is_inert(value: Any) -> bool:
     """Whether a value is plain data that cannot change."""
     cls = type(value)
-    return is_atom(cls) or (cls is tuple and all(is_atom(type(item)) for item in value))
+    return is_atom(cls) or (cls in (tuple, frozenset) and all(is_atom(type(item)) for item in value))
 
 
 def is_looked_into(cls: type) -> bool:
@@ -71,7 +95,7 @@ def is_looked_into(cls: type) -> bool:
     of_lightning = {base.__name__ for base in cls.__mro__ if package_of(base) in LIGHTNING}
     if "Callback" in of_lightning:
         return "ProgressBar" not in of_lightning and "lightning_ckmerge" not in packages
-    return packages.isdisjoint(OPAQUE_PACKAGES)
+    return package_of(cls) not in OPAQUE_PACKAGES and packages.isdisjoint(OPAQUE_PACKAGES - OPEN_TO_HEIRS)
 
 
 def has_workers(value: Any) -> bool:
@@ -113,7 +137,7 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
     """Return an object's own ``__dict__``, past its ``__getattr__``; ``None`` if it has none."""
     try:
         own = object.__getattribute__(value, "__dict__")
-    except AttributeError:
+    except Exception:  # a property of the user's own stands in its place
         return None
     return own if type(own) is dict else None
 
@@ -123,6 +147,26 @@ def slots_of(cls: type) -> Iterator[tuple[str, MemberDescriptorType]]:
     for base in cls.__mro__:
         if "__slots__" in vars(base):
             yield from ((n, d) for n, d in vars(base).items() if type(d) is MemberDescriptorType)
+
+
+def named_globals(cls: type) -> Iterator[tuple[str, Any]]:
+    """Return the globals that the functions of a class, and of its own bases, name."""
+    for base in cls.__mro__:
+        for function in vars(base).values() if _is_somebodys(base) else ():
+            function = getattr(function, "__func__", getattr(function, "fget", function))
+            if type(function) is not FunctionType:
+                continue
+            codes = [function.__code__]
+            for code in codes:  # which grows
+                codes += [c for c in code.co_consts if type(c) is CodeType]
+                found = function.__globals__
+                yield from ((f"{function.__module__}.{n}", found[n]) for n in code.co_names if n in found)
+
+
+def script_attributes(module: Any) -> list[str]:
+    """Return the names of what a scripted module holds beside parameters and submodules; a traced one has none."""
+    concrete = getattr(module, "_concrete_type", None)
+    return [] if concrete is None else list(concrete.get_attributes())
 
 
 def named_modules(module: nn.Module, where: str) -> Iterator[tuple[str, nn.Module]]:
@@ -135,5 +179,8 @@ def named_modules(module: nn.Module, where: str) -> Iterator[tuple[str, nn.Modul
             continue
         seen.add(id(current))
         yield path, current
-        children = (attributes_of(current) or {}).get("_modules") or {}
+        own = attributes_of(current) or {}
+        children: Any = current._modules if is_script(current) else own.get("_modules") or {}
+        if "_actual_script_module" in own:  # a traced module's, which takes attributes in its place
+            stack.append((path, own["_actual_script_module"]))
         stack += [(f"{path}.{name}", child) for name, child in children.items()]
