@@ -264,7 +264,7 @@ class MergeSettings:
         objectives: The metrics to search by, at least one; charts and ``save_top_k`` go by the first.
         triggers: Conditions that make a search due.
         dirpath: Where artifacts go; ``None``: beside the logger's files.
-        save_top_k: Artifacts kept, by value; -1: all, 0: records only.
+        save_top_k: Artifacts that keep their weights, by value; -1: all, 0: none.
         buffer: Contents and place of the buffer.
         search: How a search spends its trials.
         evaluation: The data that score candidates.

@@ -98,10 +98,10 @@ class Artifact:
         """
         if not self.has_weights:
             verdict = self.manifest["verdict"]
-            why = "its search was rejected" if verdict["status"] == "rejected" else "`save_top_k` kept better artifacts"
+            why = "its search was rejected" if verdict["status"] == "rejected" else "`save_top_k` did not keep them"
             raise ArtifactError(
                 f"an artifact must hold weights to be loaded, got the record {self.path}: {why} "
-                f"({verdict['sentence']}). Load another artifact, or continue with the latest weights."
+                f"({verdict['sentence'].rstrip('.')}). Load another artifact, or continue with the latest weights."
             )
         # Reviewing artifacts needs no torch, which takes seconds to import.
         from lightning_ckmerge.tensorfiles.reader import StoredWeights

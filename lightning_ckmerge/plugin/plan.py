@@ -274,9 +274,13 @@ def _num_parameters(model: RankModel) -> int:
 
 
 def _num_models(settings: MergeSettings) -> int:
-    """Return the copies of the model on disk: in each format, of the artifacts kept, and of one being published."""
+    """Return the copies of the model on disk, in each format: of the artifacts kept, and of one being published.
+
+    Kept are `save_top_k` of them, or ``best``, and an unconfirmed one.
+    """
     num_copies = len(set(settings.artifact.formats) | {"safetensors"}) + MAX_SHOWN * settings.has_several
-    return (max(1, settings.save_top_k) + 1) * num_copies
+    num_kept = 1 if settings.save_top_k == 0 else max(1, settings.save_top_k) + 1
+    return (num_kept + 1) * num_copies
 
 
 def _adapters(settings: MergeSettings, model: RankModel) -> str | None:

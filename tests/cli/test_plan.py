@@ -28,7 +28,7 @@ def test_a_plan_counts_what_the_run_will_take(tmp_path: Path) -> None:
     # Two segments in progress; twice the buffer, a pair being pooled, and what the last two checkpoints hold.
     assert plan["buffer_memory"] == 2 * MODEL_BYTES
     assert plan["search_memory"] == MODEL_BYTES + 256_000_000
-    assert plan["disk"] == (2 * 4 + 2 + 2) * MODEL_BYTES + 3 * MODEL_BYTES
+    assert plan["disk"] == (2 * 4 + 2 + 2) * MODEL_BYTES + 4 * MODEL_BYTES
     assert (plan["search_batches"], plan["confirm_batches"]) == (20, 20)
     assert plan["evaluations"] == 20 * (10 + 3) + 3 * 20
     assert plan["free_disk"] > 0
