@@ -40,16 +40,20 @@ class ArtifactStore:
             -1: all. ``best`` stays in any case, and so does the record of a search without weights. Unless it is 0, a
             newest merge that is unconfirmed stays, too: until a newer one, or until one is accepted.
         max_shard_size: Bytes above which weights are split over several files.
+        keeps_newest: Whether the newest merge stays in any case, as though it were unconfirmed.
 
     Attributes:
         removed: Names of the artifacts that the last ``publish`` has removed, on rank 0.
     """
 
-    def __init__(self, dirpath: Path, *, mode: Mode, save_top_k: int, max_shard_size: int) -> None:
+    def __init__(
+        self, dirpath: Path, *, mode: Mode, save_top_k: int, max_shard_size: int, keeps_newest: bool = False
+    ) -> None:
         self.dirpath = dirpath
         self.mode: Mode = mode
         self.save_top_k = save_top_k
         self.max_shard_size = max_shard_size
+        self.keeps_newest = keeps_newest
         self.removed: list[str] = []
 
     def keeps_weights(self, manifest: Manifest) -> bool:
@@ -61,7 +65,7 @@ class ArtifactStore:
         status = manifest["verdict"]["status"]
         if status == "rejected" or self.save_top_k == 0:
             return False
-        if status == "unconfirmed":
+        if status == "unconfirmed" or self.keeps_newest:
             return True
         own_rank = self._rank(manifest, manifest)
         better = [a for a in self._ranked(manifest) if self._rank(a.manifest, manifest) <= own_rank]
@@ -231,12 +235,12 @@ class ArtifactStore:
                 _lend(shared, accepted[0].path)
 
     def _undecided(self, published: Artifact) -> Path | None:
-        """Return the newest merge, if it is unconfirmed: more data may yet accept it."""
+        """Return the newest merge, if it is unconfirmed: more data may yet accept it. Or if it is kept anyway."""
         own = [a for a in self._found() if _measured(a.manifest) == _measured(published.manifest)]
         # After a resume from an earlier checkpoint, the newest is not that of the highest step.
         statuses = [(a.manifest["verdict"]["status"], a.path) for a in [*own, published]]
         status, path = next(((s, p) for s, p in reversed(statuses) if s != "rejected"), ("", None))
-        return path if status == "unconfirmed" else None
+        return path if status == "unconfirmed" or self.keeps_newest else None
 
     def _retain(self, ranked: Sequence[Artifact], undecided: Path | None) -> None:
         self.removed = []

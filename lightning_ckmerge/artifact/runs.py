@@ -179,6 +179,11 @@ class DirectoryLock:
             self._descriptor = None
 
 
+def home_of(base: Path, run_id: str) -> Path | None:
+    """Return the directory of a run at or below ``base``; ``None`` if it has been nowhere there."""
+    return _find_home(base, run_id, ())
+
+
 def is_alive(dirpath: Path) -> bool:
     """Whether a living run has the directory."""
     lock = DirectoryLock.acquire(dirpath)

@@ -43,6 +43,7 @@ class Publisher:
         trainer: The Trainer.
         place: Where artifacts go.
         model: Where merges are, as all ranks publish them.
+        keeps_newest: Whether the newest accepted merge keeps its weights beside better ones: somebody waits for it.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class Publisher:
         trainer: Trainer,
         place: Place,
         model: RankModel,
+        *,
+        keeps_newest: bool = False,
     ) -> None:
         config, objective = settings.artifact, settings.objectives[0]
         self._trainer = trainer
@@ -73,6 +76,7 @@ class Publisher:
             # The artifact to apply has to stay until then.
             save_top_k=max(settings.save_top_k, 1) if self._applies_last else settings.save_top_k,
             max_shard_size=parse_size(config.max_shard_size),
+            keeps_newest=keeps_newest,
         )
         if self._comm.rank == 0 and place.source == place.dirpath:
             with contextlib.suppress(CkmergeError, OSError):  # the next accepted merge tries again
