@@ -352,4 +352,6 @@ def help_on(path: Path) -> str | None:
     if not found:
         return None
     rest = f" and {len(found) - NUM_HELPED} more" if len(found) > NUM_HELPED else ""
+    if len(found) == 1:
+        return f"It contains the run {found[0]}: pass that."
     return f"It contains the runs {', '.join(map(str, found[-NUM_HELPED:]))}{rest}: pass one of them."

@@ -99,6 +99,16 @@ def value_told(value: float, among: Sequence[float] = ()) -> str:
     return _number(value, finest, widest)
 
 
+def amount_told(value: float) -> str:
+    """Return an amount to three digits, without exponents.
+
+    >>> amount_told(18432.7), amount_told(999.6), amount_told(51.62), amount_told(0.0)
+    ('18400', '1000', '51.6', '0')
+    """
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:.0f}" if abs(rounded) >= 1000 else f"{rounded:.3g}"
+
+
 def _number(value: float, change: float, widest: float | None = None) -> str:
     """Return ``value`` to two digits of ``change``."""
     widest = abs(value) if widest is None else widest
