@@ -104,7 +104,8 @@ class SavedState:
         self._lent: dict[int, Any] = {}  # iterators, and what carries them
         self._weights = {id(w) for w in weights}
         self._seen: dict[int, Any] = {}
-        self._shared = {id(held): held for held in held_by_other_threads()}
+        # An empty tuple, say, is one object for everybody.
+        self._shared = {id(held): held for held in held_by_other_threads() if not is_inert(held)}
 
     def take(self, value: Any, where: str, allowance: Allowance, depth: int = 0) -> None:
         """Remember ``value`` and what it holds, as far as it is state and not code, data or machinery."""
