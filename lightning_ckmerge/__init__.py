@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_ckmerge.core.spaces import Decay, Grouped, Interval, Pairwise, Space, Window
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
     from lightning_ckmerge.plugin.offline.search import search_checkpoints
+    from lightning_ckmerge.plugin.offline.study import study_checkpoints
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ _HOMES = {
     "Window": "core.spaces",
     "load_merged": "artifact.load",
     "search_checkpoints": "plugin.offline.search",
+    "study_checkpoints": "plugin.offline.study",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "Window",
     "load_merged",
     "search_checkpoints",
+    "study_checkpoints",
 ]
 
 

@@ -68,7 +68,7 @@ class SearchJob:
         training_s: Seconds of training so far, searches not counted.
         previous: Coordinates of the previous search's optimum.
         validated: Step and value of the run's own validations, at least over its last third.
-        searched: Step and value of the latest weights of its earlier searches, on the confirmation half, likewise.
+        searched: Step and value of its earlier searches' latest weights over that third, on the confirmation half.
         notes: What people should know of the moment of this search; they lead the verdict's warnings.
         journal: The journal file that is used where ``search.storage`` is ``None``.
         shared: Other processes may work on this search at the same time.
@@ -116,7 +116,7 @@ def join_search(job: SearchJob) -> int:
 
     Raises:
         SearchError: As ``run_search``.
-        MonitorError: Likewise.
+        MonitorError: As ``run_search``.
     """
     num_scored = 0
 

@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,7 @@ ROWS = {
     "search": 4,
     "buffer": 4,
     "distributed": 4,
+    "pilot": 5,
     "pipeline": 5,
     "artifact": 5,
     "report": 5,
@@ -32,6 +33,24 @@ ROWS = {
     "__init__": 8,
     "__main__": 9,
 }
+# Within the plugin, from the bottom: a run is paused, its ranks hold it, candidates are scored, results are published.
+PLUGIN_ROWS = {
+    "progress": 0,
+    "clock": 0,
+    "triggers": 0,
+    "dirpath": 0,
+    "restore": 1,
+    "rank": 2,
+    "evaluate": 3,
+    "publish": 4,
+    "strategies": 4,
+    "plan": 5,
+    "run": 6,
+    "callback": 7,
+    "offline": 8,
+    "__init__": 9,
+}
+MAX_DOORS = 16
 HOMES = {
     "jinja2": {"report"},
     "jsonschema": {"artifact"},
@@ -119,6 +138,26 @@ def test_arrows_point_down(path: Path) -> None:
             assert other == room or ROWS[other] < ROWS[room], f"{room} must not import {name}"
 
 
+@pytest.mark.parametrize("path", [p for p in MODULES if room_of(p) == "plugin"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_between_the_plugins_rooms_point_down(path: Path) -> None:
+    def room(parts: Sequence[str]) -> str:
+        return parts[0] if parts else "__init__"
+
+    own = room(path.relative_to(ROOT / "plugin").with_suffix("").parts)
+    prefix = f"{PACKAGE}.plugin."
+    for name in (n for n in imported(parse(path)) if n.startswith(prefix)):
+        other = room(name.removeprefix(prefix).split("."))
+        assert other == own or PLUGIN_ROWS[other] < PLUGIN_ROWS[own], f"{own} must not import {name}"
+
+
+def test_no_room_has_too_many_doors() -> None:
+    """About a dozen modules and rooms are as many as one remembers."""
+    rooms = [p.parent for p in MODULES if p.name == "__init__.py"]
+    entries = {room: [p for p in room.iterdir() if p in MODULES or p in rooms] for room in rooms}
+    doors = {room.name: len([p for p in found if p.name != "__init__.py"]) for room, found in entries.items()}
+    assert {room: num for room, num in doors.items() if num > MAX_DOORS} == {}
+
+
 @modules
 def test_what_is_imported_from_the_house_is_there(path: Path) -> None:
     """Imports within functions run late, and no linter follows them."""
@@ -141,7 +180,7 @@ def defines(module: str, name: str) -> bool:
 
 
 @modules
-def test_each_heavy_dependency_has_one_home(path: Path) -> None:
+def test_each_dependency_is_at_home_where_it_is_imported(path: Path) -> None:
     for name in imported(parse(path)):
         package = name.partition(".")[0]
         if package != PACKAGE and package not in sys.stdlib_module_names:

@@ -27,6 +27,7 @@ NAMES = [
     "Window",
     "load_merged",
     "search_checkpoints",
+    "study_checkpoints",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Commands that read the user's LightningCLI config: ``plan``, ``search``."""
+"""Commands that read the user's LightningCLI config: ``plan``, ``search``, ``study``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_ckmerge.cli.options import Json, Key
 
 if TYPE_CHECKING:
     from lightning_ckmerge.config import MergeSettings
-    from lightning_ckmerge.plugin.cli_config import Configured
+    from lightning_ckmerge.plugin.offline.config import Configured
     from lightning_ckmerge.plugin.plan import Plan
 
 ModelClass = Annotated[
@@ -27,6 +27,12 @@ ModelClass = Annotated[
 DataClass = Annotated[
     str | None, typer.Option("--data-class", help="Import path of the datamodule, where the config leaves it out.")
 ]
+
+Monitor = Annotated[str | None, typer.Option("--monitor", help="Metric, in place of the config's.")]
+ModeOption = Annotated[
+    str | None, typer.Option("--mode", help="min if lower is better, max if higher is; in place of the config's.")
+]
+Last = Annotated[int | None, typer.Option("--last", help="Use the newest so many checkpoints.")]
 
 
 def plan(
@@ -69,14 +75,12 @@ def search(
     worker: Annotated[
         bool, typer.Option("--worker", help="Help the process that was started without this, on another device.")
     ] = False,
-    monitor: Annotated[str | None, typer.Option("--monitor", help="Metric, in place of the config's.")] = None,
-    mode: Annotated[
-        str | None, typer.Option("--mode", help="min if lower is better, max if higher is; in place of the config's.")
-    ] = None,
+    monitor: Monitor = None,
+    mode: ModeOption = None,
     n_trials: Annotated[
         int | None, typer.Option("--n-trials", help="Number of sampler trials, in place of the config's.")
     ] = None,
-    last: Annotated[int | None, typer.Option("--last", help="Use the newest so many checkpoints.")] = None,
+    last: Last = None,
     model_class: ModelClass = None,
     data_class: DataClass = None,
     key: Key = None,
@@ -128,6 +132,65 @@ def search(
         raise typer.Exit(FOUND)
 
 
+def study(
+    checkpoints: Annotated[Path, typer.Argument(metavar="DIR", help="Directory with the run's checkpoints.")],
+    config: Annotated[Path, typer.Option("--config", help="The LightningCLI config of the run.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the study goes; one that is there goes on.")] = Path(
+        "study"
+    ),
+    max_evaluations: Annotated[
+        int | None, typer.Option("--max-evaluations", help="Most evaluations; without, all pairs are scored.")
+    ] = None,
+    monitor: Monitor = None,
+    mode: ModeOption = None,
+    last: Last = None,
+    model_class: ModelClass = None,
+    data_class: DataClass = None,
+    key: Key = None,
+    as_json: Json = False,
+) -> None:
+    """Find out which checkpoints of a run to merge, how many, and how, by its own validation.
+
+    Scores all pairs of checkpoints, uniform means of the newest, and places along pairs, also past their ends and on
+    great circles (SLERP). Writes study.json and study.html, and names a config of the callback. The number of
+    evaluations is told before it begins. Stopped and started again, it goes on.
+
+    \b
+    Examples:
+      ckmerge study checkpoints/ --config run.yaml
+      ckmerge study checkpoints/ --config run.yaml --last 20 --max-evaluations 100 --out study-20
+    """
+    with _quietly():
+        from lightning_ckmerge.checkpoints.formats import run_sources
+        from lightning_ckmerge.plugin.offline.scoring import ALONE
+        from lightning_ckmerge.plugin.offline.study import PAGE_NAME, STUDY_NAME, planned, study_sources
+
+        configured = _build(config, model_class, data_class, ALONE)
+        settings = replace(_monitoring(_settings(configured, config)[0], monitor, mode), on_error="raise")
+        sources = run_sources([checkpoints], key, last)
+        with progress("Studying", None) as advance:
+            found = study_sources(
+                configured.trainer,
+                configured.module,
+                {"datamodule": configured.datamodule},
+                settings,
+                sources,
+                out.absolute(),
+                max_evaluations=max_evaluations,
+                on_planned=lambda plan, num_known: typer.echo(planned(plan, num_known), err=True),
+                on_evaluated=advance,
+            )
+    if as_json:
+        print_json({"study": str(out / STUDY_NAME), "page": str(out / PAGE_NAME), **found})
+        return
+    shown = console()
+    for name in ("what", "which", "how_many", "how", "limits"):
+        if found["advice"][name]:
+            shown.print(found["advice"][name] + "\n")
+    shown.print(found["advice"]["yaml"])
+    shown.print(f"\npage: {out / PAGE_NAME}")
+
+
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Import from the working directory as ``python -m`` does, and keep standard output for the command's own words."""
@@ -151,7 +214,7 @@ def _build(
     import yaml
 
     from lightning_ckmerge.errors import ConfigError
-    from lightning_ckmerge.plugin.cli_config import build
+    from lightning_ckmerge.plugin.offline.config import build
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))

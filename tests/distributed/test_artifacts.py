@@ -25,7 +25,7 @@ from lightning_ckmerge.core.spaces import Grouped
 from lightning_ckmerge.distributed.comm import Ranks
 from lightning_ckmerge.distributed.gather import GatheredWeights, scatter
 from lightning_ckmerge.errors import PeerError
-from lightning_ckmerge.tensorfiles.writer import HashedFile
+from lightning_ckmerge.tensorfiles.writer import ShardWriter
 from tests.support.outcomes import LocalWeights
 from tests.support.rank_runs import Classifier, fit, make_rank_merge, points, published
 from tests.support.ranks import RankPool
@@ -98,7 +98,7 @@ def test_files_equal_those_of_one_process(
 def failing_write(directory: str) -> tuple[str, str]:
     """The disk of rank 1 is full in its second shard; it goes on gathering."""
     comm = Ranks()
-    original, count = HashedFile.write, 0
+    original, count = ShardWriter._append, 0
 
     def failing(self: Any, data: Any) -> None:
         nonlocal count
@@ -107,7 +107,7 @@ def failing_write(directory: str) -> tuple[str, str]:
             raise OSError(errno.ENOSPC, "full")
         original(self, data)
 
-    HashedFile.write = failing  # type: ignore[method-assign]
+    ShardWriter._append = failing  # type: ignore[method-assign]
     try:
         write_weights(Path(directory), GatheredWeights(make_model("fsdp2"), comm), 3000, comm)
     except OSError as error:
@@ -116,7 +116,7 @@ def failing_write(directory: str) -> tuple[str, str]:
     except PeerError as error:
         return type(error).__name__, comm.exchange("well")[0]
     finally:
-        HashedFile.write = original  # type: ignore[method-assign]
+        ShardWriter._append = original  # type: ignore[method-assign]
         comm.close()
     return "nothing", ""
 

@@ -180,7 +180,7 @@ def test_weights_that_hooks_swap_in_are_not_scored(name: str, tmp_path: Path) ->
     assert_measured(run)
     (manifest,) = manifests(merges_dir(run))
     assert len({t["search"]["value"] for t in (*manifest["anchors"], *manifest["trials"])}) > 3
-    assert any("Validation's own hooks" in w for w in manifest["verdict"]["warnings"])
+    assert any("A validation hook swaps in other weights" in w for w in manifest["verdict"]["warnings"])
 
 
 @pytest.mark.parametrize("how", ["pointer", "exchange", "parameters"])

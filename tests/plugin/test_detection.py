@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -59,7 +60,36 @@ def val() -> DataLoader[Any]:
     return points_loader(train=False, noise="own", shuffle=True, generator=generator)
 
 
-CASE = Case(val=val, merge={"every_n_train_steps": 4}, trainer={"max_epochs": 1})
+class Counting(pl.LightningDataModule):
+    """Adds noise to each batch by how many have passed."""
+
+    num_batches = 0
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return points_loader(train=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return val()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.num_batches += 1
+        return batch[0] + 0.001 * self.num_batches, batch[1]
+
+
+class Writes(pl.Callback):
+    """Leaves a file at the end of each validation, which nobody takes away again."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        dirpath = Path(trainer.default_root_dir, "checkpoints")
+        dirpath.mkdir(parents=True, exist_ok=True)
+        torch.save({}, dirpath / f"heard-{len(list(dirpath.glob('heard-*')))}.ckpt")
+
+
+def writes() -> list[pl.Callback]:
+    return [Writes()]
+
+
+CASE = Case(datamodule=Counting, callbacks=writes, merge={"every_n_train_steps": 4}, trainer={"max_epochs": 1})
 
 
 def test_with_all_parts_in_place_nothing_is_noticed(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ckmerge.artifact.timeline import read_timeline
 from tests.plugin.test_lifecycle import searching
-from tests.support.bitwise import Case, Run, compare_runs, fit, merge_callbacks, merges_dir
+from tests.support.bitwise import Case, Run, compare_runs, fit, merges_dir
 from tests.support.models import Classifier
-from tests.support.trainers import make_merge
+from tests.support.trainers import make_merge, merge_callbacks
 
 Outside = Callable[["Interrupted"], None]
 
@@ -165,7 +165,7 @@ def test_what_a_hook_of_validation_asks_for_in_a_search_is_not_done(tmp_path: Pa
             thread.start()
             thread.join()
 
-    merged = train(tmp_path / "merged", outside, expected=["Validation hooks save a checkpoint"])
+    merged = train(tmp_path / "merged", outside, expected=["A validation hook saves checkpoints"])
     plain = fit(Case(model=partial(Interrupted, outside)), tmp_path / "plain", [Keeps()])
     compare_runs(plain, merged)
     assert not (tmp_path / "hook.ckpt").exists()

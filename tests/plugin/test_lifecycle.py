@@ -206,7 +206,9 @@ def test_a_mode_against_the_metric_object_is_refused(sanity: int, arguments: dic
     """In the sanity check where there is one; without, no search publishes."""
     case = Case(model=Renamed, trainer={"num_sanity_val_steps": sanity})
     merge = make_merge(**arguments)
-    with pytest.raises(ConfigError, match="got 'min' for 'quality', of which higher values are better as torchmetrics"):
+    with pytest.raises(
+        ConfigError, match="got 'min' for 'quality', for which higher is better according to torchmetrics"
+    ):
         fit(case, tmp_path, [merge])
     assert not list(tmp_path.rglob("manifest.json"))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from queue import Empty
@@ -15,6 +17,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 240
+# What the others may take to fail in their turn.
+GRACE_S = 10
 
 
 def forkserver() -> Any:
@@ -44,18 +48,27 @@ class RankPool:
             self._start()
         for inbox in self._inboxes:
             inbox.put((function, args, timeout_s))
-        answers = []
-        for rank, outbox in enumerate(self._outboxes):
-            try:
-                answers.append(outbox.get(timeout=timeout_s + 20))
-            except Empty:
-                self.stop()
-                raise RankError(f"rank {rank} hung or died; its stacks are on stderr") from None
-        failures = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+        answers = self._collect(timeout_s)
+        failures = [f"rank {rank}:\n{answer[1]}" for rank, answer in answers.items() if not answer[0]]
+        silent = sorted(set(range(self.world_size)) - answers.keys())
+        failures += [f"rank {rank} hung or died; its stacks are on stderr" for rank in silent]
         if failures:
             self.stop()  # a collective may be half done
             raise RankError("\n".join(failures))
-        return [value for _, value in answers]
+        return [answers[rank][1] for rank in range(self.world_size)]
+
+    def _collect(self, timeout_s: float) -> dict[int, tuple[bool, Any]]:
+        """Return the ranks' answers; once one has failed, the others may never answer."""
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + timeout_s + 20
+        while len(answers) < self.world_size and time.monotonic() < deadline:
+            for rank, outbox in enumerate(self._outboxes):
+                if rank not in answers:
+                    with contextlib.suppress(Empty):
+                        answers[rank] = outbox.get(timeout=0.02)
+                        if not answers[rank][0]:
+                            deadline = min(deadline, time.monotonic() + GRACE_S)
+        return answers
 
     def stop(self) -> None:
         """End the processes; the next ``run`` starts new ones."""

@@ -74,7 +74,7 @@ class CandidateScorer:
         self._begin = begin
         self._recalibrate_batches = recalibrate_batches
         self._equal = EqualValues(monitor)
-        self._tolerance = tolerance
+        self.tolerance = tolerance
 
     def score(self, c: Coefficients, half: Half, keep_going: KeepGoing | None = None) -> Score:
         """Return a candidate's score; arguments are those of ``search.problem.Evaluate``.
@@ -85,17 +85,16 @@ class CandidateScorer:
             FinalError: Validation does not score the weights that are published.
         """
         self.load(c)
-        score = self._validation.run(half, keep_going)
-        if half == "search":
-            self._equal.take(self._candidate.weights, score)
-        return score
+        return self._run(half, keep_going)
+
+    def score_written(self, write: Callable[[], None], half: Half) -> Score:
+        """Return the score of the weights that ``write`` writes into the live tensors; it may be called again."""
+        self._put(write)
+        return self._run(half)
 
     def load(self, c: Coefficients) -> None:
         """Put a merge in place of the live weights; everything else is as it was when the search began."""
-        self._begin()
-        self._candidate.put(lambda: self._write(c))
-        if self._recalibrate_batches:
-            self._validation.recalibrate(self._recalibrate_batches)
+        self._put(lambda: self._write(c))
 
     def gradient(self, c: Coefficients) -> dict[str, Any]:
         """Return each group's inner products ``(K, K)`` of snapshots and derivatives at ``c``, over all ranks.
@@ -130,7 +129,7 @@ class CandidateScorer:
         self._candidate.put(read)
         again = self._validation.run(half, keep_going=lambda values_B, sizes_B: False)
         pairs = [(_first(a), _first(b)) for a, b in zip(recorded.objectives, again.objectives, strict=True)]
-        if not all(math.isclose(a, b, rel_tol=self._tolerance, abs_tol=1e-9) for a, b in pairs):
+        if not all(math.isclose(a, b, rel_tol=self.tolerance, abs_tol=1e-9) for a, b in pairs):
             raise ArtifactError(
                 "an artifact must score as its candidate did, but read back from the disk it has "
                 f"{', '.join(f'{b:.9g} instead of {a:.9g}' for a, b in pairs)} on the first batch of the {half} half. "
@@ -149,6 +148,18 @@ class CandidateScorer:
     def notes(self) -> list[str]:
         """Return warnings about the evaluations so far."""
         return [*[SWAPPED] * self._candidate.was_swapped, *self._equal.notes()]
+
+    def _put(self, write: Callable[[], None]) -> None:
+        self._begin()
+        self._candidate.put(write)
+        if self._recalibrate_batches:
+            self._validation.recalibrate(self._recalibrate_batches)
+
+    def _run(self, half: Half, keep_going: KeepGoing | None = None) -> Score:
+        score = self._validation.run(half, keep_going)
+        if half == "search":
+            self._equal.take(self._candidate.weights, score)
+        return score
 
     def _own_gradient(self, c: Coefficients) -> dict[str, Tensor]:
         self.load(c)

@@ -33,7 +33,7 @@ class GradientRecorder(BatchRecorder):
     Args:
         monitor: The metric.
         padding: As for ``BatchRecorder``.
-        comm: Likewise.
+        comm: The ranks, which score their shares of the batches together.
         parameters: By which to differentiate; all of them need gradients.
     """
 

@@ -25,8 +25,7 @@ from lightning_ckmerge.core.layout import as_real
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.wording import listed
 from lightning_ckmerge.errors import ArtifactError, ConfigError
-from lightning_ckmerge.pipeline import Scorer
-from lightning_ckmerge.plugin.evaluate.scorer import ScorerMaker
+from lightning_ckmerge.plugin.evaluate.scorer import CandidateScorer, ScorerMaker
 from lightning_ckmerge.plugin.rank.model import RankModel
 from lightning_ckmerge.tensorfiles.durable import file_record
 
@@ -137,7 +136,7 @@ class CheckpointScoring:
         self.step = sources[-1].step
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[Scorer]:
+    def paused(self) -> Iterator[CandidateScorer]:
         """Yield their scorer; the module and all else are the same afterwards.
 
         Raises:

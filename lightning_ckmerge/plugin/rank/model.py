@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.config import AdapterMerge, ArtifactConfig
 from lightning_ckmerge.core.layout import TensorLayout
+from lightning_ckmerge.core.merge import merge_tensor
+from lightning_ckmerge.core.mixing import slerp_tensors
 from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.core.spaces import Space, SpaceName, make_space
 from lightning_ckmerge.distributed.comm import connect, together
@@ -98,13 +101,34 @@ class RankModel:
 
         def load(c: Coefficients) -> None:
             merger.merge(c)
-            self.comm.exchange(None)  # no rank has failed: publishing cannot be left half done
-            self.ownership.publish()
-            self.ownership.settle()
+            self._publish()
 
         if self.adapters is None:
             return contextlib.nullcontext(load)
         return self.adapters.merging(load, len(merger.snapshots_K))
+
+    def slerp(self, merger: Merger, older: int, newer: int, lam: float) -> None:
+        """Write the point at ``lam`` on the great circle between two snapshots into the module, tensor by tensor.
+
+        Buffers, such as BatchNorm's statistics, are no directions: they are merged along the straight line.
+
+        Args:
+            merger: Holds the snapshots.
+            older: Place of the one at ``lam`` 0.
+            newer: Place of the one at ``lam`` 1.
+            lam: Below 0 and above 1 the circle goes on.
+
+        Source:
+            Shoemake 1985, as mergekit's documentation applies it to models.
+        """
+        pair = [[t.detach().cpu() for t in merger.snapshots_K[k].tensors] for k in (older, newer)]
+        with torch.no_grad():
+            for slot, target, a, b in zip(self.layout.slots, self.live(), *pair, strict=True):
+                if slot.role == "parameter":
+                    target.copy_(slerp_tensors(a, b, lam))
+                else:
+                    merge_tensor(target, [a.to(target.device), b.to(target.device)], [1 - lam, lam], slot.role)
+        self._publish()
 
     def load(self, artifact: Artifact) -> None:
         """Load an artifact's weights into the module, on all ranks. Which weights are better is the caller's to say."""
@@ -119,3 +143,8 @@ class RankModel:
             scatter(self._module, artifact.tensors())
         else:
             load_merged(artifact, self._module, verify=False)
+
+    def _publish(self) -> None:
+        self.comm.exchange(None)  # nobody has failed: publishing cannot be left half done
+        self.ownership.publish()
+        self.ownership.settle()

@@ -69,7 +69,7 @@ class Allowance:
 
     Args:
         each: Bytes of one tensor or array.
-        total: Bytes of all; ``None``: likewise.
+        total: Bytes of all; ``None``: as many as of one.
         buffers: Of modules' own buffers; ``None``: they count as others do.
     """
 
