@@ -208,7 +208,7 @@ def _levels(manifest: Manifest, y: Axis) -> list[Level]:
                 label_y = y.at(value) + LABEL_HEIGHT
             taken.append(label_y)
         levels.append(Level(y=y.at(value), hint=f"{name}: {number(value)}", label=name, label_y=label_y))
-    return levels
+    return sorted(levels, key=lambda level: level.label_y is not None)  # no other line is drawn over a name
 
 
 def _values(candidates: Sequence[dict[str, Any]]) -> list[float]:

@@ -13,8 +13,8 @@ from lightning_ckmerge.pilot.ledger import Ledger
 from lightning_ckmerge.pilot.plan import make_plan
 from lightning_ckmerge.pilot.study import run_study
 from lightning_ckmerge.report.study import render_study_html
-from tests.support.quadratic import CIRCLING, Quadratic
 from tests.support.browser import find_browser, visit
+from tests.support.quadratic import CIRCLING, Quadratic
 
 BROWSER = find_browser()
 OVERFLOW = "document.documentElement.scrollWidth - innerWidth"
