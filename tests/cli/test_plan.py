@@ -128,7 +128,7 @@ def test_a_config_that_cannot_be_read_is_an_error_with_its_remedy(
 @pytest.mark.parametrize(("num", "is_told"), [(2, True), (9, True), (10, False), (None, False)])
 def test_too_few_batches_for_a_verdict_are_foretold(tmp_path: Path, num: int | None, is_told: bool) -> None:
     found = plan_of(write_config(tmp_path, evaluation={"limit_batches": num}))["warnings"]
-    assert any("A verdict needs 5 batches" in w for w in found) is is_told
+    assert any("A verdict needs at least 5 confirmation batches" in w for w in found) is is_told
 
 
 def test_a_config_is_imported_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
