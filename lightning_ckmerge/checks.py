@@ -51,7 +51,10 @@ def checked(section: str = "") -> Callable[[Function], Function]:
 
         @functools.wraps(function)
         def checking(*args: Any, **kwargs: Any) -> Any:
-            bound = signature.bind(*args, **kwargs)
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise _misnamed(function, signature, kwargs, error) from None
             hints = _hints(function)
             for name in bound.arguments.keys() & hints.keys():
                 dotted = _dotted(section, name)
@@ -81,6 +84,22 @@ def check_fields(config: Any, section: str = "") -> None:
         object.__setattr__(config, field.name, value)
 
 
+def _misnamed(
+    function: Callable[..., Any], signature: inspect.Signature, kwargs: Mapping[str, Any], error: TypeError
+) -> TypeError:
+    """Return the error of a call whose arguments do not fit, with the class's name and the likeliest argument."""
+    owner, known = function.__qualname__.split(".")[-2], [name for name in signature.parameters if name != "self"]
+    unknown = next((name for name in kwargs if name not in known), None)
+    if unknown is None:
+        return TypeError(f"{owner}: {error}")
+    return TypeError(f"{owner} has no argument {unknown!r}. {_nearest(unknown, known, 'arguments')}")
+
+
+def _nearest(name: str, known: Sequence[str], kind: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"Its {kind} are {', '.join(known)}."
+
+
 def _dotted(section: str, name: str) -> str:
     return f"{section}.{name}" if section else name
 
@@ -106,8 +125,7 @@ def build(config: Any, value: object, name: str) -> Any:
     names = [f.name for f in fields]
     for key in value:
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Its fields are {', '.join(names)}."
+            hint = _nearest(str(key), names, "fields")
             raise ConfigError(f"`{name}` must have the fields of {config.__name__}, got {key!r}. {hint}")
     for field in fields:
         if field.name not in value and field.default is field.default_factory is dataclasses.MISSING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -264,7 +265,7 @@ class MergeSettings:
         objectives: The metrics to search by, at least one; charts and ``save_top_k`` go by the first.
         triggers: Conditions that make a search due.
         dirpath: Where artifacts go; ``None``: beside the logger's files.
-        save_top_k: Artifacts kept, by value; -1: all, 0: records only.
+        save_top_k: Artifacts that keep their weights, by value; -1: all, 0: none.
         buffer: Contents and place of the buffer.
         search: How a search spends its trials.
         evaluation: The data that score candidates.
@@ -293,6 +294,8 @@ class MergeSettings:
         check_fields(self)
         self.check_modes({})
         require_at_least("save_top_k", self.save_top_k, -1, "-1 keeps all artifacts.")
+        if self.dirpath is not None and not os.fspath(self.dirpath):
+            raise ConfigError("`dirpath` must name a directory, got ''. Leave it out for the default, or write '.'.")
         needed = make_space(self.search.space).snapshot
         if needed not in (None, self.buffer.snapshot):
             raise ConfigError(

@@ -57,6 +57,13 @@ def make(owner: Any, name: str, value: object) -> Any:
     return owner(**needed, **{name: value})
 
 
+def test_an_unknown_argument_is_told_with_the_class_and_the_likeliest() -> None:
+    with pytest.raises(TypeError, match=r"^CheckpointMergeCallback has no argument 'moniter'\. Did you mean 'monitor'"):
+        CheckpointMergeCallback(moniter="val_loss")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"^Decay has no argument 'zzz'\. Its arguments are "):
+        Decay(zzz=1)  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize(("section", "name", "hint"), arguments(), ids=lambda p: p if isinstance(p, str) else "")
 def test_any_other_type_is_one_line_with_the_arguments_name(section: str, name: str, hint: Any) -> None:
     dotted = f"{section}.{name}" if section else name

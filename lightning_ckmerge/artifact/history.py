@@ -46,7 +46,7 @@ def read_history(dirpath: str | os.PathLike[str]) -> History:
     Raises:
         ArtifactError: There was no search, or a file is damaged.
     """
-    dirpath = find_run(Path(dirpath))
+    dirpath = find_run(Path(os.path.abspath(dirpath)))  # the page's code must run anywhere
     timeline = read_timeline(dirpath)
     if not timeline:
         raise ArtifactError(

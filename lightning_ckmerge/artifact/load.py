@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 from html import escape
 
 RECIPE_NAME = "recipe.json"
+RECIPE_KEY = "ckmerge_recipe"  # in a file's header
 CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 COLOURS = {"accepted": "#17713f", "rejected": "#b3261e"}
 OPEN = "#8a5a00"
@@ -98,10 +99,10 @@ class Artifact:
         """
         if not self.has_weights:
             verdict = self.manifest["verdict"]
-            why = "its search was rejected" if verdict["status"] == "rejected" else "`save_top_k` kept better artifacts"
+            why = "its search was rejected" if verdict["status"] == "rejected" else "`save_top_k` did not keep them"
             raise ArtifactError(
                 f"an artifact must hold weights to be loaded, got the record {self.path}: {why} "
-                f"({verdict['sentence']}). Load another artifact, or continue with the latest weights."
+                f"({verdict['sentence'].rstrip('.')}). Load another artifact, or continue with the latest weights."
             )
         # Reviewing artifacts needs no torch, which takes seconds to import.
         from lightning_ckmerge.tensorfiles.reader import StoredWeights
@@ -127,17 +128,25 @@ class Artifact:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergedFiles:
     """The output of ``ckmerge merge``: weights that no search has chosen.
 
     Args:
         path: The directory, or a ``.safetensors`` file.
-        manifest: The recipe, with the files that it lists; empty for a file.
+        manifest: The recipe, with the files that it lists, where the path is a directory; of a file that ``ckmerge
+            merge`` did not write, empty.
     """
 
     path: Path
     manifest: Manifest
+
+    def __repr__(self) -> str:
+        parts = [repr(str(self.path))]
+        if self.manifest:
+            inputs = self.manifest.get("inputs", [])
+            parts += [str(self.manifest.get("schedule") or self.manifest.get("method")), f"{len(inputs)} checkpoints"]
+        return f"MergedFiles({', '.join(parts)})"
 
     def tensors(self) -> StoredWeights:
         """Return the weights by name, tied ones under each of their names; a tensor is read when it is asked for."""
@@ -152,7 +161,7 @@ class MergedFiles:
 def _opened(path: Path, verify: bool) -> Artifact | MergedFiles:
     """Return the artifact or merge at ``path``, its files checked as far as hashes are known."""
     if path.is_file() and path.suffix == ".safetensors":
-        return MergedFiles(path.resolve(), {})
+        return MergedFiles(path.resolve(), _recipe_of(path))
     if path.is_file() and path.suffix in CHECKPOINT_SUFFIXES:
         raise ArtifactError(
             f"`load_merged` reads safetensors alone, got the checkpoint {path}. Load it with `load_from_checkpoint`, "
@@ -167,6 +176,17 @@ def _opened(path: Path, verify: bool) -> Artifact | MergedFiles:
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"a merge's {RECIPE_NAME} must list its files, got {recipe}. Merge again.") from error
     return MergedFiles(path.resolve(), manifest)
+
+
+def _recipe_of(path: Path) -> Manifest:
+    """Return the recipe in a file's header; none if there is no such thing."""
+    from lightning_ckmerge.tensorfiles.reader import read_metadata
+
+    try:
+        recipe = json.loads(read_metadata(path).get(RECIPE_KEY, "{}"))
+    except ValueError as error:
+        raise ArtifactError(f"a merge's header must hold its recipe, got {path}. Merge again.") from error
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def load_merged(
@@ -277,11 +297,21 @@ def locate(path: Path) -> Path:
         path = path.parent.parent / path.name
     if (path / MANIFEST_NAME).is_file():
         return path
+    if path.is_file() and run == path:
+        raise ArtifactError(f"an artifact must be a directory, got the file {path}. Name the directory, {path.parent}.")
     dirpath = find_run(run)
     if target := best_target(dirpath):
         return target
     if records := read_timeline(dirpath):
         raise _nothing_accepted(dirpath, records, tell_choice(path))
+    if not path.exists():
+        published = [r for r in read_timeline(path.parent) if r.get("artifact") == path.name]
+        if published:
+            raise ArtifactError(
+                f"an artifact must still be there, got {path}: its search was {published[-1]['status']}, and the "
+                "directory has been removed since, as `save_top_k` does. Name another artifact: `ckmerge list "
+                f"{path.parent}` shows them."
+            )
     raise ArtifactError(
         f"an artifact must be a directory with a {MANIFEST_NAME}, got {path}. Name an artifact (`step=...`), a run's "
         "`best`, or the callback's `dirpath`."

@@ -37,27 +37,36 @@ class ArtifactStore:
         dirpath: Directory of this run alone; created when needed.
         mode: Whether a lower (``min``) or a higher value is better.
         save_top_k: Artifacts that hold weights, by the winner's value on the confirmation half, accepted ones first;
-            -1: all. ``best`` stays in any case, and so does the record of a search without weights.
+            -1: all. ``best`` stays in any case, and so does the record of a search without weights. Unless it is 0, a
+            newest merge that is unconfirmed stays, too: until a newer one, or until one is accepted.
         max_shard_size: Bytes above which weights are split over several files.
+        keeps_newest: Whether the newest merge stays in any case, as though it were unconfirmed.
 
     Attributes:
         removed: Names of the artifacts that the last ``publish`` has removed, on rank 0.
     """
 
-    def __init__(self, dirpath: Path, *, mode: Mode, save_top_k: int, max_shard_size: int) -> None:
+    def __init__(
+        self, dirpath: Path, *, mode: Mode, save_top_k: int, max_shard_size: int, keeps_newest: bool = False
+    ) -> None:
         self.dirpath = dirpath
         self.mode: Mode = mode
         self.save_top_k = save_top_k
         self.max_shard_size = max_shard_size
+        self.keeps_newest = keeps_newest
         self.removed: list[str] = []
 
     def keeps_weights(self, manifest: Manifest) -> bool:
         """Whether an artifact of this search would hold its weights, or be a record only.
 
-        A rejected search leaves a record; so does one that ``save_top_k`` better artifacts outrank.
+        A rejected search leaves a record; so does an accepted one that ``save_top_k`` better artifacts outrank, and any
+        if that is 0.
         """
-        if manifest["verdict"]["status"] == "rejected":
+        status = manifest["verdict"]["status"]
+        if status == "rejected" or self.save_top_k == 0:
             return False
+        if status == "unconfirmed" or self.keeps_newest:
+            return True
         own_rank = self._rank(manifest, manifest)
         better = [a for a in self._ranked(manifest) if self._rank(a.manifest, manifest) <= own_rank]
         return self.save_top_k == -1 or len(better) < self.save_top_k
@@ -186,7 +195,7 @@ class ArtifactStore:
         append_timeline(self.dirpath, timeline_record(complete, path.name, validation))
         ranked = self._ranked(complete)
         self._move_best(ranked)
-        self._retain(ranked)
+        self._retain(ranked, self._undecided(Artifact(path, complete)))
         return path
 
     def free_path(self, step: str) -> Path:
@@ -225,13 +234,22 @@ class ArtifactStore:
             with contextlib.suppress(OSError, ArtifactError):  # where links are refused, tools know the last run
                 _lend(shared, accepted[0].path)
 
-    def _retain(self, ranked: Sequence[Artifact]) -> None:
+    def _undecided(self, published: Artifact) -> Path | None:
+        """Return the newest merge, if it is unconfirmed: more data may yet accept it. Or if it is kept anyway."""
+        own = [a for a in self._found() if _measured(a.manifest) == _measured(published.manifest)]
+        # After a resume from an earlier checkpoint, the newest is not that of the highest step.
+        statuses = [(a.manifest["verdict"]["status"], a.path) for a in [*own, published]]
+        status, path = next(((s, p) for s, p in reversed(statuses) if s != "rejected"), ("", None))
+        return path if status == "unconfirmed" or self.keeps_newest else None
+
+    def _retain(self, ranked: Sequence[Artifact], undecided: Path | None) -> None:
         self.removed = []
         if self.save_top_k == -1:
             return
         best = best_target(self.dirpath)
+        undecided = undecided if self.save_top_k else None
         for artifact in ranked[self.save_top_k :]:
-            if artifact.path.resolve() != best:
+            if artifact.path.resolve() != best and artifact.path != undecided:
                 self._remove(artifact)
                 self.removed.append(artifact.path.name)
 

@@ -179,6 +179,11 @@ class DirectoryLock:
             self._descriptor = None
 
 
+def home_of(base: Path, run_id: str) -> Path | None:
+    """Return the directory of a run at or below ``base``; ``None`` if it has been nowhere there."""
+    return _find_home(base, run_id, ())
+
+
 def is_alive(dirpath: Path) -> bool:
     """Whether a living run has the directory."""
     lock = DirectoryLock.acquire(dirpath)
@@ -347,4 +352,6 @@ def help_on(path: Path) -> str | None:
     if not found:
         return None
     rest = f" and {len(found) - NUM_HELPED} more" if len(found) > NUM_HELPED else ""
+    if len(found) == 1:
+        return f"It contains the run {found[0]}: pass that."
     return f"It contains the runs {', '.join(map(str, found[-NUM_HELPED:]))}{rest}: pass one of them."

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lightning_ckmerge.core.objectives import Mode, sign_of
+from lightning_ckmerge.core.wording import change_told
 from lightning_ckmerge.tensorfiles.durable import replace_json
 
 STANDING_NAME = "standing.json"
@@ -50,12 +51,12 @@ class Standing:
     def advice(self) -> str:
         """Which weights to use, in a sentence."""
         weights = f"the {'final ' if self.is_final else ''}weights of step {self.step}"
-        merge, monitor = f"the best merge, of step {self.best_step}", self.monitor
-        if self.is_stale:
-            found = f"Use {weights}: {monitor} {self.value:.4g}, versus {self.best_value:.4g} for {merge}"
-        else:
-            found = f"Use {merge}: {monitor} {self.best_value:.4g}, versus {self.value:.4g} for {weights}"
-        return f"{found}, on the same batches{_interval(self.interval)}."
+        merge = f"the best merge, of step {self.best_step}"
+        first, second, subject = (weights, merge, "the merge") if self.is_stale else (merge, weights, "it")
+        change, interval = change_told(self.monitor, self.mode, self.value, self.best_value, self.interval)
+        of_gain = f"; 95 % interval {interval}" if interval else ""
+        unsure = ", so it may be nothing" if self.interval and self.interval[0] <= 0 <= self.interval[1] else ""
+        return f"Use {first}, not {second}: {subject} {change}{of_gain}, on the same batches{unsure}."
 
 
 def write_standing(dirpath: Path, standing: Standing | None) -> None:
@@ -78,8 +79,3 @@ def read_standing(dirpath: Path) -> Standing | None:
         return None
     is_sound = all(isinstance(n, (int, float)) for n in numbers) and all(isinstance(t, str) for t in texts)
     return standing if is_sound else None
-
-
-def _interval(interval: tuple[float, float] | None) -> str:
-    """The gain of the best artifact."""
-    return "" if interval is None else f" (gain of the merge, 95 % interval: {interval[0]:.3g} to {interval[1]:.3g})"

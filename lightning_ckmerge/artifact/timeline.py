@@ -101,7 +101,7 @@ def read_timeline(dirpath: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(dirpath) / TIMELINE_NAME
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     records = []
     for number, line in enumerate(lines, start=1):

@@ -203,10 +203,9 @@ def run_sources(paths: Sequence[Path], key: str | None = None, last: int | None 
     sources = _distinct(opened[i] for i in oldest_first(opened))
     sources = sources[-last:] if last is not None else sources
     if len(sources) < 2:
-        raise ArtifactError(
-            f"a search needs two checkpoints or more, got {len(sources)} in {', '.join(map(str, paths)) or 'no path'}. "
-            "Name more, or a directory of them."
-        )
+        places = ", ".join(map(str, paths))
+        found = f"{len(sources) or 'none'} in {places}" if places else "none"
+        raise ArtifactError(f"a search needs two checkpoints or more, got {found}. Name more, or a directory of them.")
     return sources
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_ckmerge.artifact.load import RECIPE_NAME
+from lightning_ckmerge.artifact.load import RECIPE_KEY, RECIPE_NAME
 from lightning_ckmerge.artifact.manifest import software
 from lightning_ckmerge.checkpoints.formats import Source, read_torch
 from lightning_ckmerge.core.blockwise import mix_blocks, prepare_to_mix
@@ -27,7 +27,6 @@ from lightning_ckmerge.tensorfiles.writer import SINGLE_NAME, write_blocks
 if TYPE_CHECKING:
     from torch import Tensor
 
-RECIPE_KEY = "ckmerge_recipe"
 BLOCK_BYTES = 1 << 20
 # Keys of a Lightning checkpoint without meaning for a merge: they belong to the newest weights alone.
 STATE_OF_TRAINING = {"optimizer_states", "lr_schedulers", "callbacks", "loops", "MixedPrecision", "amp_scaling_state"}

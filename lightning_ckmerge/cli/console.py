@@ -72,11 +72,16 @@ def status_text(status: str) -> Any:
 
 
 def verdict_text(verdict: Mapping[str, Any]) -> Any:
-    """Return a verdict in one line: its status in its colour, and the sentence, which may start with it."""
+    """Return a verdict in one line: its status in its colour, and the sentence, which may start with it.
+
+    Within a line, "merging" has a small letter, as after "Unconfirmed:" in reports and logs.
+    """
     from rich.text import Text
 
     rest = verdict["sentence"].removeprefix(f"{verdict['status'].capitalize()}: ")
-    return Text.assemble(status_text(verdict["status"].capitalize()), ": ", rest[:1].upper() + rest[1:])
+    if rest.startswith("Merging "):
+        rest = f"m{rest[1:]}"
+    return Text.assemble(status_text(verdict["status"].capitalize()), ": ", rest)
 
 
 def print_json(value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,10 @@ from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out, require_
 if TYPE_CHECKING:
     from lightning_ckmerge.checkpoints.formats import Source
     from lightning_ckmerge.checkpoints.merge import MergedWeights, Method, Recipe
+
+OUTPUT_SUFFIXES = (".safetensors", ".ckpt")
+# Not a version's or a number's, as in `merged.v2` and `gpt-1.3b`, which directories may have.
+FILE_ENDING = re.compile(r"\.(?!v\d)[A-Za-z]\w*")
 
 
 def merge(
@@ -59,6 +64,7 @@ def merge(
 
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     require_absent(out)
+    _check_suffix(out)
     sources_K, method = _in_order(open_sources(checkpoints, key), weights, schedule)
     # Refuses inputs that do not fit, before anything is hashed.
     preparing = threading.Thread(target=MergedWeights(sources_K, method).prepare)
@@ -74,6 +80,17 @@ def merge(
         print_json({"out": str(out), **complete})
     else:
         _print_merge(out, merged, complete, sources_K)
+
+
+def _check_suffix(out: Path) -> None:
+    """Raise ``ConfigError`` for the ending of a file that is not written, which would be a directory's name."""
+    from lightning_ckmerge.errors import ConfigError
+
+    if FILE_ENDING.fullmatch(out.suffix) and out.suffix not in OUTPUT_SUFFIXES:
+        raise ConfigError(
+            f"--out must name a directory, a .safetensors or a .ckpt file, got {str(out)!r}. Choose one of these "
+            f"endings, or none, such as {out.stem}{OUTPUT_SUFFIXES[0]}."
+        )
 
 
 def _in_order(sources_K: list[Source], weights: str | None, schedule: str | None) -> tuple[list[Source], Method]:

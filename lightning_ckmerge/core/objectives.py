@@ -69,8 +69,8 @@ def make_objectives(monitor: str | Sequence[str], mode: Mode | Sequence[Mode]) -
     """
     monitors = [monitor] if isinstance(monitor, str) else list(monitor)
     modes: list[Mode] = [mode] * len(monitors) if isinstance(mode, str) else list(mode)
-    if not monitors or len(set(monitors)) != len(monitors):
-        raise ConfigError(f"`monitor` must name one metric or several different ones, got {monitor}. Name each once.")
+    if not monitors or not all(monitors) or len(set(monitors)) != len(monitors):
+        raise ConfigError(f"`monitor` must name one metric or several different ones, got {monitor!r}. Name each once.")
     if len(modes) != len(monitors):
         raise ConfigError(
             f"`mode` must be one for all metrics of `monitor` or one for each, got {len(modes)} for {len(monitors)}. "

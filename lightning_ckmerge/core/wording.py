@@ -13,6 +13,7 @@ from lightning_ckmerge.core.objectives import Mode
 # From here on Python's own exponents read better.
 SMALLEST, LARGEST = 1e-4, 1e7
 MOST_LISTED = 5
+MOST_DIGITS = 1e-4  # two digits of this share are six of the whole
 
 
 def change_told(
@@ -23,6 +24,7 @@ def change_told(
     interval: Sequence[float] | None = None,
     *,
     by_share: bool = True,
+    others: Sequence[float] = (),
 ) -> tuple[str, str]:
     """Return a metric's change in words, and its interval; the second is empty where there is none.
 
@@ -35,6 +37,8 @@ def change_told(
     ('lowers val_loss from 0.3800 to 0.3790, 0.26 % less', '0.53 % more to 1.1 % less')
     >>> change_told("reward", "max", -1.2, -0.8, (0.3, 0.5))
     ('raises reward from -1.20 to -0.80, 0.40 more', '0.30 to 0.50')
+    >>> change_told("val_loss", "min", 0.4622, 0.128, others=[0.1289])[0]
+    'lowers val_loss from 0.4622 to 0.1280, 72 % less'
 
     Args:
         monitor: The metric.
@@ -43,6 +47,7 @@ def change_told(
         after: Value of the merge, on the same batches.
         interval: Ends of the gain's interval, above 0 where the merge is better; the change lies inside.
         by_share: Whether a share makes sense, as far as the caller knows.
+        others: Values that stand beside these two, by ``value_told``: all have digits enough to be told apart.
     """
     change = after - before
     if not math.isfinite(change):
@@ -50,7 +55,7 @@ def change_told(
     if not change:
         told = f"leaves {monitor} at {value_told(before)}"
     else:
-        first, then = (_number(v, change, widest=max(abs(before), abs(after))) for v in (before, after))
+        first, then = (value_told(v, (before, after, *others)) for v in (before, after))
         told = f"{'lowers' if change < 0 else 'raises'} {monitor} from {first} to {then}"
     word, other = ("less", "more") if change < 0 or (not change and mode == "min") else ("more", "less")
     ends = tuple(interval or ())
@@ -73,13 +78,35 @@ def change_told(
     return told, f"{told_amount(low)} to {told_amount(high)}{unit}"
 
 
-def value_told(value: float) -> str:
-    """Return a value to four digits.
+def value_told(value: float, among: Sequence[float] = ()) -> str:
+    """Return a value to four digits, or to as many as tell it and others apart.
 
-    >>> value_told(0.31415926), value_told(-12.5)
-    ('0.3142', '-12.50')
+    >>> value_told(0.31415926), value_told(-12.5), value_told(0.1289, (0.4622, 0.128, 0.1289))
+    ('0.3142', '-12.50', '0.1289')
+
+    Args:
+        value: The value.
+        among: The values of one sentence, which all have the same decimal places: two digits of the change from the
+            first to the second, and one of the other differences, down to a millionth of the largest value.
     """
-    return _number(value, value / 100 or 1.0)
+    change = among[1] - among[0] if among else 0.0
+    if not change:
+        return _number(value, value / 100 or 1.0)
+    known = [v for v in among if math.isfinite(v)]
+    widest = max(map(abs, known))
+    apart = [abs(v - other) for v in known[2:] for other in known[:2] if v != other]
+    finest = min([abs(change), *(max(10 * difference, MOST_DIGITS * widest) for difference in apart)])
+    return _number(value, finest, widest)
+
+
+def amount_told(value: float) -> str:
+    """Return an amount to three digits, without exponents.
+
+    >>> amount_told(18432.7), amount_told(999.6), amount_told(51.62), amount_told(0.0)
+    ('18400', '1000', '51.6', '0')
+    """
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:.0f}" if abs(rounded) >= 1000 else f"{rounded:.3g}"
 
 
 def _number(value: float, change: float, widest: float | None = None) -> str:

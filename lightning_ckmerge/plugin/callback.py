@@ -46,7 +46,8 @@ class CheckpointMergeCallback(Callback):
             holds other merges of the front under ``front/``; charts and ``save_top_k`` go by the first metric.
         mode: ``min`` if lower is better, ``max`` if higher is; of several metrics, one for all or one for each.
         dirpath: Where artifacts go; ``None``: ``merges/`` in the logger's directory, else in ``default_root_dir``.
-        save_top_k: Artifacts kept, by value; -1: all, 0: records only. The best accepted one is never deleted.
+        save_top_k: Artifacts that keep their weights, by value; -1: all, 0: none. The best accepted one is never
+            deleted. Unless it is 0, an unconfirmed merge is kept beside them until the next that is not rejected.
         every_n_train_steps: Optimizer steps between searches.
         every_n_epochs: Epochs between searches.
         train_time_interval: Training time between searches.

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_ckmerge.config import SearchConfig
 from lightning_ckmerge.core.outcome import SearchOutcome
+from lightning_ckmerge.core.wording import amount_told
 from lightning_ckmerge.errors import SkipError
 from lightning_ckmerge.search.verdict import RECENT_SHARE, Point
 
@@ -65,9 +66,9 @@ class Clock:
         """Raise ``SkipError`` if the next search may take less than ``needed_s`` seconds, or none at all."""
         allowed_s, allowed_by = self.allowance(config, is_last=is_last)
         if allowed_s is not None and (allowed_s < needed_s or allowed_s == 0):
-            needs = f", but the shortest search needs {needed_s:.3g} s" if needed_s else ""
+            needs = f", but the shortest search needs {amount_told(needed_s)} s" if needed_s else ""
             raise SkipError(
-                f"`{allowed_by}` leaves {allowed_s:.3g} s{needs}. Raise `{allowed_by}`, or search less often.",
+                f"`{allowed_by}` leaves {amount_told(allowed_s)} s{needs}. Raise `{allowed_by}`, or search less often.",
                 needed_s=needed_s,
             )
 

@@ -19,6 +19,7 @@ from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import BufferConfig, MergeSettings
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.spaces.groups import describe_groups
+from lightning_ckmerge.core.wording import amount_told
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
 from lightning_ckmerge.plugin.clock import MIN_TRAINING_S
 from lightning_ckmerge.plugin.dirpath import find_fault, root_of
@@ -274,9 +275,13 @@ def _num_parameters(model: RankModel) -> int:
 
 
 def _num_models(settings: MergeSettings) -> int:
-    """Return the copies of the model on disk: in each format, of the artifacts kept, and of one being published."""
+    """Return the copies of the model on disk, in each format: of the artifacts kept, and of one being published.
+
+    Kept are `save_top_k` of them, or ``best``, and an unconfirmed one.
+    """
     num_copies = len(set(settings.artifact.formats) | {"safetensors"}) + MAX_SHOWN * settings.has_several
-    return (max(1, settings.save_top_k) + 1) * num_copies
+    num_kept = 1 if settings.save_top_k == 0 else max(1, settings.save_top_k) + 1
+    return (num_kept + 1) * num_copies
 
 
 def _adapters(settings: MergeSettings, model: RankModel) -> str | None:
@@ -335,7 +340,7 @@ def _warnings(plan: Plan, settings: MergeSettings) -> list[str]:
     if plan.share is not None and plan.cap is not None and plan.share > plan.cap:
         allowed = f"{100 * plan.cap:g} %, or {_least(plan.cap)} in a short run"
         found.append(
-            f"A full search would take about {100 * plan.share:.3g} % of the training before it, but "
+            f"A full search would take about {amount_told(100 * plan.share)} % of the training before it, but "
             f"`search.max_fraction_of_training` allows {allowed}: it will stop early. Set `evaluation.limit_batches`, "
             "search less often, or allow more."
         )
@@ -379,7 +384,7 @@ def _share(plan: Plan) -> str:
         if plan.cap is None
         else f"; all searches may take {100 * plan.cap:g} % of the training time, or {_least(plan.cap)}"
     )
-    share = MISSING if plan.share is None else f"an expected {100 * plan.share:.3g} %"
+    share = MISSING if plan.share is None else f"an expected {amount_told(100 * plan.share)} %"
     return f"{share} of the training between two searches{limit}"
 
 

@@ -70,6 +70,10 @@ def _without_live(progress: Any, live: Any) -> Iterator[None]:
         return
     transient, live.transient = live.transient, True  # stops without a trace
     progress.stop()
+    # It has moved up by its rows; the next drawing would go up by as many again, over what is said meanwhile.
+    render: Any = getattr(live, "_live_render", None)
+    if render is not None and hasattr(render, "_shape"):
+        render._shape = None
     try:
         yield
     finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lightning_ckmerge.report.axes import LEFT, RIGHT, TOP, Axis, Tick, horizontal, nice_ticks, vertical
@@ -12,6 +12,8 @@ from lightning_ckmerge.report.text import Manifest, count, number, steps
 MIN_BAR = 4.0
 BAR_GAP = 1.0
 LABEL_HEIGHT = 14.0
+LETTER_WIDTH = 7.0  # a little more than the font has
+MOST_ROOM = 0.4  # share of the chart for names
 
 Shape = Literal["dot", "ring", "cross", "diamond", "up", "down"]
 
@@ -131,10 +133,13 @@ def history_chart(manifest: Manifest) -> HistoryChart | None:
         return None
     trials = manifest["trials"]
     num_trials = max(len(trials), 1)
-    x = horizontal(0.5, num_trials + 0.5)
+    levels = _levels(manifest, y)
+    # The lines' names stand at their right ends, past the last trial's mark.
+    room = LETTER_WIDTH * max((len(level.label) for level in levels if level.label_y is not None), default=0)
+    x = replace(horizontal(0.5, num_trials + 0.5), end=RIGHT - min(room, MOST_ROOM * (RIGHT - LEFT)))
     return HistoryChart(
         marks=[mark(t, x.at(i), y, manifest) for i, t in enumerate(trials, start=1)],
-        levels=_levels(manifest, y),
+        levels=levels,
         x_ticks=[Tick(at=x.at(t), label=count(t)) for t in nice_ticks(1, num_trials, 5) if t == int(t)],
         y_ticks=y.ticks(5, short),
     )
@@ -203,7 +208,7 @@ def _levels(manifest: Manifest, y: Axis) -> list[Level]:
                 label_y = y.at(value) + LABEL_HEIGHT
             taken.append(label_y)
         levels.append(Level(y=y.at(value), hint=f"{name}: {number(value)}", label=name, label_y=label_y))
-    return levels
+    return sorted(levels, key=lambda level: level.label_y is not None)  # no other line is drawn over a name
 
 
 def _values(candidates: Sequence[dict[str, Any]]) -> list[float]:

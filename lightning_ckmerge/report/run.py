@@ -145,7 +145,7 @@ def render_run_markdown(
 
 
 def summarize(timeline: Sequence[Record], best: str | None, dirpath: Path, standing: Standing | None = None) -> str:
-    """Return a run's findings in a few lines, for a terminal; the arguments are those of ``render_run_html``."""
+    """Return a run's findings in three lines, for a terminal; the arguments are those of ``render_run_html``."""
     leader = _leader(timeline, best)
     is_of_use = not (standing is not None and standing.is_stale)
     # By its own name: `best` moves on when another run begins in the same directory.
@@ -153,8 +153,7 @@ def summarize(timeline: Sequence[Record], best: str | None, dirpath: Path, stand
     return "\n".join(
         [
             f"lightning-ckmerge: {_tally(timeline)}",
-            f"  {_finding(leader)}",
-            *([f"  {standing.advice}"] if standing is not None else []),
+            f"  {standing.advice if standing is not None else _finding(leader)}",
             f"  Use: {load}. Report: {dirpath / 'report.html'}",
         ]
     )
@@ -178,7 +177,7 @@ def build_run_view(
         advice=standing.advice if standing is not None and is_stale else NEXT[leader["status"]],
         status=leader["status"],
         badge=STALE_BADGE if is_stale else BADGES[leader["status"]],
-        sentence=" ".join([*([standing.advice] if standing is not None else []), _finding(leader), _tally(timeline)]),
+        sentence=f"{standing.advice if standing is not None else _finding(leader)} {_tally(timeline)}",
         facts=_facts(timeline, leader),
         searches=[_row(record, manifests, explained) for record in timeline],
         code=LOAD_MERGED.format(path=(dirpath / best).as_posix() if dirpath else best)

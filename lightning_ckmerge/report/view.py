@@ -50,8 +50,8 @@ STATUS_TITLES = {
 NEXT = {
     "accepted": "Use the merge: to evaluate, to release, to fine-tune. Training itself continues from its own weights.",
     "unconfirmed": (
-        "Nothing is lost: the merge is kept, and `best` stays where it was. The verdict says what would decide. If the "
-        "merge looks good to you, load it by the name of its own directory."
+        "The merge is kept until the run has a newer one, and `best` stays where it was. The verdict says what would "
+        "decide. If the merge looks good to you, load it by the name of its own directory."
     ),
     "rejected": (
         "Continue with the latest weights. Merging gains most at a high learning rate; it gains little early in "
@@ -59,7 +59,9 @@ NEXT = {
     ),
     "skipped": "Continue with the latest weights. The table says why no search took place, and what to change.",
 }
-OUTRANKED = "Use a better merge of this run: `save_top_k` kept that one instead. The run's report names the best."
+OUTRANKED = (
+    "The weights of this merge are not kept: `save_top_k` keeps better ones, or none. The run's report names the best."
+)
 # A candidate's name, and its meaning for people.
 MEANINGS = {
     r"latest": "the weights as they were trained, at this step",

@@ -15,6 +15,7 @@ from optuna.search_space import intersection_search_space
 from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
+from lightning_ckmerge.core.wording import amount_told
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search.gaussian_process import GaussianProcess
 
@@ -130,7 +131,5 @@ class Budget:
         self.forecast_s = self.elapsed_s + seconds_per_batch * (num_batches + self._reserved_batches)
         if self.forecast_s <= self._allowed_s:
             return None
-        return (
-            f"the search would take {self.forecast_s:.3g} s, but {self._reason} allows {self._allowed_s:.3g} s "
-            f"({self.elapsed_s:.3g} s spent so far)"
-        )
+        takes, allowed, spent = map(amount_told, (self.forecast_s, self._allowed_s, self.elapsed_s))
+        return f"the search would take {takes} s, but {self._reason} allows {allowed} s ({spent} s spent so far)"

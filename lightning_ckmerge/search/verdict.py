@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from lightning_ckmerge.core.objectives import Objective
-from lightning_ckmerge.core.outcome import Gain, Scored, Status, Verdict
+from lightning_ckmerge.core.outcome import Gain, Score, Scored, Status, Verdict
 from lightning_ckmerge.core.wording import change_told, value_told
 from lightning_ckmerge.search.interval import CONFIDENCE, MIN_CONFIRM_BATCHES, MOST_TIMES, batches_needed, score_gain
 
@@ -134,13 +134,14 @@ def verdict_told(verdict: Verdict, gains: Sequence[Gain], winner: Scored, latest
         return _nothing_found(gains, latest)
     if broken := [g.monitor for g in gains if not math.isfinite(g.value)]:
         return f"Merging does not help: {broken[0]} of {name} is not finite on unseen batches."
-    changes = _changes(gains, winner, latest) + _place(verdict, winner, latest)
+    anchor = _told_anchor(verdict, winner, best_anchor)
+    changes = _changes(gains, winner, latest, anchor) + _place(verdict, winner, latest)
     if verdict.status == "rejected":
         return f"Merging does not help: {name} {changes}."
     if verdict.status == "unconfirmed":
         return f"Unconfirmed: merging {changes}. {_remedy(verdict, gains, winner, latest)}"
     of_front = f" The merge is {name}, of a Pareto front of {len(verdict.front)}." if verdict.others else ""
-    return f"Merging {changes}.{_steps_worth(verdict)}{of_front}{_anchor(verdict, winner, best_anchor)}"
+    return f"Merging {changes}.{_steps_worth(verdict)}{of_front}{_anchor(anchor, winner, latest)}"
 
 
 def _nothing_found(gains: Sequence[Gain], latest: Scored) -> str:
@@ -149,8 +150,9 @@ def _nothing_found(gains: Sequence[Gain], latest: Scored) -> str:
     return f"Merging does not help: {found} the latest weights' {' and '.join(values)} on the search half."
 
 
-def _changes(gains: Sequence[Gain], winner: Scored, latest: Scored) -> str:
-    told = [_change(g, i, winner, latest) for i, g in enumerate(gains)]
+def _changes(gains: Sequence[Gain], winner: Scored, latest: Scored, anchor: Scored | None) -> str:
+    others = [anchor.confirm.value] if anchor is not None and anchor.confirm is not None else []
+    told = [_change(g, i, winner, latest, others) for i, g in enumerate(gains)]
     if len(told) == 1:
         change, interval = told[0]
         return f"{change}; 95 % interval {interval}" if interval else change
@@ -159,12 +161,20 @@ def _changes(gains: Sequence[Gain], winner: Scored, latest: Scored) -> str:
     return " and ".join(parts) + together
 
 
-def _change(gain: Gain, index: int, winner: Scored, latest: Scored) -> tuple[str, str]:
-    both = winner.confirm is not None and latest.confirm is not None
-    after, before = ((t.confirm if both and t.confirm else t.search).objectives[index] for t in (winner, latest))
+def _change(gain: Gain, index: int, winner: Scored, latest: Scored, others: Sequence[float] = ()) -> tuple[str, str]:
+    before, after = (score.objectives[index] for score in _compared(winner, latest))
     # A metric that is negative on some batches lies around zero: a share of it says nothing.
     by_share = min(before.values_B or (0.0,)) >= 0
-    return change_told(gain.monitor, gain.mode, before.value, after.value, gain.interval, by_share=by_share)
+    return change_told(
+        gain.monitor, gain.mode, before.value, after.value, gain.interval, by_share=by_share, others=others
+    )
+
+
+def _compared(winner: Scored, latest: Scored) -> tuple[Score, Score]:
+    """Return the scores of the latest weights and of the winner, on the confirmation half if both have one."""
+    if winner.confirm is None or latest.confirm is None:
+        return latest.search, winner.search
+    return latest.confirm, winner.confirm
 
 
 def _place(verdict: Verdict, winner: Scored, latest: Scored) -> str:
@@ -183,12 +193,18 @@ def _steps_worth(verdict: Verdict) -> str:
     return f" About {verdict.equivalent_steps} further training steps at the current slope would gain {what}."
 
 
-def _anchor(verdict: Verdict, winner: Scored, best_anchor: Scored) -> str:
-    """The best merge that needs no search, if there is one."""
-    is_news = best_anchor is not winner and best_anchor.candidate.name != "latest"
-    if not is_news or best_anchor.confirm is None or verdict.others:
+def _told_anchor(verdict: Verdict, winner: Scored, best_anchor: Scored) -> Scored | None:
+    """The best merge that needs no search, if there is one and an accepted verdict tells it."""
+    is_news = best_anchor is not winner and best_anchor.candidate.name != "latest" and not verdict.others
+    return best_anchor if is_news and verdict.status == "accepted" and best_anchor.confirm is not None else None
+
+
+def _anchor(anchor: Scored | None, winner: Scored, latest: Scored) -> str:
+    if anchor is None or anchor.confirm is None:
         return ""
-    return f" The best anchor, {best_anchor.candidate.name}, scores {value_told(best_anchor.confirm.value)}."
+    before, after = (score.value for score in _compared(winner, latest))
+    value = anchor.confirm.value
+    return f" The best anchor, {anchor.candidate.name}, scores {value_told(value, (before, after, value))}."
 
 
 def _remedy(verdict: Verdict, gains: Sequence[Gain], winner: Scored, latest: Scored) -> str:

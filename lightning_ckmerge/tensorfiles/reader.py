@@ -110,6 +110,15 @@ class StoredWeights(Mapping[str, "Tensor"]):
         return self._aliases
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts in a safetensors file's header.
+
+    Raises:
+        ArtifactError: The file is no safetensors.
+    """
+    return _read_header(path)[0]
+
+
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, _Place]]:
     """Return a file's metadata, and the place of each of its tensors."""
     try:

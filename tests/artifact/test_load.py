@@ -47,6 +47,14 @@ def test_a_published_model_is_loaded_bit_for_bit(
     assert load_merged(artifact, model) is artifact
 
 
+def test_a_file_in_an_artifact_is_refused_with_the_directory(publish: Publish) -> None:
+    path = publish(weights=None, status="rejected").path
+    with pytest.raises(ArtifactError, match=r"got the file .*json\. Name the directory, "):
+        load_merged(path / "manifest.json", TiedModel())
+    with pytest.raises(ArtifactError, match=r"is: rejected\). Load another"):
+        load_merged(path, TiedModel())
+
+
 def test_an_open_artifact_gives_its_tensors(publish: Publish) -> None:
     weights = tensors_of(randomised(1))
     assert same(dict(publish(weights=weights).tensors()), weights)
@@ -127,7 +135,7 @@ def test_what_fits_is_loaded_without_a_word(publish: Publish) -> None:
 
 def test_a_record_says_that_its_search_was_rejected(publish: Publish) -> None:
     record = publish(status="rejected", weights=None)
-    with pytest.raises(ArtifactError, match=r"search was rejected \(The verdict on val_loss is: rejected\.\)"):
+    with pytest.raises(ArtifactError, match=r"search was rejected \(The verdict on val_loss is: rejected\)\."):
         load_merged(record.path, TiedModel())
 
 

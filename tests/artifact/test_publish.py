@@ -155,10 +155,35 @@ def test_of_equals_the_older_stays(publish: Publish, merges: Path) -> None:
     assert all(artifact.path.is_dir() for artifact in artifacts)
 
 
-def test_an_unconfirmed_merge_does_not_displace_an_accepted_one(publish: Publish, merges: Path) -> None:
-    publish(step=1, value=2.0, save_top_k=1)
-    publish(step=2, value=1.0, save_top_k=1, status="unconfirmed")
-    assert with_weights(merges) == ["step=000000001"]
+@pytest.mark.parametrize(
+    ("searches", "kept"),
+    [
+        ("au", [1, 2]),  # beside the best
+        ("aur", [1, 2]),
+        ("auu", [1, 3]),  # until a newer one
+        ("aua", [1]),  # or acceptance, be the accepted one outranked
+        ("uu", [1, 2]),  # the first is the better one
+        ("ua", [2]),
+    ],
+)
+def test_the_newest_unconfirmed_merge_is_kept(publish: Publish, merges: Path, searches: str, kept: list[int]) -> None:
+    """And `best` stays where it is. Goes red if an accepted merge outranks it: there, its weights would be lost."""
+    statuses = {"a": "accepted", "u": "unconfirmed", "r": "rejected"}
+    for step, letter in enumerate(searches, start=1):
+        publish(step=step, value=1.0 + step, save_top_k=1, status=statuses[letter])
+    assert with_weights(merges) == [f"step={step:09d}" for step in kept]
+    assert "a" not in searches or os.readlink(merges / "best") == f"step={searches.index('a') + 1:09d}"
+
+
+def test_after_a_resume_the_newest_is_the_one_published_last(publish: Publish, merges: Path) -> None:
+    publish(step=5, value=2.0, save_top_k=1)
+    publish(step=4, value=3.0, save_top_k=1, status="unconfirmed")
+    assert with_weights(merges) == ["step=000000004", "step=000000005"]
+
+
+def test_records_alone_are_kept_of_unconfirmed_merges_too(publish: Publish, merges: Path) -> None:
+    publish(step=1, save_top_k=0, status="unconfirmed")
+    assert with_weights(merges) == []
 
 
 def test_best_outlives_any_save_top_k(publish: Publish, merges: Path) -> None:

@@ -46,8 +46,8 @@ def test_a_search_tells_a_stale_best(search: Publish, tmp_path: Path, mode: Mode
     standing = standing_of(tmp_path / "merges")
     assert standing.is_stale
     assert (standing.best, standing.best_value, standing.step) == (best.path.name, 0.682, 16)
-    assert "Use the weights of step 16: val_loss" in standing.advice
-    with pytest.warns(UserWarning, match="the best artifact of its run. Use the weights of step 16"):
+    assert standing.advice.startswith("Use the weights of step 16, not the best merge, of step 8: the merge ")
+    with pytest.warns(UserWarning, match="the best artifact of its run. Use the weights of step 16, not"):
         load_merged(tmp_path / "merges", TiedModel())
     assert Artifact.open(tmp_path / "merges").caveat == standing.advice
 
@@ -59,7 +59,37 @@ def test_a_later_merge_that_is_better_is_the_best(search: Publish, tmp_path: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_merged(tmp_path / "merges", TiedModel())
-    assert "Use the best merge, of step 16: val_loss 0.4, versus 0.45 for" in standing_of(better.path.parent).advice
+    assert standing_of(better.path.parent).advice == (
+        "Use the best merge, of step 16, not the weights of step 16: it lowers val_loss from 0.450 to 0.400, 11 % "
+        "less, on the same batches."
+    )
+
+
+@pytest.mark.parametrize(
+    ("standing", "told"),
+    [
+        (
+            {"interval": (-0.0794, 0.569)},
+            "Use the best merge, of step 8, not the final weights of step 32: it lowers val_loss from 0.90 to 0.65, "
+            "28 % less; 95 % interval 8.8 % more to 63 % less, on the same batches, so it may be nothing.",
+        ),
+        (
+            {"interval": (0.1, 0.4), "mode": "max", "value": -0.65, "best_value": -0.4},
+            "Use the best merge, of step 8, not the final weights of step 32: it raises val_loss from -0.65 to -0.40, "
+            "0.25 more; 95 % interval 0.10 to 0.40, on the same batches.",
+        ),
+        (
+            {"interval": (-0.4, -0.1), "best_value": 1.15},
+            "Use the final weights of step 32, not the best merge, of step 8: the merge raises val_loss from 0.90 to "
+            "1.15, 28 % more; 95 % interval 11 to 44 %, on the same batches.",
+        ),
+    ],
+)
+def test_advice_has_the_form_of_a_verdict(standing: dict[str, Any], told: str) -> None:
+    """The interval is told in the words of the change, never as a gain with a hyphen before it."""
+    known = {"run_id": "a", "monitor": "val_loss", "mode": "min", "step": 32, "value": 0.9, "is_final": True}
+    best: dict[str, Any] = {"best": "step=000000008", "best_step": 8, "best_value": 0.65}
+    assert Standing(**{**known, **best, **standing}).advice == told
 
 
 def test_another_runs_standing_says_nothing(search: Publish, tmp_path: Path) -> None:

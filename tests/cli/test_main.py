@@ -170,5 +170,5 @@ def test_a_checkpoint_or_a_directory_above_runs_is_helped_on(publish: Publish, t
     merges.mkdir(parents=True)
     (merges / "timeline.jsonl").write_text("{}")
     for command in ("show", "list"):
-        assert f"It contains the runs {merges}: pass one of them" in ckmerge(command, above, code=2).stderr
+        assert f"It contains the run {merges}: pass that." in ckmerge(command, above, code=2).stderr
     assert ckmerge("show", published.path).exit_code == 0

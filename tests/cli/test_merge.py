@@ -120,6 +120,7 @@ def test_a_hub_directory_brings_its_config_and_tokenizer(tmp_path: Path) -> None
         (["a", "b"], "one of --weights and --schedule must be given, got neither"),
         (["a", "b", "--weights", "1,1", "--schedule", "uniform"], "got both"),
         (["a", "b", "--weights", "1"], "got 1 weights for 2 checkpoints"),
+        (["a", "b", "--schedule", "uniform", "--out", "x.pt"], "got 'x.pt'. Choose one of these endings, or none"),
         (["a", "b", "--weights", "1,x"], "must be numbers"),
         (["a", "b", "--weights", "1,-1"], "must not sum to 0"),
         (["a", "b", "--schedule", "cosine"], "a schedule must be one of"),
@@ -140,7 +141,8 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(tmp_path: Path, arg
     torch.save(wide, tmp_path / "wide.ckpt")
     named = [tmp_path / f"{a}.ckpt" if a in ("a", "b", "c", "other", "wide", "gone", "no-step") else a for a in args]
     before = sorted(tmp_path.iterdir())
-    assert message in ckmerge("merge", *named, "--out", tmp_path / "out", code=2).stderr
+    out = [] if "--out" in named else ["--out", tmp_path / "out"]
+    assert message in ckmerge("merge", *named, *out, code=2).stderr
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -283,7 +285,9 @@ def test_load_merged_opens_what_merge_wrote(tmp_path: Path, out: str) -> None:
     ckmerge("merge", *paths, "--schedule", "uniform", "--out", tmp_path / out, "--max-shard-size", "64B")
     assert (tmp_path / out).is_file() is out.endswith(".safetensors")
     model, expected = model_at(1), mean_of(100, 200, 300)
-    load_merged(tmp_path / out, model)
+    loaded = load_merged(tmp_path / out, model)
+    assert repr(loaded) == f"MergedFiles('{(tmp_path / out).resolve()}', uniform, 3 checkpoints)"
+    assert loaded.manifest["coefficients"] == [1 / 3] * 3
     for name, tensor in tensors_of(model).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
     with pytest.raises(ArtifactError, match="must fit Linear"):

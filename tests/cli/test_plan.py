@@ -28,7 +28,7 @@ def test_a_plan_counts_what_the_run_will_take(tmp_path: Path) -> None:
     # Two segments in progress; twice the buffer, a pair being pooled, and what the last two checkpoints hold.
     assert plan["buffer_memory"] == 2 * MODEL_BYTES
     assert plan["search_memory"] == MODEL_BYTES + 256_000_000
-    assert plan["disk"] == (2 * 4 + 2 + 2) * MODEL_BYTES + 3 * MODEL_BYTES
+    assert plan["disk"] == (2 * 4 + 2 + 2) * MODEL_BYTES + 4 * MODEL_BYTES
     assert (plan["search_batches"], plan["confirm_batches"]) == (20, 20)
     assert plan["evaluations"] == 20 * (10 + 3) + 3 * 20
     assert plan["free_disk"] > 0
@@ -128,7 +128,7 @@ def test_a_config_that_cannot_be_read_is_an_error_with_its_remedy(
 @pytest.mark.parametrize(("num", "is_told"), [(2, True), (9, True), (10, False), (None, False)])
 def test_too_few_batches_for_a_verdict_are_foretold(tmp_path: Path, num: int | None, is_told: bool) -> None:
     found = plan_of(write_config(tmp_path, evaluation={"limit_batches": num}))["warnings"]
-    assert any("A verdict needs 5 batches" in w for w in found) is is_told
+    assert any("A verdict needs at least 5 confirmation batches" in w for w in found) is is_told
 
 
 def test_a_config_is_imported_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,13 +118,37 @@ def test_what_is_unconfirmed_is_said_once_and_named_where_nothing_was_accepted(p
     manifest = artifact.path / "manifest.json"
     told = "Unconfirmed: merging lowers val_loss."
     manifest.write_text(manifest.read_text().replace(artifact.manifest["verdict"]["sentence"], told))
-    assert ckmerge("show", artifact.path).output.splitlines()[2].rstrip() == "Unconfirmed: Merging lowers val_loss."
+    assert ckmerge("show", artifact.path).output.splitlines()[2].rstrip() == told
     merges = artifact.path.parent
     error = ckmerge("show", merges, code=2).stderr
     assert (
         f"got 1 search in {merges}: 1 unconfirmed. Name an artifact by its own directory, such as {artifact.path}"
         in error
     )
+
+
+def test_what_has_been_removed_is_said(publish: Publish, tmp_path: Path) -> None:
+    """Goes red if a step that the timeline knows is answered as any misspelt path."""
+    for step in (100, 200):
+        publish(step=step, value=1.0 / step, save_top_k=1)
+    gone = tmp_path / "merges" / "step=000000100"
+    error = ckmerge("show", gone, code=2).stderr
+    assert f"got {gone}: its search was accepted, and the directory has been removed since" in error
+    assert "since" not in ckmerge("show", tmp_path / "merges" / "step=000000300", code=2).stderr
+
+
+@pytest.mark.parametrize("command", ["show", "report", "list", "verify"])
+def test_a_file_is_no_artifact(publish: Publish, command: str) -> None:
+    page = publish().path / "manifest.json"
+    assert str(page) in ckmerge(command, page, code=2).stderr
+
+
+def test_a_runs_page_loads_from_anywhere(merges: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a search's does. Goes red if the code on it has the path that the command was given."""
+    monkeypatch.chdir(merges.parent)
+    ckmerge("report", "merges")
+    told = (merges / "report.md").read_text()
+    assert f'load_merged("{merges.resolve() / "step=000000200"}", model)' in told
 
 
 def test_show_tells_every_metric_on_every_loader(publish: Publish) -> None:

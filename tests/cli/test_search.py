@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import save_file
 
 from lightning_ckmerge import EvaluationConfig, SearchConfig, load_merged, search_checkpoints
+from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.checkpoints.formats import find_sources, open_source
 from lightning_ckmerge.cli.main import app
 from lightning_ckmerge.errors import ArtifactError, ConfigError, MonitorError
@@ -277,10 +278,60 @@ def test_a_function_makes_the_artifact_that_the_command_makes(checkpoints: Path,
     load_merged(found, module)
 
 
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*.safetensors")}
+
+
+def test_other_checkpoints_have_a_place_of_their_own(checkpoints: Path, tmp_path: Path) -> None:
+    """Be their names equal. Goes red if a search takes another's place, or returns an accepted merge without weights.
+
+    The evaluation is given as a mapping, as the callback takes it.
+    """
+    others = tmp_path / "others"
+    others.mkdir()
+    for path in checkpoints.glob("*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["state_dict"]["layer.bias"] += 0.5
+        torch.save(checkpoint, others / path.name)
+
+    def search(paths: Path) -> Artifact:
+        return search_checkpoints(
+            Wandering(),
+            PointsData().val_dataloader(),
+            paths,
+            dirpath=tmp_path / "merges",
+            search=SearchConfig(n_trials=1),
+            evaluation={"limit_batches": 30},  # type: ignore[arg-type]
+            trainer={"accelerator": "cpu"},
+        )
+
+    first = search(checkpoints)
+    kept = contents(first.path)
+    second, again = search(others), search(checkpoints)
+    assert first.manifest["verdict"]["status"] == again.manifest["verdict"]["status"] == "accepted"
+    assert [a.path.parent for a in (first, second, again)] == [
+        tmp_path / "merges",
+        tmp_path / "merges" / "run=2",
+        tmp_path / "merges",
+    ]
+    assert again.has_weights
+    assert contents(first.path) == kept
+    load_merged(again, Wandering())
+    assert num_trials(tmp_path) == 1
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
         ({"monitor": "val_los"}, MonitorError, "got 'val_los'"),
+        ({"monitor": ""}, ConfigError, "`monitor` must name one metric or several different ones, got ''"),
+        ({"mode": "max"}, ConfigError, "for which lower is better"),
+        ({"mode": "max", "monitor": "val_los", "check_mode": False}, MonitorError, "got 'val_los'"),
+        ({"dirpath": ""}, ConfigError, "`dirpath` must name a directory, got ''"),
+        ({"dirpath": "s3://bucket/run"}, ConfigError, "got the URL"),
+        ({"dirpath": "/dev/null/merges"}, ConfigError, "must be a directory that can be written to"),
+        ({"paths": "nowhere/*.ckpt"}, ArtifactError, "got 'nowhere/\\*.ckpt', which matches nothing"),
+        ({"paths": []}, ArtifactError, "two checkpoints or more, got none. Name"),
         ({"last": 1}, ArtifactError, "two checkpoints or more, got 1"),
         ({"evaluation": EvaluationConfig(recalibrate_batches=2)}, ConfigError, "needs training data"),
         ({"trainer": {"accelerator": "cpu", "devices": 2}}, ConfigError, "takes one device, got 2"),
@@ -290,11 +341,10 @@ def test_a_function_makes_the_artifact_that_the_command_makes(checkpoints: Path,
 def test_the_function_refuses_with_the_reason(
     checkpoints: Path, tmp_path: Path, wrong: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    options = {"search": SearchConfig(n_trials=1), "trainer": {"accelerator": "cpu"}, **wrong}
+    own = {"search": SearchConfig(n_trials=1), "trainer": {"accelerator": "cpu"}, "dirpath": tmp_path / "merges"}
+    options = {"paths": checkpoints, **own, **wrong}
     with pytest.raises(error, match=message):
-        search_checkpoints(
-            Wandering(), PointsData().val_dataloader(), checkpoints, dirpath=tmp_path / "merges", **options
-        )
+        search_checkpoints(Wandering(), PointsData().val_dataloader(), **options)
     assert not list((tmp_path / "merges").glob("step=*"))
 
 

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ckmerge import CheckpointMergeCallback, EvaluationConfig, study_checkpoints
+from lightning_ckmerge import CheckpointMergeCallback, study_checkpoints
 from lightning_ckmerge.core.mixing import slerp_tensors
 from lightning_ckmerge.plugin.evaluate.halves import confirms
 from tests.support.commands import ckmerge, ckmerge_json
@@ -239,7 +239,7 @@ def test_one_batch_leaves_nothing_to_confirm(run: Path, tmp_path: Path) -> None:
         DataLoader(TensorDataset(samples()), batch_size=96),
         run / "checkpoints",
         dirpath=tmp_path / "study",
-        evaluation=EvaluationConfig(),
+        evaluation={"confirm_fraction": 0.5},  # type: ignore[arg-type]
         max_evaluations=20,
         trainer={"accelerator": "cpu"},
     )

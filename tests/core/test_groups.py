@@ -63,6 +63,9 @@ def test_a_pattern_that_matches_nothing_is_refused_with_a_name() -> None:
         ({"groups": "layers"}, "one of kind, depth, got 'layers'"),
         ({"max_deviation": 1.5}, r"max_deviation <= 1.*got 1\.5"),
         ({"factors": {"mlp": 0.0}}, r"factors\.mlp > 0"),
+        ({"groups": {"a": "x"}, "factors": {"b": 1.0}}, "must name groups, got 'b'. The groups are a, other"),
+        ({"groups": "depth", "factors": {"mlp": 1.0}}, "got 'mlp'. The groups are depth-0, depth-1, depth-2, other"),
+        ({"factors": {"mpl": 1.0}}, "got 'mpl'. The groups are norms, head, embeddings, attention, mlp, other"),
     ],
 )
 def test_bad_arguments_are_refused_when_built(arguments: dict[str, object], message: str) -> None:

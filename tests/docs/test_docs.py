@@ -122,6 +122,15 @@ def test_commands_exist_with_their_options(name: str) -> None:
 
 
 @every_page
+def test_dotted_names_are_those_of_arguments(name: str) -> None:
+    """Goes red if a page names `evaluation.cache_bytes`, say, which is no argument."""
+    named = re.findall(r"`(buffer|search|evaluation|artifact)\.([a-z_]+)[`:]", read(PAGES[name]))
+    of_objects = {("artifact", "manifest"), ("artifact", "path")}
+    known = {(section, f.name) for section, cls in hooks.groups().items() for f in fields(cls)}
+    assert sorted({*named} - known - of_objects) == []
+
+
+@every_page
 def test_pages_link_to_pages_of_the_site(name: str) -> None:
     """The README lies outside of it, and may link to anything in the repository."""
     path = PAGES[name]

@@ -27,6 +27,8 @@ BARS: dict[str, Callable[[], pl.Callback]] = {
     "tqdm": TQDMProgressBar,
     "rich": lambda: RichProgressBar(console_kwargs={"force_terminal": True, "width": 160}),
 }
+# Its metrics do not fit into one line, so that it is two rows high or more.
+NARROW = {"rich, narrow": lambda: RichProgressBar(console_kwargs={"force_terminal": True, "width": 60})}
 MOMENTS: dict[str, dict[str, Any]] = {
     "batch end": {"every_n_train_steps": 5},
     "epoch end": {"every_n_epochs": 1},
@@ -90,7 +92,7 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("bar", [*BARS, "none"])
+@pytest.mark.parametrize("bar", [*BARS, *NARROW, "none"])
 def test_what_is_said_stays_on_the_terminal(bar: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Goes red if a bar is drawn over the plan, a verdict or the summary, or if a verdict is a warning.
 
@@ -103,7 +105,8 @@ def test_what_is_said_stays_on_the_terminal(bar: str, tmp_path: Path, monkeypatc
     monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(terminal)])
     monkeypatch.setattr(logger, "propagate", False)
     case = Case(
-        trainer={"enable_progress_bar": bar != "none"}, callbacks=lambda: [BARS[bar]()] if bar != "none" else []
+        trainer={"enable_progress_bar": bar != "none"},
+        callbacks=lambda: [{**BARS, **NARROW}[bar]()] if bar != "none" else [],
     )
     run = fit(case, tmp_path, [make_merge(every_n_train_steps=8, search_on_train_end=True)])
     said = screen(terminal.getvalue())

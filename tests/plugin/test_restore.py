@@ -410,6 +410,20 @@ def test_the_work_of_another_thread_is_not_taken_back(how: str) -> None:
         thread.join()
 
 
+def test_an_empty_tuple_is_in_no_threads_hands() -> None:
+    """It is one object for everybody, threads without arguments included."""
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait, args=())
+    thread.start()
+    try:
+        holder = nn.Module()
+        holder.held = ()
+        assert remember([holder, SimpleNamespace(held=())]).left_out == {}
+    finally:
+        end.set()
+        thread.join()
+
+
 def test_a_datamodule_is_looked_into() -> None:
     datamodule = pl.LightningDataModule()
     memory = remember(datamodule)

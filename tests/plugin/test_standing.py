@@ -78,7 +78,7 @@ def test_best_is_measured_against_the_final_weights(
     assert standing.interval is not None
     assert (standing.interval[1] < 0) is standing.is_stale
     if standing.is_stale:
-        with pytest.warns(UserWarning, match="Use the final weights of step 15"):
+        with pytest.warns(UserWarning, match="Use the final weights of step 15, not"):
             assert merge.best_artifact is not None
     assert read_history(tmp_path / "merges").standing == standing
     assert standing.advice in (tmp_path / "merges" / "report.md").read_text().replace("\\", "")

@@ -10,8 +10,12 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_ckmerge import CheckpointMergeCallback
+from lightning_ckmerge.artifact.manifest import build_manifest
+from lightning_ckmerge.artifact.publish import ArtifactStore
 from lightning_ckmerge.errors import ConfigError
+from lightning_ckmerge.plugin.publish.publisher import whereabouts
 from tests.support.models import Classifier, points_loader
+from tests.support.outcomes import LocalWeights, TiedModel, make_outcome, tensors_of
 from tests.support.trainers import make_trainer
 
 Arguments = Callable[[Path], tuple[Any, dict[str, Any]]]
@@ -51,3 +55,23 @@ def test_the_home_directory_is_known_by_its_sign(tmp_path: Path, monkeypatch: py
     trainer = make_trainer(tmp_path, merge, max_steps=1)
     trainer.fit(Classifier(), points_loader(train=True), points_loader(train=False))
     assert merge._resolved_dirpath == tmp_path / "merges"
+
+
+@pytest.mark.parametrize(
+    ("status", "save_top_k", "told"),
+    [
+        ("accepted", 2, "Artifact: {path}"),
+        ("unconfirmed", 1, "Artifact: {path}"),
+        ("rejected", 1, "Record: {path} (weights not kept: the search was rejected)"),
+        ("accepted", 0, "Record: {path} (weights not kept: `save_top_k` is 0)"),
+        ("accepted", 1, "Record: {path} (weights not kept: `save_top_k` is 1, and better merges are kept)"),
+    ],
+)
+def test_a_directory_without_weights_is_told_as_a_record(
+    status: Any, save_top_k: int, told: str, tmp_path: Path
+) -> None:
+    store = ArtifactStore(tmp_path, mode="min", save_top_k=save_top_k, max_shard_size=1 << 30)
+    weights = LocalWeights(tensors_of(TiedModel()))
+    store.publish(build_manifest(make_outcome(step=1, value=1.0)), weights)
+    artifact = store.publish(build_manifest(make_outcome(step=2, value=2.0, status=status)), weights)
+    assert whereabouts(artifact, store) == told.format(path=artifact.path)

@@ -77,6 +77,14 @@ def test_marks_tell_what_became_of_a_trial() -> None:
     assert sorted(level.label for level in chart.levels if level.label_y is not None) == ["latest", "uniform-4"]
 
 
+def test_no_mark_lies_under_a_label() -> None:
+    """Labels end at the right rim, and a letter is less than 7 pixels wide."""
+    chart = history_chart(manifest())
+    assert chart is not None
+    longest = max(len(level.label) for level in chart.levels if level.label_y is not None)
+    assert all(m.x < RIGHT - 7 * longest for m in chart.marks)
+
+
 def test_labels_of_close_anchors_do_not_overlap() -> None:
     data = manifest()
     data["anchors"][0]["search"]["value"] = data["anchors"][1]["search"]["value"] + 1e-4

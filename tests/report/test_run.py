@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_ckmerge.artifact.history import History, read_history
+from lightning_ckmerge.artifact.standing import Standing
 from lightning_ckmerge.artifact.timeline import append_timeline, skip_record
 from lightning_ckmerge.errors import ArtifactError
 from lightning_ckmerge.report.axes import BOTTOM, TOP
@@ -91,8 +92,33 @@ def test_where_newer_weights_are_better_nobody_is_told_to_load_the_merge() -> No
     for report in (render_run_html(*found), render_run_markdown(*found)):
         assert "Use the final weights." in report
         assert "load_merged" not in report
-    assert "load_merged" not in summarize(history.timeline, history.best, DIRPATH, Stale())
+    summary = summarize(history.timeline, history.best, DIRPATH, Stale())
+    assert "load_merged" not in summary
     assert "load_merged" in summarize(history.timeline, history.best, DIRPATH)
+
+
+@pytest.mark.parametrize("statuses", [("accepted", "rejected"), ("unconfirmed",), ("rejected",)])
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_summary_has_three_lines_and_tells_no_value_twice(statuses: tuple[Any, ...], is_told: bool) -> None:
+    history = make_history(statuses)
+    leader = history.timeline[0]
+    standing = Standing(
+        run_id="a",
+        monitor=leader["monitor"],
+        mode=leader["mode"],
+        step=3000,
+        value=leader["values"]["latest"],
+        is_final=True,
+        best="step=000001000",
+        best_step=1000,
+        best_value=leader["values"][leader["winner"]],
+        interval=(0.0123, 0.0456),
+    )
+    told = standing if is_told and history.best else None
+    summary = summarize(history.timeline, history.best, DIRPATH, told)
+    assert len(summary.splitlines()) == 3
+    values = re.findall(r"\d+\.\d+", summary)
+    assert len(set(values)) == len(values)
 
 
 def test_searches_link_to_their_reports_while_these_exist() -> None:

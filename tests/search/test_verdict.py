@@ -291,11 +291,25 @@ def test_an_interval_with_zero_inside_says_what_would_decide() -> None:
     assert nothing.sentence.endswith("would take over 100 times as much validation data.")
 
 
+@pytest.mark.parametrize("anchor", [0.1289, 0.12795, 0.2, 0.128001])
+def test_a_sentence_has_one_precision_that_tells_its_values_apart(anchor: float) -> None:
+    """Goes red for "from 0.46 to 0.13 ... The best anchor scores 0.1289", in which the winner looks worse."""
+    latest, winner = trial("latest", around(0.4622, (0.0,))), trial("trial-4", around(0.128, (0.0,)))
+    sentence = verdict(winner, latest, trial("ema-9", around(anchor, (0.0,)))).sentence
+    told = re.findall(r"(?:from|to|scores) (0\.\d+)", sentence)
+    assert len(told) == 3
+    assert len({len(number) for number in told}) == 1
+    before, after, other = map(float, told)
+    assert (after < other, after > other) == (anchor > 0.128, anchor < 0.128)
+    assert after < other < before or other < after < before
+    assert max(map(len, told)) <= len("0.123456")
+
+
 def test_the_best_anchor_is_told_where_another_merge_won() -> None:
     latest, anchor, winner = (trial(n, noisy(v)) for n, v in [("latest", 3.0), ("ema-9", 2.6), ("trial-4", 2.5)])
     assert anchor.confirm is not None
     assert verdict(winner, latest, anchor).sentence.endswith(
-        f" The best anchor, ema-9, scores {anchor.confirm.value:.3f}."
+        f" The best anchor, ema-9, scores {anchor.confirm.value:.2f}."
     )
     assert "anchor" not in verdict(winner, latest, latest).sentence
 

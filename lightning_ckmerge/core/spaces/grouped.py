@@ -12,7 +12,7 @@ from lightning_ckmerge.checks import checked, require_positive
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces.base import Coordinates, Interval, Space
 from lightning_ckmerge.core.spaces.decay import Decay
-from lightning_ckmerge.core.spaces.groups import GroupRule, assign_groups, check_patterns
+from lightning_ckmerge.core.spaces.groups import GroupRule, assign_groups, check_members, check_patterns
 from lightning_ckmerge.core.spaces.kernels import KernelName
 from lightning_ckmerge.errors import ConfigError
 
@@ -39,7 +39,7 @@ class Grouped(Space):
             Of `decay` 0.2 is a factor of about 3 in ``tau``.
 
     Raises:
-        ConfigError: An argument is outside its range, or a pattern is no regular expression.
+        ConfigError: An argument is outside its range, a pattern is no regular expression, or a factor has no group.
     """
 
     @checked()
@@ -57,6 +57,7 @@ class Grouped(Space):
         for group, factor in (factors or {}).items():
             require_positive(f"factors.{group}", factor, "1 leaves the group where it is.")
         check_patterns(groups)
+        check_members(groups, factors or {}, "factors")
         self.space = space or Decay()
         is_measured = groups == "kind" and isinstance(self.space, Decay) and along in (None, "tau")
         self.factors = dict(KIND_FACTORS if factors is None and is_measured else factors or {})

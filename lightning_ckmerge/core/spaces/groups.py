@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, get_args
 
 from lightning_ckmerge.checks import require_choice
@@ -66,6 +66,19 @@ def check_patterns(groups: GroupRule | Mapping[str, str]) -> None:
                 f"`groups` must map names to regular expressions, got {pattern!r} for {group!r}: {error}. "
                 "A plain part of the tensors' names, such as 'mlp', is one."
             ) from error
+
+
+def check_members(groups: GroupRule | Mapping[str, str], named: Collection[str], argument: str) -> None:
+    """Raise ``ConfigError`` unless each of the ``named`` groups may exist."""
+    if groups == "kind":
+        known = [*KINDS, OTHER]
+    elif groups == "depth":
+        known = [*(f"depth-{band}" for band in range(NUM_BANDS)), OTHER]
+    else:
+        known = [*groups, OTHER]
+    for name in named:
+        if name not in known:
+            raise ConfigError(f"`{argument}` must name groups, got {name!r}. The groups are {', '.join(known)}.")
 
 
 def describe_groups(group_of: Mapping[str, str]) -> str:

@@ -119,7 +119,8 @@ class CheckpointScoring:
     Attributes:
         model: What candidates are merged into.
         step: The newest checkpoint's.
-        run_id: Stands for the checkpoints: the same ones have the same, so that work goes on after an interruption.
+        run_id: Stands for the checkpoints' steps and contents: the same ones have the same, so that work goes on after
+            an interruption, and others have another, be their names equal.
     """
 
     def __init__(
@@ -138,8 +139,9 @@ class CheckpointScoring:
             Segment(kind="point", first_step=before + 1, last_step=step) for before, step in pairwise(steps[:-1])
         ]
         _load(sources[-1], trainer.lightning_module)
-        names = "\n".join(f"{s.step} {s.path.name}" for s in sources)
-        self.run_id = hashlib.sha256(names.encode()).hexdigest()[:8]
+        self._hashes = [tuple(file_record(path)["sha256"] for path in s.files) for s in sources]
+        contents = "\n".join(f"{s.step} {files}" for s, files in zip(sources, self._hashes, strict=True))
+        self.run_id = hashlib.sha256(contents.encode()).hexdigest()[:8]
         bucket_bytes = parse_size(settings.buffer.bucket_size)
         self.model = RankModel(trainer.lightning_module, settings.search.space, settings.artifact, bucket_bytes)
         self._scorer_maker = ScorerMaker(settings, callback, trainer, self.model, lambda: None)
@@ -165,7 +167,6 @@ class CheckpointScoring:
                 Snapshot(segment=segment, sha256=None, tensors=[as_real(weights[slot.name]) for slot in slots])
                 for segment, weights in self._others
             ]
-        hashes = [tuple(file_record(path)["sha256"] for path in s.files) for s in self._sources[:-1]]
         return [
             Snapshot(
                 segment=segment,
@@ -173,7 +174,7 @@ class CheckpointScoring:
                 files_sha256=files if len(files) > 1 else (),
                 tensors=[as_real(source.weights[slot.name]) for slot in self.model.layout.slots],
             )
-            for source, files, segment in zip(self._sources[:-1], hashes, self._segments, strict=True)
+            for source, files, segment in zip(self._sources[:-1], self._hashes[:-1], self._segments, strict=True)
         ]
 
 

@@ -12,16 +12,18 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_ckmerge.artifact.load import Artifact
-from lightning_ckmerge.artifact.runs import Place
+from lightning_ckmerge.artifact.runs import Claim, Place, home_of, keep_snapshots
 from lightning_ckmerge.checkpoints.formats import Source, run_sources
 from lightning_ckmerge.config import ArtifactConfig, BufferConfig, EvaluationConfig, MergeSettings, SearchConfig
 from lightning_ckmerge.core.objectives import Mode, make_objectives
 from lightning_ckmerge.core.outcome import SearchOutcome
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.distributed.comm import on_rank_zero
+from lightning_ckmerge.errors import ArtifactError, ConfigError
 from lightning_ckmerge.pipeline import Scorer, SearchJob, join_search, run_search
+from lightning_ckmerge.plugin.dirpath import find_fault, root_of
 from lightning_ckmerge.plugin.offline.scoring import CheckpointScoring, at_train_start, make_trainer, training_data
-from lightning_ckmerge.plugin.progress import OnScored
+from lightning_ckmerge.plugin.progress import OnScored, say
 from lightning_ckmerge.plugin.publish.publisher import Publisher
 
 
@@ -41,11 +43,13 @@ def search_checkpoints(
     trainer: Mapping[str, Any] | None = None,
     key: str | None = None,
     last: int | None = None,
+    check_mode: bool = True,
 ) -> Artifact:
     """Search for the best merge of checkpoints on disk, as the callback does during training, and publish it.
 
     The newest checkpoint is the latest weights, which the module holds afterwards; `load_merged` loads the merge.
-    Called again after an interruption, it goes on.
+    Called again with the same checkpoints, it goes on where it was; others have a directory of their own below
+    ``dirpath``, as a second run has: ``run=2``.
 
     Args:
         module: The LightningModule that was trained, built as it was; its weights do not matter.
@@ -63,29 +67,33 @@ def search_checkpoints(
         trainer: Arguments for the Trainer, such as ``{"accelerator": "gpu", "precision": "bf16-mixed"}``; one device.
         key: The entry that holds the weights in a torch file, where it is not Lightning's.
         last: Use the newest so many checkpoints.
+        check_mode: As the callback's.
 
     Returns:
-        The artifact; ``artifact.manifest["verdict"]`` says whether merging helps.
+        The artifact; ``artifact.manifest["verdict"]`` says whether merging helps. Unless that is ``rejected``, or
+        ``save_top_k`` is 0, it holds weights.
 
     Raises:
         ArtifactError: The checkpoints cannot be read, or do not fit the module.
-        ConfigError: An argument is outside its range.
+        ConfigError: An argument is outside its range, or nothing can be written to ``dirpath``.
         MonitorError: Validation does not log ``monitor``.
     """
     settings = MergeSettings(
         objectives=make_objectives(monitor, mode),
+        dirpath=dirpath,
         save_top_k=save_top_k,
         buffer=BufferConfig(snapshot="point"),  # as checkpoints are
         search=search,
         evaluation=evaluation,
         artifact=artifact,
         on_error="raise",
+        check_mode=check_mode,
     )
     sources = find_sources(paths, key, last)
     made = make_trainer(trainer)
-    data = {"train_dataloaders": training_data(module, train_dataloaders, evaluation)}
+    data = {"train_dataloaders": training_data(module, train_dataloaders, settings.evaluation)}
     found = search_sources(
-        made, module, {**data, "val_dataloaders": val_dataloaders}, settings, sources, Path(dirpath).absolute()
+        made, module, {**data, "val_dataloaders": val_dataloaders}, settings, sources, root_of(made, dirpath)
     )
     assert isinstance(found, Artifact)
     return found
@@ -116,7 +124,12 @@ def search_sources(
 
     Returns:
         The artifact, or how many candidates were scored here if ``help_only``.
+
+    Raises:
+        ConfigError: Nothing can be written to ``dirpath``.
     """
+    if fault := find_fault(dirpath):
+        raise ConfigError(fault)
 
     def find(trainer: Trainer, callback: Callback) -> Artifact | int:
         search = OfflineSearch(settings, trainer, callback, dirpath, sources, on_scored)
@@ -133,9 +146,12 @@ def find_sources(paths: str | Path | Sequence[str | Path], key: str | None, last
 
 def _matches(path: str | Path) -> list[Path]:
     """Return the files that a pattern names; anything else names itself."""
-    if isinstance(path, str) and glob.has_magic(path) and not os.path.lexists(path):
-        return [Path(found) for found in sorted(glob.glob(path))]
-    return [Path(path)]
+    if not (isinstance(path, str) and glob.has_magic(path)) or os.path.lexists(path):
+        return [Path(path)]
+    found = [Path(name) for name in sorted(glob.glob(path))]
+    if not found:
+        raise ArtifactError(f"a pattern must match a checkpoint, got {path!r}, which matches nothing. Correct it.")
+    return found
 
 
 class OfflineSearch:
@@ -168,32 +184,44 @@ class OfflineSearch:
         self._trainer = trainer
         self._on_scored = on_scored
         self.offline = CheckpointScoring(settings, trainer, callback, sources, segments)
-        # The same checkpoints make the same study, so that a search that was interrupted goes on.
-        self._place = Place(dirpath=dirpath, run_id=self.offline.run_id, source=None)
+        self._dirpath = dirpath
 
     def find(self, scorer: Scorer) -> SearchOutcome:
         """Search with the scorer of this search, and publish nothing."""
-        return run_search(self._make_job(scorer))
+        return run_search(self._make_job(scorer, Place(dirpath=self._dirpath, run_id=self.offline.run_id, source=None)))
 
     def run(self) -> Artifact:
-        """Search and publish."""
-        publisher = Publisher(self._settings, self._trainer, self._place, self.offline.model)
+        """Search and publish, in the place of these checkpoints alone."""
+        claim = Claim(self._dirpath, self.offline.run_id)
+        try:
+            keep_snapshots(claim.place.dirpath)  # if it is interrupted, no other search takes the place
+            return self._search(claim.place)
+        finally:
+            claim.release()
+
+    def help_on(self) -> int:
+        """Help another process that publishes, and return how many candidates were scored here."""
+        run_id = self.offline.run_id
+        place = Place(dirpath=home_of(self._dirpath, run_id) or self._dirpath, run_id=run_id, source=None)
         with self.offline.paused() as scorer:
-            job = self._make_job(scorer)
+            return join_search(self._make_job(scorer, place))
+
+    def _search(self, place: Place) -> Artifact:
+        for note in place.notes:
+            say(self._trainer, note)
+        publisher = Publisher(self._settings, self._trainer, place, self.offline.model, keeps_newest=True)
+        with self.offline.paused() as scorer:
+            job = self._make_job(scorer, place)
             outcome = run_search(job)
             artifact = publisher.publish(outcome, job, ())
         publisher.announce(outcome, artifact, sum(outcome.cost.seconds.values()))
         return artifact
 
-    def help_on(self) -> int:
-        """Help another process that publishes, and return how many candidates were scored here."""
-        with self.offline.paused() as scorer:
-            return join_search(self._make_job(scorer))
-
-    def _make_job(self, scorer: Scorer) -> SearchJob:
+    def _make_job(self, scorer: Scorer, place: Place) -> SearchJob:
         """There is no training time that a share could be taken of."""
         return SearchJob(
-            name=f"{self._place.run_id}-step={self.offline.step:09d}",
+            # The same checkpoints make the same study, so that a search that was interrupted goes on.
+            name=f"{place.run_id}-step={self.offline.step:09d}",
             step=self.offline.step,
             settings=self._settings,
             space=self.offline.model.space,
@@ -206,7 +234,7 @@ class OfflineSearch:
             validated=(),
             searched=(),
             notes=(),
-            journal=self._place.dirpath / "study.journal",
+            journal=place.dirpath / "study.journal",
             on_scored=self._on_scored,
             agree=partial(on_rank_zero, self.offline.model.comm),
             shared=True,

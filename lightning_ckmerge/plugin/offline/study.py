@@ -20,6 +20,8 @@ from lightning_ckmerge.config import BufferConfig, EvaluationConfig, MergeSettin
 from lightning_ckmerge.core.geometry import measure_geometry
 from lightning_ckmerge.core.objectives import Mode, make_objectives
 from lightning_ckmerge.core.outcome import Score
+from lightning_ckmerge.errors import ConfigError
+from lightning_ckmerge.plugin.dirpath import find_fault, root_of
 from lightning_ckmerge.plugin.evaluate.scorer import CandidateScorer
 from lightning_ckmerge.plugin.offline.scoring import CheckpointScoring, at_train_start, make_trainer, training_data
 from lightning_ckmerge.plugin.offline.search import find_sources
@@ -88,19 +90,21 @@ def study_checkpoints(
     """
     settings = MergeSettings(
         objectives=make_objectives(monitor, mode),
+        dirpath=dirpath,
         buffer=BufferConfig(snapshot="point"),
         evaluation=evaluation,
         on_error="raise",
     )
     sources = find_sources(paths, key, last)
-    data = {"train_dataloaders": training_data(module, train_dataloaders, evaluation)}
+    data = {"train_dataloaders": training_data(module, train_dataloaders, settings.evaluation)}
+    made = make_trainer(trainer)
     return study_sources(
-        make_trainer(trainer),
+        made,
         module,
         {**data, "val_dataloaders": val_dataloaders},
         settings,
         sources,
-        Path(dirpath).absolute(),
+        root_of(made, dirpath),
         max_evaluations=max_evaluations,
         on_planned=lambda plan, num_known: rank_zero_info(planned(plan, num_known)),
     )
@@ -131,7 +135,12 @@ def study_sources(
         on_planned: Told of the plan, and of how many evaluations are there already, once the newest checkpoint has been
             scored and before anything else is.
         on_evaluated: Told of each evaluation, and of how many there are in all.
+
+    Raises:
+        ConfigError: Nothing can be written to ``dirpath``.
     """
+    if fault := find_fault(dirpath):
+        raise ConfigError(fault)
     # Before the data are set up, which may take long.
     make_plan(len(sources), max_evaluations)
 

@@ -43,6 +43,7 @@ class Publisher:
         trainer: The Trainer.
         place: Where artifacts go.
         model: Where merges are, as all ranks publish them.
+        keeps_newest: Whether the newest accepted merge keeps its weights beside better ones: somebody waits for it.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class Publisher:
         trainer: Trainer,
         place: Place,
         model: RankModel,
+        *,
+        keeps_newest: bool = False,
     ) -> None:
         config, objective = settings.artifact, settings.objectives[0]
         self._trainer = trainer
@@ -73,6 +76,7 @@ class Publisher:
             # The artifact to apply has to stay until then.
             save_top_k=max(settings.save_top_k, 1) if self._applies_last else settings.save_top_k,
             max_shard_size=parse_size(config.max_shard_size),
+            keeps_newest=keeps_newest,
         )
         if self._comm.rank == 0 and place.source == place.dirpath:
             with contextlib.suppress(CkmergeError, OSError):  # the next accepted merge tries again
@@ -134,17 +138,11 @@ class Publisher:
         """
         verdict = outcome.verdict
         with harmless("Announcing the search", self._trainer):
-            found = f"Merge search at step {outcome.step}: {verdict.sentence} {self._whereabouts(artifact)}"
+            found = f"Merge search at step {outcome.step}: {verdict.sentence} {whereabouts(artifact, self._store)}"
             say(self._trainer, "\n".join([found, *(f"  Note: {warning}" for warning in verdict.warnings)]))
         self.show_run()
         with harmless("Logging the search", self._trainer):
             self._announcer.announce(outcome, artifact, searched_s)
-
-    def _whereabouts(self, artifact: Artifact) -> str:
-        """Say where an artifact is, by its own name, since ``best`` moves, and which ones it displaced."""
-        removed = self._store.removed
-        gone = f"; `save_top_k` has removed {', '.join(removed)}" if removed else ""
-        return f"Artifact: {artifact.path}{gone}"
 
     def show_run(self) -> None:
         """Show the run's searches so far. A failure here never affects a published artifact."""
@@ -220,3 +218,18 @@ class Publisher:
         if path.parent.name == FRONT_NAME:
             return ReportPlace(path=place / FRONT_NAME / path.name, up="../../report.html")
         return ReportPlace(path=place)
+
+
+def whereabouts(artifact: Artifact, store: ArtifactStore) -> str:
+    """Return where the artifact just published is, by its own name, since ``best`` moves, and which ones it displaced.
+
+    Of a record without weights it says why they were not kept.
+    """
+    gone = f"; `save_top_k` has removed {', '.join(store.removed)}" if store.removed else ""
+    if artifact.has_weights:
+        return f"Artifact: {artifact.path}{gone}"
+    if artifact.manifest["verdict"]["status"] == "rejected":
+        why = "the search was rejected"
+    else:
+        why = f"`save_top_k` is {store.save_top_k}" + ", and better merges are kept" * (store.save_top_k > 0)
+    return f"Record: {artifact.path} (weights not kept: {why}){gone}"
