@@ -5,7 +5,7 @@ READY  := $(VENV)/.ready
 READY_DOCS := $(VENV)/.ready-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-fsdp2 test check docs clean
+.PHONY: help demo demo-fsdp2 examples test check docs clean
 
 help:  ## Show these lines.
 	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,11 @@ demo: $(READY)  ## Pretrain a small GPT, merge, and compare. ARGS=--decay-branch
 
 demo-fsdp2: $(READY)  ## Pretrain a smaller GPT, sharded over two processes.
 	OMP_NUM_THREADS=1 $(BIN)/python examples/pretrain_gpt.py fit --config examples/pretrain_gpt_fsdp2.yaml
+
+examples: $(READY)  ## Run the examples beyond language models, a minute or two each: images, diffusion, a GAN, an encoder, speech.
+	for task in classify_digits diffuse_digits gan_digits masked_encoder spoken_words; do \
+		$(BIN)/python examples/$$task.py || exit 1; \
+	done
 
 test: $(READY)  ## Run the test suite. ARGS="-k buffer" picks a part of it.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -35,7 +40,7 @@ clean:  ## Remove the virtual environment, the caches and the built documentatio
 # Installed again only when a requirement changed.
 $(READY): pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[adapters,cli,test,dev,loggers]'
+	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[adapters,cli,examples,test,dev,loggers]'
 	touch $@
 
 # On its own, so that tests need no MkDocs.

@@ -10,18 +10,20 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from docstring_parser.common import Docstring
 from docstring_parser.google import DEFAULT_SECTIONS, GoogleParser, Section, SectionType
 
+from docs import example_results
 from lightning_ckmerge import CheckpointMergeCallback, config
 from lightning_ckmerge.core.spaces import SPACES
 from lightning_ckmerge.search.hedge import GPHedgeSampler
 
 DOCS = Path(__file__).parent
-MARKER = re.compile(r"<!-- generated: ([\w ]+) -->")
+MARKER = re.compile(r"<!-- generated: ([\w -]+) -->")
 LINE_LENGTH = 100
 
 
@@ -104,6 +106,9 @@ GENERATED: dict[str, Callable[[], str]] = {
     "sampler tables": sampler_tables,
     "complete yaml": complete_yaml,
     "quality headline": quality_headline,
+    "examples overview": example_results.overview,
+    **{f"example {task}": partial(example_results.comparison, task) for task in example_results.TASKS},
+    **{f"generalisation {case}": partial(example_results.generalisation, case) for case in ("text", "digits")},
 }
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lightning_ckmerge.config import ArtifactConfig, BufferConfig, Constraint, EvaluationConfig, SearchConfig
     from lightning_ckmerge.core.spaces import Decay, Grouped, Interval, Pairwise, Space, Window
     from lightning_ckmerge.plugin.callback import CheckpointMergeCallback
+    from lightning_ckmerge.plugin.ensemble.build import build_ensemble
+    from lightning_ckmerge.plugin.ensemble.module import MergedEnsemble, load_ensemble
     from lightning_ckmerge.plugin.offline.search import search_checkpoints
     from lightning_ckmerge.plugin.offline.study import study_checkpoints
 
@@ -28,10 +30,13 @@ _HOMES = {
     "EvaluationConfig": "config",
     "Grouped": "core.spaces",
     "Interval": "core.spaces",
+    "MergedEnsemble": "plugin.ensemble.module",
     "Pairwise": "core.spaces",
     "SearchConfig": "config",
     "Space": "core.spaces",
     "Window": "core.spaces",
+    "build_ensemble": "plugin.ensemble.build",
+    "load_ensemble": "plugin.ensemble.module",
     "load_merged": "artifact.load",
     "search_checkpoints": "plugin.offline.search",
     "study_checkpoints": "plugin.offline.study",
@@ -47,10 +52,13 @@ __all__ = [
     "EvaluationConfig",
     "Grouped",
     "Interval",
+    "MergedEnsemble",
     "Pairwise",
     "SearchConfig",
     "Space",
     "Window",
+    "build_ensemble",
+    "load_ensemble",
     "load_merged",
     "search_checkpoints",
     "study_checkpoints",

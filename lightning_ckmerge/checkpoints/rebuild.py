@@ -107,7 +107,7 @@ def _kept(
         if c == 0:
             continue
         hashes = snapshot.get("files_sha256", [snapshot["sha256"]])
-        found = _find(buffer, checkpoints, snapshot["last_step"], hashes, shapes)
+        found = find_snapshot(buffer, checkpoints, snapshot["last_step"], hashes, shapes)
         if isinstance(found, int):
             files = f", {found} of {len(hashes)} files" if found else ""
             missing.append(f"steps {snapshot['first_step']}-{snapshot['last_step']} (coefficient {c:.4g}{files})")
@@ -127,12 +127,19 @@ def _kept(
     return kept_K
 
 
-def _find(
+def find_snapshot(
     buffer: Path, checkpoints: Sequence[Source], last_step: int, hashes: Sequence[str | None], shapes: Shapes
 ) -> Mapping[str, Tensor] | int:
     """Return the weights of the files with these hashes, else how many of them are there.
 
     A file's name, or a checkpoint's step, only narrows the search.
+
+    Args:
+        buffer: A run's snapshots, of all ranks.
+        checkpoints: Other places to look.
+        last_step: The snapshot's.
+        hashes: SHA-256 of each of its files, as the manifest names them.
+        shapes: Of each of the model's tensors.
     """
     for source in checkpoints:
         if source.step == last_step and [file_record(path)["sha256"] for path in source.files] == hashes:

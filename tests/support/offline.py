@@ -44,6 +44,11 @@ class Wandering(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.hparams["learning_rate"])
 
 
+def predict(module: Wandering, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """What an ensemble averages: the module has no ``forward``."""
+    return module.layer(batch[0]), batch[1]
+
+
 class PointsData(pl.LightningDataModule):
     """Noisy values of a linear function."""
 

@@ -71,7 +71,7 @@ class CandidateScorer:
         self._write = write
         self._candidate = candidate
         self._validation = validation
-        self._begin = begin
+        self.begin = begin
         self._recalibrate_batches = recalibrate_batches
         self._equal = EqualValues(monitor)
         self.tolerance = tolerance
@@ -95,6 +95,18 @@ class CandidateScorer:
     def load(self, c: Coefficients) -> None:
         """Put a merge in place of the live weights; everything else is as it was when the search began."""
         self._put(lambda: self._write(c))
+
+    def reload(self, c: Coefficients, read: Callable[[], None]) -> None:
+        """Put the weights that ``read`` writes in place; everything else is as if they had been merged by ``c``."""
+        # By its coefficients first, so that random numbers are drawn as they were; then the latest weights, so that
+        # what is scored can only be what was read.
+        self.load(c)
+        self._write([0.0] * (len(self.merger.snapshots_K) - 1) + [1.0])
+        self._candidate.put(read)
+
+    def visit(self, half: Half, take: Callable[[Any], None]) -> None:
+        """Show each batch of one half to ``take``, with the weights that are in place; see ``Validation.visit``."""
+        self._validation.visit(half, take)
 
     def gradient(self, c: Coefficients) -> dict[str, Any]:
         """Return each group's inner products ``(K, K)`` of snapshots and derivatives at ``c``, over all ranks.
@@ -122,11 +134,7 @@ class CandidateScorer:
         """
         half: Half = "search" if scored.confirm is None else "confirm"
         recorded = scored.search if scored.confirm is None else scored.confirm
-        # By its coefficients first, so that random numbers are drawn as they were; then the latest weights, so that
-        # what is scored can only be what was read.
-        self.load(scored.candidate.coefficients)
-        self._write([0.0] * (len(self.merger.snapshots_K) - 1) + [1.0])
-        self._candidate.put(read)
+        self.reload(scored.candidate.coefficients, read)
         again = self._validation.run(half, keep_going=lambda values_B, sizes_B: False)
         pairs = [(_first(a), _first(b)) for a, b in zip(recorded.objectives, again.objectives, strict=True)]
         if not all(math.isclose(a, b, rel_tol=self.tolerance, abs_tol=1e-9) for a, b in pairs):
@@ -150,7 +158,7 @@ class CandidateScorer:
         return [*[SWAPPED] * self._candidate.was_swapped, *self._equal.notes()]
 
     def _put(self, write: Callable[[], None]) -> None:
-        self._begin()
+        self.begin()
         self._candidate.put(write)
         if self._recalibrate_batches:
             self._validation.recalibrate(self._recalibrate_batches)

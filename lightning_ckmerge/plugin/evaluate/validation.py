@@ -5,6 +5,7 @@ Letters: B batches.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -141,6 +142,23 @@ class Validation:
         step = recorder.watching(self._module.validation_step)
         recorder.finish(self._evaluate(batches, recorder, self._combined, step=step))
         return recorder.gradients()
+
+    def visit(self, half: Half, take: Callable[[Any], None]) -> None:
+        """Show each batch of one half, on its device, to ``take``, inside ``validation_step``, which runs after it.
+
+        Hooks that end validation find what they expect, and ``take`` computes in the precision of validation.
+        """
+        own = self._module.validation_step
+
+        @functools.wraps(own)
+        def step(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            take(batch)
+            return own(batch, *args, **kwargs)
+
+        parts = [s.part(half) for s in self._splits]
+        batches = self._cache.wrap(half, [p.batches for p in parts])
+        recorder = BatchRecorder([], [p.padding for p in parts], None, self._comm)
+        recorder.finish(self._evaluate(batches, recorder, self._combined, step=step))
 
     def recalibrate(self, batches: int) -> None:
         """Re-estimate BatchNorm statistics of the live weights on the first ``batches`` training batches.

@@ -95,13 +95,20 @@ def build(
 
 
 def _imported(path: str | None) -> Any:
-    if path is None:
-        return None
+    return None if path is None else imported(path)
+
+
+def imported(path: str) -> Any:
+    """Return what an import path names.
+
+    Raises:
+        ConfigError: There is nothing of that name.
+    """
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"a class must be named by its import path, got {path!r}: {error}.") from error
+        raise ConfigError(f"a class or function must be named by its import path, got {path!r}: {error}.") from error
 
 
 def _own_error(error: BaseException) -> CkmergeError | None:

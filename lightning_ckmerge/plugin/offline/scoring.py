@@ -113,6 +113,7 @@ class CheckpointScoring:
         trainer: The Trainer, inside ``fit``, before the first step.
         callback: Told of batches in place of the muted others.
         sources: Checkpoints, oldest first, each with its step; the last one is loaded into the module.
+        segments: What each but the last stands for; ``None``: the weights at its step.
 
     Attributes:
         model: What candidates are merged into.
@@ -122,9 +123,18 @@ class CheckpointScoring:
     """
 
     def __init__(
-        self, settings: MergeSettings, trainer: Trainer, callback: Callback, sources: Sequence[Source]
+        self,
+        settings: MergeSettings,
+        trainer: Trainer,
+        callback: Callback,
+        sources: Sequence[Source],
+        segments: Sequence[Segment] | None = None,
     ) -> None:
         self._sources = sources
+        steps = [0, *(s.step or 0 for s in sources)]
+        self._segments = segments or [
+            Segment(kind="point", first_step=before + 1, last_step=step) for before, step in pairwise(steps[:-1])
+        ]
         _load(sources[-1], trainer.lightning_module)
         self._hashes = [tuple(file_record(path)["sha256"] for path in s.files) for s in sources]
         contents = "\n".join(f"{s.step} {files}" for s, files in zip(sources, self._hashes, strict=True))
@@ -148,17 +158,14 @@ class CheckpointScoring:
 
     def _snapshots(self) -> list[Snapshot]:
         """Return the checkpoints but the newest, which is in the module."""
-        steps = [0, *(s.step or 0 for s in self._sources)]
         return [
             Snapshot(
-                segment=Segment(kind="point", first_step=before + 1, last_step=step),
+                segment=segment,
                 sha256=files[0] if len(files) == 1 else None,
                 files_sha256=files if len(files) > 1 else (),
                 tensors=[as_real(source.weights[slot.name]) for slot in self.model.layout.slots],
             )
-            for source, files, (before, step) in zip(
-                self._sources[:-1], self._hashes[:-1], pairwise(steps), strict=False
-            )
+            for source, files, segment in zip(self._sources[:-1], self._hashes[:-1], self._segments, strict=True)
         ]
 
 

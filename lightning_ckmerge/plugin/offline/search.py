@@ -16,6 +16,8 @@ from lightning_ckmerge.artifact.runs import Claim, Place, home_of, keep_snapshot
 from lightning_ckmerge.checkpoints.formats import Source, run_sources
 from lightning_ckmerge.config import ArtifactConfig, BufferConfig, EvaluationConfig, MergeSettings, SearchConfig
 from lightning_ckmerge.core.objectives import Mode, make_objectives
+from lightning_ckmerge.core.outcome import SearchOutcome
+from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.errors import ArtifactError, ConfigError
 from lightning_ckmerge.pipeline import Scorer, SearchJob, join_search, run_search
@@ -162,6 +164,10 @@ class OfflineSearch:
         dirpath: Where artifacts go.
         sources: Checkpoints, oldest first, each with its step; the last one is loaded into the module.
         on_scored: Told of each scored trial.
+        segments: As for ``CheckpointScoring``.
+
+    Attributes:
+        offline: Scores them.
     """
 
     def __init__(
@@ -172,16 +178,21 @@ class OfflineSearch:
         dirpath: Path,
         sources: Sequence[Source],
         on_scored: OnScored,
+        segments: Sequence[Segment] | None = None,
     ) -> None:
         self._settings = settings
         self._trainer = trainer
         self._on_scored = on_scored
-        self._offline = CheckpointScoring(settings, trainer, callback, sources)
+        self.offline = CheckpointScoring(settings, trainer, callback, sources, segments)
         self._dirpath = dirpath
+
+    def find(self, scorer: Scorer) -> SearchOutcome:
+        """Search with the scorer of this search, and publish nothing."""
+        return run_search(self._make_job(scorer, self._known_place()))
 
     def run(self) -> Artifact:
         """Search and publish, in the place of these checkpoints alone."""
-        claim = Claim(self._dirpath, self._offline.run_id)
+        claim = Claim(self._dirpath, self.offline.run_id)
         try:
             keep_snapshots(claim.place.dirpath)  # if it is interrupted, no other search takes the place
             return self._search(claim.place)
@@ -190,16 +201,18 @@ class OfflineSearch:
 
     def help_on(self) -> int:
         """Help another process that publishes, and return how many candidates were scored here."""
-        run_id = self._offline.run_id
-        place = Place(dirpath=home_of(self._dirpath, run_id) or self._dirpath, run_id=run_id, source=None)
-        with self._offline.paused() as scorer:
-            return join_search(self._make_job(scorer, place))
+        with self.offline.paused() as scorer:
+            return join_search(self._make_job(scorer, self._known_place()))
+
+    def _known_place(self) -> Place:
+        run_id = self.offline.run_id
+        return Place(dirpath=home_of(self._dirpath, run_id) or self._dirpath, run_id=run_id, source=None)
 
     def _search(self, place: Place) -> Artifact:
         for note in place.notes:
             say(self._trainer, note)
-        publisher = Publisher(self._settings, self._trainer, place, self._offline.model, keeps_newest=True)
-        with self._offline.paused() as scorer:
+        publisher = Publisher(self._settings, self._trainer, place, self.offline.model, keeps_newest=True)
+        with self.offline.paused() as scorer:
             job = self._make_job(scorer, place)
             outcome = run_search(job)
             artifact = publisher.publish(outcome, job, ())
@@ -210,10 +223,10 @@ class OfflineSearch:
         """There is no training time that a share could be taken of."""
         return SearchJob(
             # The same checkpoints make the same study, so that a search that was interrupted goes on.
-            name=f"{place.run_id}-step={self._offline.step:09d}",
-            step=self._offline.step,
+            name=f"{place.run_id}-step={self.offline.step:09d}",
+            step=self.offline.step,
             settings=self._settings,
-            space=self._offline.model.space,
+            space=self.offline.model.space,
             scorer=scorer,
             allowed_s=self._settings.search.timeout_s,
             allowed_by="search.timeout_s",
@@ -225,7 +238,7 @@ class OfflineSearch:
             notes=(),
             journal=place.dirpath / "study.journal",
             on_scored=self._on_scored,
-            agree=partial(on_rank_zero, self._offline.model.comm),
+            agree=partial(on_rank_zero, self.offline.model.comm),
             shared=True,
-            adapters=self._offline.model.adapter_merge,
+            adapters=self.offline.model.adapter_merge,
         )
