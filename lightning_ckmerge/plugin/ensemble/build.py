@@ -179,7 +179,7 @@ def build_ensemble(
         on_error="raise",
     )
     material = find_material(source, module, latest=latest, key=key, last=last)
-    data = {"train_dataloaders": training_data(module, train_dataloaders, evaluation)}
+    data = {"train_dataloaders": training_data(module, train_dataloaders, settings.evaluation)}
     return make_ensemble(
         make_trainer(trainer),
         module,

@@ -167,7 +167,7 @@ class OfflineSearch:
         segments: As for ``CheckpointScoring``.
 
     Attributes:
-        offline: The bench.
+        offline: Scores them.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class OfflineSearch:
 
     def find(self, scorer: Scorer) -> SearchOutcome:
         """Search with the scorer of this search, and publish nothing."""
-        return run_search(self._make_job(scorer, Place(dirpath=self._dirpath, run_id=self.offline.run_id, source=None)))
+        return run_search(self._make_job(scorer, self._known_place()))
 
     def run(self) -> Artifact:
         """Search and publish, in the place of these checkpoints alone."""
@@ -201,10 +201,12 @@ class OfflineSearch:
 
     def help_on(self) -> int:
         """Help another process that publishes, and return how many candidates were scored here."""
-        run_id = self.offline.run_id
-        place = Place(dirpath=home_of(self._dirpath, run_id) or self._dirpath, run_id=run_id, source=None)
         with self.offline.paused() as scorer:
-            return join_search(self._make_job(scorer, place))
+            return join_search(self._make_job(scorer, self._known_place()))
+
+    def _known_place(self) -> Place:
+        run_id = self.offline.run_id
+        return Place(dirpath=home_of(self._dirpath, run_id) or self._dirpath, run_id=run_id, source=None)
 
     def _search(self, place: Place) -> Artifact:
         for note in place.notes:
