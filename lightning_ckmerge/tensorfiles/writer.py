@@ -218,14 +218,14 @@ class ShardWriter(HashedFile):
     def __enter__(self) -> ShardWriter:
         with self._deferred():
             super().__enter__()
-            super().write(self._header)
+            self._append(self._header)
         return self
 
     def write(self, piece: bytes | memoryview) -> None:
         """Append the next bytes; they are no longer needed when this returns."""
         if self._failure is None:
             with self._deferred():
-                super().write(piece)
+                self._append(piece)
 
     @property
     def record(self) -> FileRecord:
@@ -237,6 +237,9 @@ class ShardWriter(HashedFile):
         if self._failure is not None:
             raise self._failure
         return super().record
+
+    def _append(self, piece: bytes | memoryview) -> None:
+        super().write(piece)
 
     @contextlib.contextmanager
     def _deferred(self) -> Iterator[None]:

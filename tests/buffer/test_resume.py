@@ -119,7 +119,7 @@ def test_a_new_state_frees_old_files_only_when_training_goes_on(tmp_path: Path) 
     assert len(files(tmp_path)) == 3
     resumed.load_state_dict(old)
     snapshots, mean = resumed.take_warnings()
-    assert "no whole file for 2 of 2" in snapshots
+    assert "got 2 of 2 missing or incomplete" in snapshots
     assert "The segment starts again after step 12" in mean
     buffer.close()
 

@@ -7,7 +7,7 @@ import errno
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import pytest
@@ -72,19 +72,32 @@ FIRST_RANK_STAGES: dict[str, tuple[Any, str, int]] = {
 class Fault:
     """One call of one function fails on one rank."""
 
+    # On the class: a search puts back what it finds on callbacks, and on whatever they hold.
+    counts: ClassVar[dict[int, int]] = {}
+    happened_to: ClassVar[set[int]] = set()
+
     def __init__(self, rank: int, target: tuple[Any, str, int]) -> None:
         self.is_here = dist.get_rank() == rank
         self._holder, self._name, self._call = target
-        self.count, self.happened = 0, False
+        self.counts[id(self)] = 0
+        self.happened_to.discard(id(self))
+
+    @property
+    def count(self) -> int:
+        return self.counts[id(self)]
+
+    @property
+    def happened(self) -> bool:
+        return id(self) in self.happened_to
 
     def __enter__(self) -> Fault:
         self._original: Callable[..., Any] = vars(self._holder)[self._name]
 
         def failing(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
+            self.counts[id(self)] += 1
             result = self._original(*args, **kwargs) if self._name == "__exit__" else None
             if self.is_here and self.count == self._call:
-                self.happened = True
+                self.happened_to.add(id(self))
                 raise BoomError(errno.ENOSPC, "boom")
             return result if self._name == "__exit__" else self._original(*args, **kwargs)
 
