@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +28,7 @@ if TYPE_CHECKING:
     from lightning_ckmerge.tensorfiles.reader import StoredWeights
 
 
-from html import escape
-
+ARTIFACT_NAME = re.compile(r"step=(\d{9,})(?:-v(\d+))?")
 RECIPE_NAME = "recipe.json"
 RECIPE_KEY = "ckmerge_recipe"  # in a file's header
 CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
