@@ -168,13 +168,10 @@ def _print_searches(run: dict[str, Any], title: str | None) -> None:
 
 def _nothing_listed(directory: Path) -> Exception:
     from lightning_ckmerge.artifact.runs import help_on
-    from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
-    from lightning_ckmerge.errors import ArtifactError
+    from lightning_ckmerge.artifact.timeline import no_searches
 
-    return ArtifactError(
-        f"a run's directory must hold a {TIMELINE_NAME} with a search, got {str(directory)!r}. "
-        + (help_on(directory) or "Name the callback's `dirpath`; before the first search there is nothing to list.")
-    )
+    remedy = help_on(directory) or "Name the callback's `dirpath`; before the first search there is nothing to list."
+    return no_searches(repr(str(directory)), remedy)
 
 
 def _holds(path: Path) -> str:

@@ -31,7 +31,7 @@ from lightning_ckmerge.plugin.triggers import NUM_SEARCHES, RunLength, finest_se
 from lightning_ckmerge.report.text import MISSING, count, size
 from lightning_ckmerge.search.anchors import most_anchors
 from lightning_ckmerge.search.engine import MAX_SHOWN, most_confirmed
-from lightning_ckmerge.search.interval import MIN_CONFIRM_BATCHES
+from lightning_ckmerge.search.interval import MIN_CONFIRM_BATCHES, ONE_BATCH
 from lightning_ckmerge.search.refine import MAX_EVALUATIONS
 
 # A backward pass takes about twice as long as a forward pass.
@@ -345,7 +345,7 @@ def _warnings(plan: Plan, settings: MergeSettings) -> list[str]:
             "search less often, or allow more."
         )
     if plan.confirm_batches == 0:
-        found.append("One validation batch cannot be split: nothing could be confirmed. Use more or smaller batches.")
+        found.append(ONE_BATCH)
     elif plan.confirm_batches is not None and plan.confirm_batches < MIN_CONFIRM_BATCHES:
         found.append(
             f"A verdict needs at least {MIN_CONFIRM_BATCHES} confirmation batches, got {plan.confirm_batches}: every "
