@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
+from lightning_ckmerge.core.wording import and_more
 from lightning_ckmerge.tensorfiles.durable import replace_json
 
 if sys.platform == "win32":
@@ -351,7 +352,7 @@ def help_on(path: Path) -> str | None:
     found = sorted({p.parent for depth in range(1, 5) for p in path.glob("/".join(["*"] * depth + [TIMELINE_NAME]))})
     if not found:
         return None
-    rest = f" and {len(found) - NUM_HELPED} more" if len(found) > NUM_HELPED else ""
     if len(found) == 1:
         return f"It contains the run {found[0]}: pass that."
-    return f"It contains the runs {', '.join(map(str, found[-NUM_HELPED:]))}{rest}: pass one of them."
+    named = and_more([str(run) for run in found[-NUM_HELPED:]], len(found))
+    return f"It contains the runs {named}: pass one of them."
