@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
 from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
-from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import BufferConfig, MergeSettings
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.spaces.groups import describe_groups
@@ -424,7 +423,7 @@ def forecast(
         num_ranks=num_ranks,
         holders=num_ranks,
     )
-    model = RankModel(module, settings.search.space, settings.artifact, parse_size(settings.buffer.bucket_size))
+    model = RankModel(module, settings)
     plan = make_plan(settings, trainer, model, known)
     plan.warnings[:0] = warnings
     plan.warnings += _warnings_of_run(trainer, known)
