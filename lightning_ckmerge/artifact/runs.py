@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
+from lightning_ckmerge.checks import TORCH_SUFFIXES
 from lightning_ckmerge.core.wording import and_more
 from lightning_ckmerge.tensorfiles.durable import replace_json
 
@@ -341,7 +342,7 @@ def _lock(descriptor: int) -> None:
 
 def help_on(path: Path) -> str | None:
     """Return a better path than one that is no run and no artifact, in a sentence; ``None`` if none is known."""
-    if path.is_file() and path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".safetensors"):
+    if path.is_file() and path.suffix in (*TORCH_SUFFIXES, ".safetensors"):
         return (
             f"This is a checkpoint: `ckmerge merge {path} ...` merges it with others, and `ckmerge export` writes it "
             "for Hugging Face."
