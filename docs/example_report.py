@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -37,8 +38,8 @@ def main(dirpath: Path) -> None:
     lies = ReportPlace(path=SHOWN / history.best, up="run.html")
     search.write_text(render_html(manifest, lies), encoding="utf-8")
     # The other searches' pages are not part of the example.
-    run = render_run_html(history.timeline, {history.best: manifest}, history.best, SHOWN)
-    run = run.replace(f"{history.best}/report.html", search.name)
+    shown = replace(history, dirpath=SHOWN, manifests={history.best: manifest}, standing=None, explained=frozenset())
+    run = render_run_html(shown).replace(f"{history.best}/report.html", search.name)
     (TARGET / "run.html").write_text(run, encoding="utf-8")
     with tempfile.TemporaryDirectory() as directory:
         page = Image.open(photograph(search, Path(directory))).convert("RGB")

@@ -22,6 +22,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from lightning_ckmerge.errors import ConfigError
 
+# Files that `torch.save` writes.
+TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Classes of libraries that a config need not import. They are known by name, their subclasses too.

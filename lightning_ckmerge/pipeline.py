@@ -18,6 +18,7 @@ from lightning_ckmerge.core.spaces import Space
 from lightning_ckmerge.errors import SkipError
 from lightning_ckmerge.search.anchors import candidate_at
 from lightning_ckmerge.search.engine import Search, T, most_confirmed
+from lightning_ckmerge.search.interval import ONE_BATCH
 from lightning_ckmerge.search.problem import Evaluate, Half, KeepGoing, Problem
 from lightning_ckmerge.search.refine import MAX_REFINED, Array, refine
 from lightning_ckmerge.search.stopping import NEVER, Budget, Stopping
@@ -262,7 +263,7 @@ def _warnings(job: SearchJob, search: Search, winner: Scored) -> list[str]:
     if search.stopped_early is not None and not search.found_enough:
         found.append(f"The search stopped {search.stopped_early}.")
     if not job.scorer.can_confirm():
-        found.append("One validation batch cannot be split: nothing could be confirmed. Use more or smaller batches.")
+        found.append(ONE_BATCH)
     return found
 
 

@@ -25,7 +25,7 @@ ROWS = {
     "distributed": 4,
     "pipeline": 5,
     "artifact": 5,
-    "report": 5,
+    "report": 6,
     "checkpoints": 6,
     "studies": 6,
     "plugin": 7,

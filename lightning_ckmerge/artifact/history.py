@@ -12,7 +12,7 @@ from lightning_ckmerge.artifact.load import best_target
 from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
 from lightning_ckmerge.artifact.runs import find_run
 from lightning_ckmerge.artifact.standing import Standing, read_standing
-from lightning_ckmerge.artifact.timeline import SKIPPED, TIMELINE_NAME, read_timeline
+from lightning_ckmerge.artifact.timeline import SKIPPED, TIMELINE_NAME, no_searches, read_timeline
 from lightning_ckmerge.errors import ArtifactError
 from lightning_ckmerge.tensorfiles.durable import inside
 
@@ -49,9 +49,9 @@ def read_history(dirpath: str | os.PathLike[str]) -> History:
     dirpath = find_run(Path(os.path.abspath(dirpath)))  # the page's code must run anywhere
     timeline = read_timeline(dirpath)
     if not timeline:
-        raise ArtifactError(
-            f"a run's directory must hold a {TIMELINE_NAME} with a search, got {dirpath}. Name the callback's "
-            "`dirpath`, which is `merges/` in the logger's directory unless it was set."
+        raise no_searches(
+            str(dirpath),
+            "Name the callback's `dirpath`, which is `merges/` in the logger's directory unless it was set.",
         )
     for number, record in enumerate(timeline, start=1):
         if missing := sorted(NEEDED - record.keys()):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, Manifest, read_ma
 from lightning_ckmerge.artifact.runs import BEST_NAME, POINTER_NAME, find_run, is_first, run_of, tell_choice
 from lightning_ckmerge.artifact.standing import read_standing
 from lightning_ckmerge.artifact.timeline import read_timeline
+from lightning_ckmerge.checks import TORCH_SUFFIXES
 from lightning_ckmerge.core.wording import listed
 from lightning_ckmerge.errors import ArtifactError
 from lightning_ckmerge.tensorfiles.durable import file_record, inside
@@ -26,11 +29,9 @@ if TYPE_CHECKING:
     from lightning_ckmerge.tensorfiles.reader import StoredWeights
 
 
-from html import escape
-
+ARTIFACT_NAME = re.compile(r"step=(\d{9,})(?:-v(\d+))?")
 RECIPE_NAME = "recipe.json"
 RECIPE_KEY = "ckmerge_recipe"  # in a file's header
-CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 COLOURS = {"accepted": "#17713f", "rejected": "#b3261e"}
 OPEN = "#8a5a00"
 # It takes the notebook's own letters and background, dark or light.
@@ -76,7 +77,7 @@ class Artifact:
         return describe(self.path, self.manifest)
 
     def _repr_html_(self) -> str:
-        return render_card(self.path, self.manifest, has_weights=self.has_weights)
+        return notebook_card(self.path, self.manifest, has_weights=self.has_weights)
 
     @property
     def has_weights(self) -> bool:
@@ -162,7 +163,7 @@ def _opened(path: Path, verify: bool) -> Artifact | MergedFiles:
     """Return the artifact or merge at ``path``, its files checked as far as hashes are known."""
     if path.is_file() and path.suffix == ".safetensors":
         return MergedFiles(path.resolve(), _recipe_of(path))
-    if path.is_file() and path.suffix in CHECKPOINT_SUFFIXES:
+    if path.is_file() and path.suffix in TORCH_SUFFIXES:
         raise ArtifactError(
             f"`load_merged` reads safetensors alone, got the checkpoint {path}. Load it with `load_from_checkpoint`, "
             "or test it with `trainer.test(model, ckpt_path=...)`."
@@ -345,7 +346,7 @@ def describe(path: Path, manifest: Manifest) -> str:
     return f"Artifact({str(path)!r}, {verdict['status']}, {manifest['monitor']} {value})"
 
 
-def render_card(path: Path, manifest: Manifest, *, has_weights: bool) -> str:
+def notebook_card(path: Path, manifest: Manifest, *, has_weights: bool) -> str:
     """Return an artifact as a card: its verdict, and how to load its weights. It is HTML, escaped."""
     verdict = manifest["verdict"]
     use = f'load_merged("{path}", model)' if has_weights else f"{path} is a record, without weights."

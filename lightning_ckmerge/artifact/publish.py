@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning_ckmerge.artifact.load import Artifact, best_target
+from lightning_ckmerge.artifact.load import ARTIFACT_NAME, Artifact, best_target
 from lightning_ckmerge.artifact.manifest import Manifest, read_manifest, write_manifest
 from lightning_ckmerge.artifact.runs import BEST_NAME, LATER_RUN, POINTER_NAME, find_run, is_alive
 from lightning_ckmerge.artifact.standing import STANDING_NAME, Standing, write_standing
@@ -22,7 +22,6 @@ from lightning_ckmerge.distributed.comm import Alone, Comm, on_rank_zero
 from lightning_ckmerge.errors import ArtifactError, PeerError
 from lightning_ckmerge.tensorfiles.durable import FileRecord, fsync, fsync_tree, records, replace_json, temporary
 
-ARTIFACT_NAME = re.compile(r"step=(\d{9,})(?:-v(\d+))?")
 # A crash may leave these.
 TEMPORARY_NAME = re.compile(r"\.tmp-(step=\d{9,}(-v\d+)?|best|(best|run|standing)\.json|report\.(html|md))-[0-9a-f]{8}")
 REPORT_NAMES = ("report.html", "report.md")

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
+from lightning_ckmerge.checks import TORCH_SUFFIXES
+from lightning_ckmerge.core.wording import and_more
 from lightning_ckmerge.tensorfiles.durable import replace_json
 
 if sys.platform == "win32":
@@ -340,7 +342,7 @@ def _lock(descriptor: int) -> None:
 
 def help_on(path: Path) -> str | None:
     """Return a better path than one that is no run and no artifact, in a sentence; ``None`` if none is known."""
-    if path.is_file() and path.suffix in (".ckpt", ".pt", ".pth", ".bin", ".safetensors"):
+    if path.is_file() and path.suffix in (*TORCH_SUFFIXES, ".safetensors"):
         return (
             f"This is a checkpoint: `ckmerge merge {path} ...` merges it with others, and `ckmerge export` writes it "
             "for Hugging Face."
@@ -351,7 +353,7 @@ def help_on(path: Path) -> str | None:
     found = sorted({p.parent for depth in range(1, 5) for p in path.glob("/".join(["*"] * depth + [TIMELINE_NAME]))})
     if not found:
         return None
-    rest = f" and {len(found) - NUM_HELPED} more" if len(found) > NUM_HELPED else ""
     if len(found) == 1:
         return f"It contains the run {found[0]}: pass that."
-    return f"It contains the runs {', '.join(map(str, found[-NUM_HELPED:]))}{rest}: pass one of them."
+    named = and_more([str(run) for run in found[-NUM_HELPED:]], len(found))
+    return f"It contains the runs {named}: pass one of them."

@@ -23,6 +23,11 @@ SKIPPED = "skipped"
 Validated = tuple[int, float]
 
 
+def no_searches(dirpath: str, remedy: str) -> ArtifactError:
+    """Return the error for a directory, as it is shown, without a search."""
+    return ArtifactError(f"a run's directory must hold a {TIMELINE_NAME} with a search, got {dirpath}. {remedy}")
+
+
 def timeline_record(manifest: Manifest, artifact: str, validation: Sequence[Validated] = ()) -> dict[str, Any]:
     """Return a search's record: its verdict, and the confirmation half's value of each candidate measured there.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
+from lightning_ckmerge.checks import TORCH_SUFFIXES
 from lightning_ckmerge.core.specs import TensorSpec
 from lightning_ckmerge.errors import ArtifactError
 from lightning_ckmerge.tensorfiles.durable import FileRecord, inside
@@ -24,7 +25,6 @@ from lightning_ckmerge.tensorfiles.writer import INDEX_NAME, SINGLE_NAME, WEIGHT
 if TYPE_CHECKING:
     from torch import Tensor
 
-TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 STEP = re.compile(r"(?:step|iter|checkpoint)[=_-]?(\d+)", flags=re.IGNORECASE)
 # Where Lightning's two kinds of checkpoints keep the weights; its directories say `model` under FSDP.
 LIGHTNING_KEYS = ("state_dict", "model")

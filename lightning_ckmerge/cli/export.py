@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lightning_ckmerge.cli.console import console, print_json, progress, tell_choice
-from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out, require_absent
+from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out
+from lightning_ckmerge.tensorfiles.durable import require_absent
 
 if TYPE_CHECKING:
     from lightning_ckmerge.checkpoints.formats import Source

@@ -21,7 +21,8 @@ from lightning_ckmerge.cli.configs import (
     settings_of,
 )
 from lightning_ckmerge.cli.console import FOUND, console, print_json, progress, table, tell_choice, verdict_text
-from lightning_ckmerge.cli.options import ArtifactPath, Json, Key, require_absent
+from lightning_ckmerge.cli.options import ArtifactPath, Json, Key
+from lightning_ckmerge.tensorfiles.durable import require_absent
 
 
 def study(

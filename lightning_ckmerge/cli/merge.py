@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lightning_ckmerge.cli.console import console, hash_files, print_json, progress, table
-from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out, require_absent
+from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out
+from lightning_ckmerge.tensorfiles.durable import require_absent
 
 if TYPE_CHECKING:
     from lightning_ckmerge.checkpoints.formats import Source

@@ -19,11 +19,3 @@ Key = Annotated[
     str | None,
     typer.Option("--key", help="Entry of a checkpoint that holds the weights, where it is not Lightning's."),
 ]
-
-
-def require_absent(out: Path) -> None:
-    """Raise ``ArtifactError`` if there is something at ``out``: before hours of work, not after them."""
-    from lightning_ckmerge.errors import ArtifactError
-
-    if out.exists() or out.is_symlink():
-        raise ArtifactError(f"the output must not exist yet, got {out}. Name another directory, or remove this one.")

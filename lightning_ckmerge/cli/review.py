@@ -168,13 +168,10 @@ def _print_searches(run: dict[str, Any], title: str | None) -> None:
 
 def _nothing_listed(directory: Path) -> Exception:
     from lightning_ckmerge.artifact.runs import help_on
-    from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
-    from lightning_ckmerge.errors import ArtifactError
+    from lightning_ckmerge.artifact.timeline import no_searches
 
-    return ArtifactError(
-        f"a run's directory must hold a {TIMELINE_NAME} with a search, got {str(directory)!r}. "
-        + (help_on(directory) or "Name the callback's `dirpath`; before the first search there is nothing to list.")
-    )
+    remedy = help_on(directory) or "Name the callback's `dirpath`; before the first search there is nothing to list."
+    return no_searches(repr(str(directory)), remedy)
 
 
 def _holds(path: Path) -> str:
@@ -211,15 +208,10 @@ def _search_report(directory: Path) -> tuple[str, Path]:
 def _run_report(directory: Path) -> tuple[str, Path]:
     """Write the report of a run beside its artifacts, which may have changed since it was last written."""
     from lightning_ckmerge.artifact.history import read_history
-    from lightning_ckmerge.report.run import render_run_html, render_run_markdown
-    from lightning_ckmerge.tensorfiles.durable import replace_text
+    from lightning_ckmerge.report.run import write_run_report
 
     history = read_history(directory)
-    found = (history.timeline, history.manifests, history.best, history.dirpath, history.standing, history.explained)
-    markdown, page = render_run_markdown(*found), history.dirpath / "report.html"
-    replace_text(page, render_run_html(*found))
-    replace_text(history.dirpath / "report.md", markdown)
-    return markdown, page
+    return write_run_report(history.dirpath, history), history.dirpath / "report.html"
 
 
 def _print_markdown(markdown: str, page: Path) -> None:

@@ -146,10 +146,10 @@ def update_means(means_N: Sequence[Tensor], weights_N: Sequence[Tensor], num_upd
         torch._foreach_lerp_([m for m, _ in same], [w for _, w in same], 1 / num_updates)
     for mean, weights in zip(means_N, weights_N, strict=True):
         if mean.dtype != weights.dtype:
-            _lerp_incut(mean, weights, 1 / num_updates)
+            _lerp_in_blocks(mean, weights, 1 / num_updates)
 
 
-def _lerp_incut(mean: Tensor, weights: Tensor, share: float) -> None:
+def _lerp_in_blocks(mean: Tensor, weights: Tensor, share: float) -> None:
     """Widen the weights a block at a time: a widened copy of them all would take longer than the arithmetic."""
     if not (mean.is_contiguous() and weights.is_contiguous()):
         mean.lerp_(weights.to(mean.dtype), share)

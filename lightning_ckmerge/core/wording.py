@@ -13,6 +13,7 @@ from lightning_ckmerge.core.objectives import Mode
 # From here on Python's own exponents read better.
 SMALLEST, LARGEST = 1e-4, 1e7
 MOST_LISTED = 5
+MOST_QUOTED = 3
 MOST_DIGITS = 1e-4  # two digits of this share are six of the whole
 
 
@@ -128,5 +129,22 @@ def listed(names: Collection[str]) -> str:
     >>> listed({"b", "a"}), listed("gfedcba")
     ('a, b', 'a, b, c, d, e and 2 more')
     """
-    rest = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-    return ", ".join(sorted(names)[:MOST_LISTED]) + rest
+    return and_more(sorted(names)[:MOST_LISTED], len(names))
+
+
+def quoted(names: Sequence[str]) -> str:
+    """Return the first three of some names in quotes, in their order, and how many more there are.
+
+    >>> quoted(["a", "b"]), quoted(["a", "b", "c", "d", "e"])
+    ("'a', 'b'", "'a', 'b', 'c' and 2 more")
+    """
+    return and_more([repr(name) for name in names[:MOST_QUOTED]], len(names))
+
+
+def and_more(shown: Sequence[str], total: int, separator: str = ", ", last: str = " and ") -> str:
+    """Return the texts shown of ``total``, and how many more there are.
+
+    >>> and_more(["a", "b"], 2), and_more(["a: 1", "b: 2"], 5, "; ", "; and ")
+    ('a, b', 'a: 1; b: 2; and 3 more')
+    """
+    return separator.join(shown) + (f"{last}{total - len(shown)} more" if total > len(shown) else "")

@@ -28,14 +28,13 @@ from lightning_ckmerge.core.adapters import frozen_base
 from lightning_ckmerge.core.holders import buffers_of, parameters_of, persistent_buffers_of
 from lightning_ckmerge.core.layout import OwnedTensor, Role, as_real, is_dense
 from lightning_ckmerge.core.specs import Box, part_name, whole
+from lightning_ckmerge.core.wording import quoted
 from lightning_ckmerge.distributed.buckets import make_buckets
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.flat_shards import FlatShard, clean_name, flat_shards
 from lightning_ckmerge.errors import FinalError, SnapshotError, UnsupportedError
 
 DEFAULT_BUCKET_BYTES = 64 << 20
-# Names in a message.
-NUM_LISTED = 3
 # BatchNorm's own counters: in every second model, but not weights.
 COUNTER_NAME = "num_batches_tracked"
 
@@ -162,7 +161,7 @@ class Ownership:
         names = {n for other in others for n in first.keys() | other.keys() if other.get(n) != first.get(n)}
         if names:
             raise SnapshotError(
-                f"a model must have the same tensors on all ranks, got {listed(sorted(names))} that differ. Change it "
+                f"a model must have the same tensors on all ranks, got {quoted(sorted(names))} that differ. Change it "
                 "on all of them."
             )
 
@@ -192,7 +191,7 @@ class Ownership:
         """
         if changed := self.changes(everywhere=False):
             raise SnapshotError(
-                f"a model must keep its tensors while its snapshots are merged, got {listed(changed)} changed. Change "
+                f"a model must keep its tensors while its snapshots are merged, got {quoted(changed)} changed. Change "
                 "it between searches."
             )
         return self.select({o.name: o.tensor for o in self.local()})
@@ -232,16 +231,6 @@ class Ownership:
 
     def _replicated(self) -> list[tuple[str, Tensor]]:
         return [(n, t) for n, role, t in self._tensors() if role == "parameter" and n not in self._frozen]
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return a few of the names, and how many there are.
-
-    >>> listed(["a", "b"]), listed(["a", "b", "c", "d", "e"])
-    ("'a', 'b'", "'a', 'b', 'c' and 2 more")
-    """
-    rest = f" and {len(names) - NUM_LISTED} more" if len(names) > NUM_LISTED else ""
-    return ", ".join(map(repr, names[:NUM_LISTED])) + rest
 
 
 def local_part(tensor: Tensor) -> Tensor:

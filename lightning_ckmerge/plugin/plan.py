@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
 from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
-from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import BufferConfig, MergeSettings
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.spaces.groups import describe_groups
@@ -31,7 +30,7 @@ from lightning_ckmerge.plugin.triggers import NUM_SEARCHES, RunLength, finest_se
 from lightning_ckmerge.report.text import MISSING, count, size
 from lightning_ckmerge.search.anchors import most_anchors
 from lightning_ckmerge.search.engine import MAX_SHOWN, most_confirmed
-from lightning_ckmerge.search.interval import MIN_CONFIRM_BATCHES
+from lightning_ckmerge.search.interval import MIN_CONFIRM_BATCHES, ONE_BATCH
 from lightning_ckmerge.search.refine import MAX_EVALUATIONS
 
 # A backward pass takes about twice as long as a forward pass.
@@ -345,7 +344,7 @@ def _warnings(plan: Plan, settings: MergeSettings) -> list[str]:
             "search less often, or allow more."
         )
     if plan.confirm_batches == 0:
-        found.append("One validation batch cannot be split: nothing could be confirmed. Use more or smaller batches.")
+        found.append(ONE_BATCH)
     elif plan.confirm_batches is not None and plan.confirm_batches < MIN_CONFIRM_BATCHES:
         found.append(
             f"A verdict needs at least {MIN_CONFIRM_BATCHES} confirmation batches, got {plan.confirm_batches}: every "
@@ -424,7 +423,7 @@ def forecast(
         num_ranks=num_ranks,
         holders=num_ranks,
     )
-    model = RankModel(module, settings.search.space, settings.artifact, parse_size(settings.buffer.bucket_size))
+    model = RankModel(module, settings)
     plan = make_plan(settings, trainer, model, known)
     plan.warnings[:0] = warnings
     plan.warnings += _warnings_of_run(trainer, known)

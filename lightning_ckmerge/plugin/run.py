@@ -16,7 +16,6 @@ from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.runs import Place, keep_snapshots
 from lightning_ckmerge.artifact.standing import Standing
 from lightning_ckmerge.buffer.rolling import Snapshot
-from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.distributed.comm import Comm, on_rank_zero
@@ -60,8 +59,7 @@ class MergeRun:
         self.settings = settings
         self.dirpath = place.dirpath
         self._trainer = trainer
-        bucket_bytes = parse_size(settings.buffer.bucket_size)
-        self._model = RankModel(trainer.lightning_module, settings.search.space, settings.artifact, bucket_bytes, comm)
+        self._model = RankModel(trainer.lightning_module, settings, comm)
         self._interruptions = Interruptions(trainer, self._model.comm)
         self._scorer_maker = ScorerMaker(settings, callback, trainer, self._model, self._interruptions.reason)
         self._publisher = Publisher(settings, trainer, place, self._model)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_ckmerge.artifact.manifest import Manifest
 from lightning_ckmerge.report import account_charts
 from lightning_ckmerge.report.html import render_page
 from lightning_ckmerge.report.markdown import escape, table
 from lightning_ckmerge.report.text import (
     MISSING,
-    Manifest,
     ReportPlace,
     count,
     date,

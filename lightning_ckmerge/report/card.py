@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_ckmerge.artifact.manifest import Manifest
 from lightning_ckmerge.report.markdown import escape, table
-from lightning_ckmerge.report.text import MISSING, Manifest, number
+from lightning_ckmerge.report.text import MISSING, number
 from lightning_ckmerge.report.view import SHORT_HASH, build_view
 
 FRONT_MATTER = """\

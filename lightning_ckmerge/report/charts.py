@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lightning_ckmerge.artifact.manifest import Manifest
 from lightning_ckmerge.report.axes import LEFT, RIGHT, TOP, Axis, Tick, horizontal, nice_ticks, vertical
-from lightning_ckmerge.report.text import Manifest, count, number, steps
+from lightning_ckmerge.report.text import count, number, steps
 
 MIN_BAR = 4.0
 BAR_GAP = 1.0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning_ckmerge.artifact.manifest import Manifest
 from lightning_ckmerge.report.charts import value_axis, weights_per_step
-from lightning_ckmerge.report.text import Manifest, count
+from lightning_ckmerge.report.text import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

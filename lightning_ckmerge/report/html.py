@@ -9,9 +9,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
+from lightning_ckmerge.artifact.manifest import Manifest
 from lightning_ckmerge.report import axes, charts
 from lightning_ckmerge.report.landscape import draw_landscape
-from lightning_ckmerge.report.text import Manifest, ReportPlace
+from lightning_ckmerge.report.text import ReportPlace
 from lightning_ckmerge.report.view import build_view
 
 DISC = "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0"

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_ckmerge.artifact.manifest import Manifest
 from lightning_ckmerge.core.objectives import sign_of
 from lightning_ckmerge.report.axes import BOTTOM, TOP, Axis, Tick, horizontal, vertical
 from lightning_ckmerge.report.charts import Mark, Shape, is_winner, look, mark, short, value_axis
-from lightning_ckmerge.report.text import Manifest, number
+from lightning_ckmerge.report.text import number
 
 if TYPE_CHECKING:
     from lightning_ckmerge.search.gaussian_process import Array, GaussianProcess

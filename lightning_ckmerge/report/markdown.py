@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from lightning_ckmerge.report.text import Manifest, ReportPlace
+from lightning_ckmerge.artifact.manifest import Manifest
+from lightning_ckmerge.report.text import ReportPlace
 from lightning_ckmerge.report.view import View, build_view
 
 # Whatever could start markup, end a table's cell, or open an HTML tag. A name may hold any of them.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
+from lightning_ckmerge.artifact.history import History
+from lightning_ckmerge.artifact.load import ARTIFACT_NAME
+from lightning_ckmerge.artifact.timeline import SKIPPED
 from lightning_ckmerge.core.wording import change_told
 from lightning_ckmerge.report import charts, run_charts
 from lightning_ckmerge.report.html import render_page
@@ -16,7 +17,6 @@ from lightning_ckmerge.report.markdown import escape, table
 from lightning_ckmerge.report.run_charts import Record
 from lightning_ckmerge.report.text import (
     MISSING,
-    Manifest,
     count,
     date,
     gain_text,
@@ -26,10 +26,8 @@ from lightning_ckmerge.report.text import (
     steps_worth,
 )
 from lightning_ckmerge.report.view import LOAD_MERGED, NEXT, STATUS_TITLES
+from lightning_ckmerge.tensorfiles.durable import replace_text
 
-# Names that may become links: the timeline is a file that others may have written.
-ARTIFACT_NAME = re.compile(r"step=\d{9,}(-v\d+)?")
-SKIPPED = "skipped"
 # Best first.
 BADGES = {
     "accepted": "Merging helped",
@@ -38,18 +36,6 @@ BADGES = {
     SKIPPED: "No search took place",
 }
 STALE_BADGE = "Merging helped earlier; newer weights are better now"
-
-
-class Standing(Protocol):
-    """The best artifact compared with the newest weights."""
-
-    @property
-    def is_stale(self) -> bool:
-        """Whether they are better."""
-
-    @property
-    def advice(self) -> str:
-        """Which weights to use, in a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,46 +74,32 @@ class RunView:
     up: None = None
 
 
-def render_run_html(
-    timeline: Sequence[Record],
-    manifests: Mapping[str, Manifest],
-    best: str | None,
-    dirpath: Path | None = None,
-    standing: Standing | None = None,
-    explained: Collection[str] = (),
-) -> str:
-    """Return the report of a run as a page, to lie in the run's ``dirpath``: it links to the searches' own reports.
+def write_run_report(dirpath: Path, history: History) -> str:
+    """Write both forms of the report of a run into ``dirpath``, and return the Markdown."""
+    markdown = render_run_markdown(history)
+    replace_text(dirpath / "report.md", markdown)
+    replace_text(dirpath / "report.html", render_run_html(history))
+    return markdown
 
-    Args:
-        timeline: The records of ``timeline.jsonl``, oldest first; at least one.
-        manifests: Name of each artifact that is still there, and its manifest.
-        best: Name of the best accepted artifact, if any; one of ``manifests``.
-        dirpath: Where the page will lie, for its code and the run's name.
-        standing: How the best artifact stands against the newest weights, where that is known.
-        explained: Names of the artifacts that have the page of an account.
-    """
+
+def render_run_html(history: History) -> str:
+    """Return the report of a run as a page, to lie in the run's directory: it links to the searches' own reports."""
+    best = history.best
     return render_page(
         "run.html.j2",
-        view=build_run_view(timeline, manifests, best, dirpath, standing, explained),
+        view=build_run_view(history),
         no_code="",
-        monitor=timeline[-1]["monitor"],
-        gains=run_charts.gain_chart(timeline),
-        validation=run_charts.validation_chart(timeline),
-        coefficients=charts.coefficient_chart(manifests[best]) if best is not None else None,
+        monitor=history.timeline[-1]["monitor"],
+        gains=run_charts.gain_chart(history.timeline),
+        validation=run_charts.validation_chart(history.timeline),
+        coefficients=charts.coefficient_chart(history.manifests[best]) if best is not None else None,
         best=best,
     )
 
 
-def render_run_markdown(
-    timeline: Sequence[Record],
-    manifests: Mapping[str, Manifest],
-    best: str | None,
-    dirpath: Path | None = None,
-    standing: Standing | None = None,
-    explained: Collection[str] = (),
-) -> str:
-    """Return the report of a run in GitHub's Markdown; the arguments are those of ``render_run_html``."""
-    view = build_run_view(timeline, manifests, best, dirpath, standing, explained)
+def render_run_markdown(history: History) -> str:
+    """Return the report of a run in GitHub's Markdown."""
+    view = build_run_view(history)
     header = ("step", "verdict", "gain over latest, 95 % interval", "merged", "latest", "seconds", "artifact")
     rows = [(s.step, s.verdict, s.gain, s.merged, s.latest, s.seconds, s.artifact) for s in view.searches]
     sections = [
@@ -144,43 +116,37 @@ def render_run_markdown(
     return "\n\n".join(sections) + "\n"
 
 
-def summarize(timeline: Sequence[Record], best: str | None, dirpath: Path, standing: Standing | None = None) -> str:
-    """Return a run's findings in three lines, for a terminal; the arguments are those of ``render_run_html``."""
-    leader = _leader(timeline, best)
+def summarize(history: History) -> str:
+    """Return a run's findings in three lines, for a terminal."""
+    dirpath, best, standing = history.dirpath, history.best, history.standing
     is_of_use = not (standing is not None and standing.is_stale)
     # By its own name: `best` moves on when another run begins in the same directory.
     load = f'load_merged("{dirpath / best}", model)' if best is not None and is_of_use else "the final weights"
     return "\n".join(
         [
-            f"lightning-ckmerge: {_tally(timeline)}",
-            f"  {standing.advice if standing is not None else _finding(leader)}",
+            f"lightning-ckmerge: {_tally(history.timeline)}",
+            f"  {standing.advice if standing is not None else _finding(_leader(history))}",
             f"  Use: {load}. Report: {dirpath / 'report.html'}",
         ]
     )
 
 
-def build_run_view(
-    timeline: Sequence[Record],
-    manifests: Mapping[str, Manifest],
-    best: str | None,
-    dirpath: Path | None = None,
-    standing: Standing | None = None,
-    explained: Collection[str] = (),
-) -> RunView:
-    """Return the contents of a run's report; the arguments are those of ``render_run_html``."""
-    leader = _leader(timeline, best)
+def build_run_view(history: History) -> RunView:
+    """Return the contents of a run's report."""
+    timeline, manifests, best, standing = history.timeline, history.manifests, history.best, history.standing
+    leader = _leader(history)
     is_stale = standing is not None and standing.is_stale
     return RunView(
         title=_title(timeline, leader),
-        run=run_name(dirpath) if dirpath is not None else "",
+        run=run_name(history.dirpath),
         date=date(max((m["created"] for m in manifests.values() if "created" in m), default=None)),
         advice=standing.advice if standing is not None and is_stale else NEXT[leader["status"]],
         status=leader["status"],
         badge=STALE_BADGE if is_stale else BADGES[leader["status"]],
         sentence=f"{standing.advice if standing is not None else _finding(leader)} {_tally(timeline)}",
         facts=_facts(timeline, leader),
-        searches=[_row(record, manifests, explained) for record in timeline],
-        code=LOAD_MERGED.format(path=(dirpath / best).as_posix() if dirpath else best)
+        searches=[_row(record, history) for record in timeline],
+        code=LOAD_MERGED.format(path=(history.dirpath / best).as_posix())
         if best is not None and not is_stale
         else None,
     )
@@ -195,12 +161,12 @@ def _title(timeline: Sequence[Record], leader: Record) -> str:
     return f"{title}: {leader['monitor']} {number(before)} → {number(after)} at step {count(leader['step'])}"
 
 
-def _leader(timeline: Sequence[Record], best: str | None) -> Record:
+def _leader(history: History) -> Record:
     """The search that represents the run: that of the best artifact, else the last of the best status."""
-    named = [r for r in timeline if best is not None and r["artifact"] == best]
+    named = [r for r in history.timeline if history.best is not None and r["artifact"] == history.best]
     if named:
         return named[-1]
-    return max(timeline, key=lambda r: (-tuple(BADGES).index(r["status"]), r["step"]))
+    return max(history.timeline, key=lambda r: (-tuple(BADGES).index(r["status"]), r["step"]))
 
 
 def _finding(leader: Record) -> str:
@@ -261,10 +227,11 @@ def _best_validation(timeline: Sequence[Record]) -> list[tuple[str, str]]:
     return [("Best of the run's own validations, all batches", f"{number(value)} at step {count(step)}")]
 
 
-def _row(record: Record, manifests: Mapping[str, Manifest], explained: Collection[str]) -> SearchRow:
+def _row(record: Record, history: History) -> SearchRow:
     name = record["artifact"] or MISSING
     gain = gain_text(record["gain"], record["interval"]) if record["gain"] is not None else MISSING
-    is_there = name in manifests and ARTIFACT_NAME.fullmatch(name) is not None
+    # The timeline is a file that others may have written: not every name may become a link.
+    is_there = name in history.manifests and ARTIFACT_NAME.fullmatch(name) is not None
     return SearchRow(
         step=count(record["step"]),
         status=record["status"],
@@ -275,5 +242,5 @@ def _row(record: Record, manifests: Mapping[str, Manifest], explained: Collectio
         seconds=f"{sum(record['cost']['seconds'].values()):.1f}",
         artifact=name,
         link=f"{name}/report.html" if is_there else None,
-        account=f"{name}/explain.html" if is_there and name in explained else None,
+        account=f"{name}/explain.html" if is_there and name in history.explained else None,
     )

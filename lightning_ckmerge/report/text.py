@@ -8,8 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-Manifest = dict[str, Any]
-
 MISSING = "–"
 
 

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_ckmerge.artifact.manifest import Manifest
 from lightning_ckmerge.core.objectives import sign_of
 from lightning_ckmerge.report.text import (
     MISSING,
-    Manifest,
     ReportPlace,
     count,
     date,

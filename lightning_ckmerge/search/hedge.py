@@ -8,12 +8,12 @@ import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import intersection_search_space
-from optuna.study import Study, StudyDirection
+from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_ckmerge.checks import checked, require_at_least, require_positive
 from lightning_ckmerge.search.gaussian_process import Acquisition, GaussianProcess
-from lightning_ckmerge.search.study import require_one_objective
+from lightning_ckmerge.search.study import require_one_objective, sign_of_direction
 
 ACQUISITIONS: tuple[Acquisition, ...] = ("ei", "pi", "ucb")
 
@@ -65,7 +65,7 @@ class GPHedgeSampler(BaseSampler):
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if not search_space or len(trials) < self._n_startup_trials:
             return {}
-        process = GaussianProcess(trials, search_space, 1 if study.direction == StudyDirection.MINIMIZE else -1)
+        process = GaussianProcess(trials, search_space, sign_of_direction(study.direction))
         for acquisition, z_D in self._nominees.items():
             self._gains[acquisition] += process.mean(z_D)
         self._nominees = {acquisition: process.propose(acquisition, self._rng) for acquisition in ACQUISITIONS}

@@ -21,6 +21,8 @@ from lightning_ckmerge.search.racing import paired_difference
 CONFIDENCE = 0.95
 # With fewer paired differences the t quantile alone (2.8 at 4 degrees of freedom) makes an interval worthless.
 MIN_CONFIRM_BATCHES = 5
+# The warning where there is no confirmation half.
+ONE_BATCH = "One validation batch cannot be split: nothing could be confirmed. Use more or smaller batches."
 # A sample hides its tail, and so its skewness: it is stretched by the first, and moved by so many standard errors.
 SKEWNESS_FACTOR = 1.5
 SKEWNESS_ERRORS = 1.0

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from optuna.exceptions import ExperimentalWarning
 from optuna.search_space import intersection_search_space
-from optuna.study import Study, StudyDirection
+from optuna.study import Study
 from optuna.trial import TrialState
 
 from lightning_ckmerge.core.wording import amount_told
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search.gaussian_process import GaussianProcess
+from lightning_ckmerge.search.study import sign_of_direction
 
 if TYPE_CHECKING:
     from optuna.terminator import BaseTerminator
@@ -67,7 +68,7 @@ def expected_improvement(study: Study) -> float:
     """Return the highest expected improvement of one more trial, in the metric's unit, by a Gaussian process."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     varied = {name: d for name, d in intersection_search_space(trials).items() if not d.single()}
-    sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+    sign = sign_of_direction(study.direction)
     return GaussianProcess(trials, varied, sign).expected_improvement(np.random.RandomState(0)) if varied else 0.0
 
 

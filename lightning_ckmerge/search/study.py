@@ -87,11 +87,6 @@ class SearchStudy:
             self._clear()
 
     @property
-    def name(self) -> str:
-        """The study's name in its storage."""
-        return self._study.study_name
-
-    @property
     def study(self) -> Study:
         """The study with all results so far, as Optuna keeps it."""
         return self._study
@@ -131,7 +126,7 @@ class SearchStudy:
         trial.set_user_attr("score", asdict(score))
         told = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         scores = [score_from(t.user_attrs["score"]).objectives for t in told]
-        signs = [1 if d == StudyDirection.MINIMIZE else -1 for d in self._study.directions]
+        signs = [sign_of_direction(direction) for direction in self._study.directions]
         values = [
             sign * _finite(sign * own.value, [sign * other[i].value for other in scores])
             for i, (sign, own) in enumerate(zip(signs, score.objectives, strict=True))
@@ -243,6 +238,11 @@ def score_from(stored: Mapping[str, object]) -> Score:
     """Return the score that a trial keeps; JSON has no tuples, and no scores."""
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, Sequence) else v for k, v in stored.items()}
     return Score(**{**values, "others": tuple(map(score_from, values.get("others", ())))})
+
+
+def sign_of_direction(direction: StudyDirection) -> int:
+    """Return 1 if a study minimises, -1 if it maximises."""
+    return 1 if direction == StudyDirection.MINIMIZE else -1
 
 
 def require_one_objective(study: Study, sampler: BaseSampler) -> None:

@@ -109,6 +109,12 @@ def replacing(path: Path, staged: Path) -> Iterator[Path]:
             staged.unlink()
 
 
+def require_absent(out: Path, name: str = "the output") -> None:
+    """Raise ``ArtifactError`` if there is something at ``out``: before hours of work, not after them."""
+    if os.path.lexists(out):
+        raise ArtifactError(f"{name} must not exist yet, got {out}. Name another directory, or remove this one.")
+
+
 @contextlib.contextmanager
 def new_directory(out: Path, *, only: str | None = None) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``out`` by one rename; whatever goes wrong, it is removed instead.
@@ -120,8 +126,7 @@ def new_directory(out: Path, *, only: str | None = None) -> Iterator[Path]:
     Raises:
         ArtifactError: ``out`` exists.
     """
-    if os.path.lexists(out):
-        raise ArtifactError(f"the output must not exist yet, got {out}. Name another directory, or remove this one.")
+    require_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = temporary(out.parent, out.name)
     staging.mkdir()

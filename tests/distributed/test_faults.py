@@ -27,6 +27,7 @@ from lightning_ckmerge.plugin.evaluate import validation
 from lightning_ckmerge.plugin.evaluate.halves import Batches
 from lightning_ckmerge.plugin.publish import publisher, reports
 from lightning_ckmerge.plugin.restore.paused_run import PausedRun
+from lightning_ckmerge.report import run as run_report
 from lightning_ckmerge.search.study import SearchStudy
 from lightning_ckmerge.tensorfiles.writer import ShardWriter
 from tests.support.rank_runs import Classifier, fit, fit_plain, make_rank_merge, same_trail
@@ -65,7 +66,7 @@ FIRST_RANK_STAGES: dict[str, tuple[Any, str, int]] = {
     "staging": (ArtifactStore, "_open_staging", 1),
     "report": (reports, "render_markdown", 1),
     "rename": (ArtifactStore, "_move", 1),
-    "run report": (reports, "render_run_markdown", 1),
+    "run report": (run_report, "render_run_markdown", 1),
 }
 
 

@@ -16,6 +16,7 @@ from lightning_ckmerge import ArtifactConfig, EvaluationConfig
 from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.plugin import run
 from lightning_ckmerge.plugin.publish import loggers, pretrained, reports
+from lightning_ckmerge.report import run as run_report
 from tests.plugin.test_lifecycle import longer
 from tests.support.bitwise import Case, fit
 from tests.support.models import Classifier
@@ -27,7 +28,7 @@ ERRORS = (ValueError, KeyError, RuntimeError, RecursionError)
 DECORATIONS: dict[str, tuple[Any, str]] = {
     "search's report": (reports, "render_html"),
     "search's text": (reports, "render_markdown"),
-    "run's report": (reports, "render_run_html"),
+    "run's report": (run_report, "render_run_html"),
     "numbers": (loggers, "scalars"),
     "logger": (CSVLogger, "log_metrics"),
     "bar": (TQDMProgressBar, "init_validation_tqdm"),

@@ -52,8 +52,7 @@ def search_page(monitor: str = "val_loss") -> str:
 
 
 def run_page(monitor: str = "val_loss") -> str:
-    history = make_history(monitor=monitor)
-    return render_run_html(history.timeline, history.manifests, history.best, history.dirpath)
+    return render_run_html(make_history(monitor=monitor))
 
 
 @pytest.mark.parametrize("width", [1100, PHONE])

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from tests.support.outcomes import DIRPATH, make_history
 
 
 def reports(history: History) -> tuple[str, str]:
-    found = (history.timeline, history.manifests, history.best, history.dirpath)
-    return render_run_html(*found), render_run_markdown(*found)
+    return render_run_html(history), render_run_markdown(history)
 
 
 def test_both_reports_say_whether_by_how_much_at_what_cost_and_how_to_load() -> None:
@@ -70,52 +69,47 @@ def test_without_an_accepted_merge_nothing_is_claimed(statuses: Any, badge: str,
 
 def test_a_run_whose_searches_were_all_skipped_says_so() -> None:
     skip = skip_record(700, "val_loss", "min", "0.1 s are left. Raise `search.max_fraction_of_training`.", 0.2)
-    found = ([skip], {}, None, DIRPATH)
-    for report in (render_run_html(*found), render_run_markdown(*found)):
+    history = History(dirpath=DIRPATH, timeline=[skip], manifests={}, best=None)
+    for report in reports(history):
         assert "No search took place" in report
         assert "0.1 s are left" in report
         assert NEXT["skipped"] in report
-    assert "Use: the final weights" in summarize([skip], None, DIRPATH)
+    assert "Use: the final weights" in summarize(history)
 
 
-@dataclass
-class Stale:
-    """The newest weights are better than the best merge."""
-
-    is_stale: bool = True
-    advice: str = "Use the final weights."
-
-
-def test_where_newer_weights_are_better_nobody_is_told_to_load_the_merge() -> None:
-    history = make_history()
-    found = (history.timeline, history.manifests, history.best, history.dirpath, Stale())
-    for report in (render_run_html(*found), render_run_markdown(*found)):
-        assert "Use the final weights." in report
-        assert "load_merged" not in report
-    summary = summarize(history.timeline, history.best, DIRPATH, Stale())
-    assert "load_merged" not in summary
-    assert "load_merged" in summarize(history.timeline, history.best, DIRPATH)
-
-
-@pytest.mark.parametrize("statuses", [("accepted", "rejected"), ("unconfirmed",), ("rejected",)])
-@pytest.mark.parametrize("is_told", [False, True])
-def test_a_summary_has_three_lines_and_tells_no_value_twice(statuses: tuple[Any, ...], is_told: bool) -> None:
-    history = make_history(statuses)
+def stand(history: History, value: float) -> Standing:
+    """Return how a run's first merge stands against final weights of this value."""
     leader = history.timeline[0]
-    standing = Standing(
+    return Standing(
         run_id="a",
         monitor=leader["monitor"],
         mode=leader["mode"],
         step=3000,
-        value=leader["values"]["latest"],
+        value=value,
         is_final=True,
         best="step=000001000",
         best_step=1000,
         best_value=leader["values"][leader["winner"]],
         interval=(0.0123, 0.0456),
     )
-    told = standing if is_told and history.best else None
-    summary = summarize(history.timeline, history.best, DIRPATH, told)
+
+
+def test_where_newer_weights_are_better_nobody_is_told_to_load_the_merge() -> None:
+    history = make_history()
+    stale = replace(history, standing=stand(history, value=1.0))
+    for report in reports(stale):
+        assert "Use the final weights of step 3000, not the best merge" in re.sub(r"\\(.)", r"\1", report)
+        assert "load_merged" not in report
+    assert "load_merged" not in summarize(stale)
+    assert "load_merged" in summarize(history)
+
+
+@pytest.mark.parametrize("statuses", [("accepted", "rejected"), ("unconfirmed",), ("rejected",)])
+@pytest.mark.parametrize("is_told", [False, True])
+def test_a_summary_has_three_lines_and_tells_no_value_twice(statuses: tuple[Any, ...], is_told: bool) -> None:
+    history = make_history(statuses)
+    standing = stand(history, history.timeline[0]["values"]["latest"])
+    summary = summarize(replace(history, standing=standing if is_told and history.best else None))
     assert len(summary.splitlines()) == 3
     values = re.findall(r"\d+\.\d+", summary)
     assert len(set(values)) == len(values)

@@ -85,11 +85,11 @@ def test_the_default_sampler_is_a_gaussian_process_for_values_without_noise() ->
 
 def test_another_search_of_the_same_name_gets_a_study_of_its_own(journal: Path) -> None:
     """Values of other weights or other data would mislead the sampler."""
-    assert open_study(journal, "a").name == "search"
-    assert open_study(journal, "b").name == "search-v1"
-    assert open_study(journal, "c").name == "search-v2"
-    assert open_study(journal, "b").name == "search-v1"
-    assert open_study(journal, "a").name == "search"
+    assert open_study(journal, "a").study.study_name == "search"
+    assert open_study(journal, "b").study.study_name == "search-v1"
+    assert open_study(journal, "c").study.study_name == "search-v2"
+    assert open_study(journal, "b").study.study_name == "search-v1"
+    assert open_study(journal, "a").study.study_name == "search"
     assert study_names(journal) == ["search", "search-v1", "search-v2"]
 
 

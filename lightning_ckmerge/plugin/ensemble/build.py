@@ -24,7 +24,7 @@ from lightning_ckmerge.core.averaging import Averaging, is_classes
 from lightning_ckmerge.core.objectives import Mode, make_objectives, sign_of
 from lightning_ckmerge.core.outcome import Coefficients, Scored, SearchOutcome, counted
 from lightning_ckmerge.core.spaces import normalised
-from lightning_ckmerge.errors import ArtifactError, ConfigError
+from lightning_ckmerge.errors import ConfigError
 from lightning_ckmerge.plugin.ensemble.figures import Figures, Tally
 from lightning_ckmerge.plugin.ensemble.judging import judge
 from lightning_ckmerge.plugin.ensemble.material import Material, find_material
@@ -41,6 +41,7 @@ from lightning_ckmerge.plugin.evaluate.scorer import CandidateScorer
 from lightning_ckmerge.plugin.offline.scoring import at_train_start, make_trainer, training_data
 from lightning_ckmerge.plugin.offline.search import OfflineSearch
 from lightning_ckmerge.search.ensembles import RULE, Chosen, Predicted, SearchHalf, choose_ensemble
+from lightning_ckmerge.tensorfiles.durable import require_absent
 
 # Predictions of all merges on the search half, on the host.
 MAX_KEPT_BYTES = 4 << 30
@@ -160,7 +161,7 @@ def build_ensemble(
         Lakshminarayanan et al. 2017, arXiv:1612.01474.
     """
     if out is not None:
-        _require_free(Path(out))
+        require_absent(Path(out), "`out`")
     config = EnsembleConfig(
         size=size,
         averaging=averaging,
@@ -234,12 +235,6 @@ def make_ensemble(
         )
         ensemble.manifest = artifact.manifest
     return ensemble.to(device)
-
-
-def _require_free(out: Path) -> None:
-    """Before the work, not after it."""
-    if out.exists() or out.is_symlink():
-        raise ArtifactError(f"`out` must not exist yet, got {out}. Name another directory, or remove this one.")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.outcome import Coefficients, Score, Scored
+from lightning_ckmerge.core.wording import and_more
 from lightning_ckmerge.distributed.comm import together
 from lightning_ckmerge.errors import ArtifactError, ConfigError, TraceError
 from lightning_ckmerge.plugin.evaluate.candidate import SWAPPED, Candidate, EqualValues
@@ -273,10 +274,9 @@ class ScorerMaker:
     def _check(self, own: Sequence[str]) -> None:
         traces = list(dict.fromkeys(trace for traces in self._model.comm.exchange(list(own)) for trace in traces))
         if traces:
-            more = f" and {len(traces) - MAX_NAMED} more" if len(traces) > MAX_NAMED else ""
             raise TraceError(
-                f"a search must leave the run unchanged, got {', '.join(traces[:MAX_NAMED])}{more} still different "
-                "after restoring. Keep validation from changing them. Searching has ended for this run."
+                f"a search must leave the run unchanged, got {and_more(traces[:MAX_NAMED], len(traces))} still "
+                "different after restoring. Keep validation from changing them. Searching has ended for this run."
             )
 
     @contextlib.contextmanager
@@ -300,9 +300,9 @@ class ScorerMaker:
         """Say once what a search cannot restore."""
         if left_out and not self._has_said:
             self._has_said = True
-            named = "; ".join(f"{where}: {reason}" for where, reason in islice(left_out.items(), MAX_NAMED))
-            more = f"; and {len(left_out) - MAX_NAMED} more" if len(left_out) > MAX_NAMED else ""
-            say(self._trainer, f"If validation changes these, a search cannot restore them: {named}{more}.")
+            shown = [f"{where}: {reason}" for where, reason in islice(left_out.items(), MAX_NAMED)]
+            named = and_more(shown, len(left_out), "; ", "; and ")
+            say(self._trainer, f"If validation changes these, a search cannot restore them: {named}.")
 
     def _make_validation(self, paused: PausedRun, candidate: Candidate) -> Validation:
         config = self._settings.evaluation

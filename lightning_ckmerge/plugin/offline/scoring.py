@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.checkpoints.formats import Source
-from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import EvaluationConfig, MergeSettings
 from lightning_ckmerge.core.layout import as_real
 from lightning_ckmerge.core.segments import Segment
@@ -142,8 +141,7 @@ class CheckpointScoring:
         self._hashes = [tuple(file_record(path)["sha256"] for path in s.files) for s in sources]
         contents = "\n".join(f"{s.step} {files}" for s, files in zip(sources, self._hashes, strict=True))
         self.run_id = hashlib.sha256(contents.encode()).hexdigest()[:8]
-        bucket_bytes = parse_size(settings.buffer.bucket_size)
-        self.model = RankModel(trainer.lightning_module, settings.search.space, settings.artifact, bucket_bytes)
+        self.model = RankModel(trainer.lightning_module, settings)
         self._scorer_maker = ScorerMaker(settings, callback, trainer, self.model, lambda: None)
         assert sources[-1].step is not None
         self.step = sources[-1].step

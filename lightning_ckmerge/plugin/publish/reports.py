@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.report.account import render_account_html
 from lightning_ckmerge.report.html import render_html
 from lightning_ckmerge.report.markdown import render_markdown
-from lightning_ckmerge.report.run import render_run_html, render_run_markdown, summarize
+from lightning_ckmerge.report.run import summarize, write_run_report
 from lightning_ckmerge.report.text import ReportPlace
 from lightning_ckmerge.tensorfiles.durable import replace_text
 
@@ -22,24 +23,12 @@ def write_search_report(path: Path, manifest: dict[str, Any], place: ReportPlace
     (path / "report.html").write_text(render_html(manifest, place), encoding="utf-8")
 
 
-def write_run_report(dirpath: Path) -> None:
-    """Write the report of the searches so far.
-
-    Raises:
-        ArtifactError: An older file is damaged.
-    """
-    history = read_history(dirpath)
-    found = (history.timeline, history.manifests, history.best, history.dirpath, history.standing, history.explained)
-    replace_text(dirpath / "report.md", render_run_markdown(*found))
-    replace_text(dirpath / "report.html", render_run_html(*found))
-
-
 def write_account_page(artifact: Path, manifest: dict[str, Any], account: dict[str, Any]) -> None:
     """Write the page of an account beside its artifact's files, and link it from the run's page."""
     page = render_account_html(account, manifest, ReportPlace(path=artifact, up="report.html"))
     replace_text(artifact / PAGE_NAME, page)
     if read_timeline(artifact.parent):
-        write_run_report(artifact.parent)
+        write_run_report(artifact.parent, read_history(artifact.parent))
 
 
 def summarize_run(dirpath: Path) -> str:
@@ -50,5 +39,4 @@ def summarize_run(dirpath: Path) -> str:
     """
     if not read_timeline(dirpath):
         return ""
-    history = read_history(dirpath)
-    return summarize(history.timeline, history.best, dirpath, history.standing)
+    return summarize(replace(read_history(dirpath), dirpath=dirpath))

@@ -14,8 +14,8 @@ from lightning_ckmerge.artifact.runs import Place
 from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.config import BufferConfig
+from lightning_ckmerge.core.wording import quoted
 from lightning_ckmerge.distributed.comm import together
-from lightning_ckmerge.distributed.ownership import listed
 from lightning_ckmerge.plugin.rank.model import RankModel
 from lightning_ckmerge.plugin.rank.resume import Leftovers, buffer_dirpath, fingerprint, resume_buffer
 from lightning_ckmerge.plugin.triggers import finest_segment
@@ -155,12 +155,12 @@ class RankBuffer:
         self._changes = []
         if growing:
             self._warn(
-                f"The model changed by step {step}: {listed(growing)} changed again. From now on merges leave them "
+                f"The model changed by step {step}: {quoted(growing)} changed again. From now on merges leave them "
                 "out, as they are in the latest weights, and the buffer starts again for the last time because of them."
             )
         elif is_loss:
             self._warn(
-                f"The model changed by step {step}: {listed(changes)} were added, removed, replaced, resized, cast or "
+                f"The model changed by step {step}: {quoted(changes)} were added, removed, replaced, resized, cast or "
                 "moved. Older snapshots no longer fit, so the buffer starts again."
             )
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from lightning_ckmerge.artifact.load import Artifact, load_merged
 from lightning_ckmerge.buffer.merger import Merger
-from lightning_ckmerge.config import AdapterMerge, ArtifactConfig
+from lightning_ckmerge.checks import parse_size
+from lightning_ckmerge.config import AdapterMerge, MergeSettings
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.core.mixing import slerp_tensors
 from lightning_ckmerge.core.outcome import Coefficients
-from lightning_ckmerge.core.spaces import Space, SpaceName, make_space
+from lightning_ckmerge.core.spaces import make_space
 from lightning_ckmerge.distributed.comm import Comm, connect, together
 from lightning_ckmerge.distributed.gather import scatter
 from lightning_ckmerge.distributed.ownership import Ownership
@@ -30,9 +31,8 @@ class RankModel:
 
     Args:
         module: The LightningModule, on its device.
-        space: Bound to the module's tensors, it knows their groups.
-        artifact: How adapters are merged.
-        bucket_bytes: Most extra memory that a merge takes while ranks send each other their parts.
+        settings: Of the callback: the space, which is bound to the module's tensors and so knows their groups, how
+            adapters are merged, and the most extra memory that a merge takes while ranks send each other their parts.
         comm: The ranks; ``None``: those of the process group.
 
     Attributes:
@@ -51,15 +51,13 @@ class RankModel:
     def __init__(
         self,
         module: LightningModule,
-        space: SpaceName | Space,
-        artifact: ArtifactConfig,
-        bucket_bytes: int,
+        settings: MergeSettings,
         comm: Comm | None = None,
     ) -> None:
         self._module = module
-        self._space = space
-        self._artifact = artifact
-        self._bucket_bytes = bucket_bytes
+        self._space = settings.search.space
+        self._artifact = settings.artifact
+        self._bucket_bytes = parse_size(settings.buffer.bucket_size)
         self.comm = comm or connect()
         self._left_out: set[str] = set()
         self.begin()
