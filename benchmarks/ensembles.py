@@ -78,7 +78,7 @@ class DigitsCNN(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def digits(seed: int, cyclic: bool = False) -> MergedEnsemble:
+def digits(seed: int, out: Path | None = None, cyclic: bool = False) -> MergedEnsemble:
     """Train on 1000 noisy digits, and build an ensemble on the other 797."""
     from sklearn.datasets import load_digits
 
@@ -101,15 +101,16 @@ def digits(seed: int, cyclic: bool = False) -> MergedEnsemble:
         every,
         search=SearchConfig(space="simplex" if cyclic else "decay", n_trials=12),
         evaluation=EvaluationConfig(recalibrate_batches=8),
+        out=out,
     )
 
 
-def cyclic(seed: int) -> MergedEnsemble:
+def cyclic(seed: int, out: Path | None = None) -> MergedEnsemble:
     """As ``digits``, with a checkpoint at the end of each cycle."""
-    return digits(seed, cyclic=True)
+    return digits(seed, out, cyclic=True)
 
 
-def gpt(seed: int) -> MergedEnsemble:
+def gpt(seed: int, out: Path | None = None) -> MergedEnsemble:
     """Train a byte-level GPT of 0.1 million parameters."""
     sys.path.insert(0, str(ROOT / "examples"))
     from gpt import GPT
@@ -133,6 +134,7 @@ def gpt(seed: int) -> MergedEnsemble:
         last=10,
         predict=predict,
         search=SearchConfig(space="decay", n_trials=12),
+        out=out,
     )
 
 
@@ -186,13 +188,18 @@ def report(manifests: list[dict[str, Any]]) -> str:
 def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    tasks: dict[str, Callable[[int], MergedEnsemble]] = {"digits": digits, "cyclic": cyclic, "gpt": gpt}
+    tasks: dict[str, Callable[[int, Path | None], MergedEnsemble]] = {"digits": digits, "cyclic": cyclic, "gpt": gpt}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=tasks)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--json", type=Path, help="Where the manifests go.")
+    parser.add_argument("--out", type=Path, help="Where the ensembles go, a directory for each seed.")
     arguments = parser.parse_args()
-    manifests = [tasks[arguments.task](seed).manifest for seed in arguments.seeds]
+    outs = [arguments.out and arguments.out / f"seed={seed}" for seed in arguments.seeds]
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    task = tasks[arguments.task]
+    manifests = [task(seed, out).manifest for seed, out in zip(arguments.seeds, outs, strict=True)]
     if arguments.json:
         arguments.json.write_text(json.dumps(manifests, indent=1) + "\n", encoding="utf-8")
     print(report(manifests))

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -23,7 +24,7 @@ from jsonschema.exceptions import best_match
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import Manifest, software
 from lightning_ckmerge.errors import ArtifactError
-from lightning_ckmerge.tensorfiles.durable import FileRecord, inside, new_directory
+from lightning_ckmerge.tensorfiles.durable import FileRecord, file_record, inside, new_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from lightning_ckmerge.tensorfiles.reader import StoredWeights
 
 ENSEMBLE_NAME = "ensemble.json"
+PAGE_NAME = "ensemble.html"
 SCHEMA_VERSION = 1
 
 
@@ -50,7 +52,9 @@ class EnsembleArtifact:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: bool = True) -> EnsembleArtifact:
-        """Return the ensemble at ``path``, its files checked.
+        """Return the ensemble at ``path``, its members' files checked.
+
+        The page for people is no part of it: one that is lost or changed is for ``ckmerge verify`` to find.
 
         Args:
             path: Its directory.
@@ -59,10 +63,20 @@ class EnsembleArtifact:
         Raises:
             ArtifactError: There is none, or it is damaged.
         """
+        found = cls.read(path)
+        needed = {name: record for name, record in found.manifest["files"].items() if name != PAGE_NAME}
+        Artifact(found.path, {"files": needed}).check_files(verify=verify)
+        return found
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> EnsembleArtifact:
+        """Return the ensemble at ``path``, of which the manifest alone is checked.
+
+        Raises:
+            ArtifactError: There is none, or its manifest is damaged.
+        """
         directory = Path(path).resolve()
-        manifest = _read(directory)
-        Artifact(directory, {"files": manifest["files"]}).check_files(verify=verify)
-        return cls(directory, manifest)
+        return cls(directory, _read(directory))
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -79,23 +93,33 @@ class EnsembleArtifact:
         """Return a member's weights by name; a tensor is read when it is asked for."""
         from lightning_ckmerge.tensorfiles.reader import StoredWeights
 
-        directory = self.manifest["members"][member]["directory"]
-        names = sorted(
-            n for n in self.manifest["files"] if n.startswith(f"{directory}/") and n.endswith(".safetensors")
-        )
-        return StoredWeights([inside(self.path, name) for name in names])
+        return StoredWeights([inside(self.path, name) for name in self.weights_files(member)])
+
+    def weights_files(self, member: int) -> list[str]:
+        """Return the names of the files that hold a member's weights."""
+        return _weights_files(self.manifest, self.manifest["members"][member])
+
+
+def is_ensemble(path: Path) -> bool:
+    """Whether a directory holds an ensemble, damaged or not."""
+    return (path / ENSEMBLE_NAME).is_file()
 
 
 def publish_ensemble(
-    out: Path, states_M: Sequence[Mapping[str, Tensor]], manifest: Manifest, max_shard_size: int
+    out: Path,
+    states_M: Sequence[Mapping[str, Tensor]],
+    manifest: Manifest,
+    max_shard_size: int,
+    render: Callable[[Manifest], str | None] = lambda manifest: None,
 ) -> EnsembleArtifact:
     """Write an ensemble, and return it; a crash leaves nothing at ``out``.
 
     Args:
         out: What there will be; must not exist.
         states_M: M members' weights.
-        manifest: All but ``schema_version``, ``files``, ``software`` and the members' ``directory``.
+        manifest: All but ``schema_version``, ``created``, ``files``, ``software`` and the members' ``directory``.
         max_shard_size: Bytes above which a member is split over several files.
+        render: Called with the manifest, complete but for the page; returns the page for people, or ``None``.
 
     Raises:
         ArtifactError: ``out`` exists, or safetensors cannot hold one of the tensors.
@@ -113,12 +137,16 @@ def publish_ensemble(
             members.append({**member, "directory": directory})
         complete = {
             "schema_version": SCHEMA_VERSION,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **_finite(manifest),
             "members": members,
             "files": files,
             "software": software(),
         }
         _check(complete, ENSEMBLE_NAME)
+        if (page := render(complete)) is not None:
+            (staging / PAGE_NAME).write_text(page, encoding="utf-8")
+            files[PAGE_NAME] = file_record(staging / PAGE_NAME)
         text = json.dumps(complete, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         (staging / ENSEMBLE_NAME).write_text(text, encoding="utf-8")
     return EnsembleArtifact(out.resolve(), complete)
@@ -156,12 +184,19 @@ def _check(manifest: Any, source: str) -> None:
     fault = None if error is None else (error.json_path, error.message)
     if fault is None and abs(math.fsum(m["weight"] for m in manifest["members"]) - 1) > 1e-6:
         fault = "$.members", "the members' weights sum to 1"
+    if fault is None and (bare := [m["directory"] for m in manifest["members"] if not _weights_files(manifest, m)]):
+        fault = "$.files", f"it lists no weights in {bare[0]}"
     if fault is not None:
         path, rule = fault
         raise ArtifactError(
             f"{source}: `{path}` must follow the schema of ensembles, got another value ({rule[:160]}). Build the "
             "ensemble again, and do not edit it by hand."
         )
+
+
+def _weights_files(manifest: Manifest, member: Mapping[str, Any]) -> list[str]:
+    start = f"{member['directory']}/"
+    return sorted(n for n in manifest["files"] if n.startswith(start) and n.endswith(".safetensors"))
 
 
 @cache

@@ -167,6 +167,8 @@ def ensemble(
 
 def _print_ensemble(manifest: dict[str, Any], out: Path) -> None:
     """Print the verdict, the members and the comparison."""
+    from lightning_ckmerge.artifact.ensembles import PAGE_NAME
+
     to = console()
     to.print(verdict_text(manifest["verdict"]))
     names = ("accuracy", "calibration_error", "brier")
@@ -190,6 +192,8 @@ def _print_ensemble(manifest: dict[str, Any], out: Path) -> None:
     for note in manifest["verdict"]["notes"]:
         to.print(f"note: {note}", style="yellow")
     to.print(f"ensemble: {out}")
+    if PAGE_NAME in manifest["files"]:
+        to.print(f"page: {out / PAGE_NAME}")
 
 
 def _gain_told(gain: dict[str, Any]) -> str:

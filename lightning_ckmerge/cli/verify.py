@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lightning_ckmerge.cli.console import FOUND, console, hash_files, print_json, progress, table, tell_choice
-from lightning_ckmerge.cli.options import ArtifactPath, Json, Key
+from lightning_ckmerge.cli.options import Json, Key
 
 if TYPE_CHECKING:
+    from lightning_ckmerge.artifact.ensembles import EnsembleArtifact
     from lightning_ckmerge.artifact.load import Artifact
 
 STATES = {
@@ -21,7 +22,13 @@ STATES = {
 
 
 def verify(
-    artifact: ArtifactPath,
+    artifact: Annotated[
+        Path,
+        typer.Argument(
+            metavar="ARTIFACT",
+            help="An artifact (step=...), a run's `best`, a run, for its best, or an ensemble's directory.",
+        ),
+    ],
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Merge the kept snapshots again and compare bit for bit.")
     ] = False,
@@ -34,7 +41,7 @@ def verify(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Check an artifact's files against the hashes in its manifest.
+    """Check the files of an artifact, or of an ensemble, against the hashes in its manifest.
 
     With --rebuild its weights are merged again from the snapshots that the run still keeps, found by their SHA-256, and
     compared bit for bit. Exit code 1: a file or the rebuilt weights differ from the published ones ("NOT SOUND"),
@@ -45,10 +52,17 @@ def verify(
     Examples:
       ckmerge verify runs/gpt/merges/best
       ckmerge verify runs/gpt/merges/step=000002000 --rebuild
+      ckmerge verify ensemble
     """
+    from lightning_ckmerge.artifact.ensembles import is_ensemble
     from lightning_ckmerge.artifact.load import Artifact, locate
     from lightning_ckmerge.artifact.manifest import read_manifest
 
+    if is_ensemble(artifact):
+        if rebuild:
+            raise typer.BadParameter(f"needs a search's artifact, got the ensemble {artifact}.", param_hint="--rebuild")
+        _verify_ensemble(artifact, as_json)
+        return
     path = locate(artifact).resolve()
     opened = Artifact(path, read_manifest(path))
     files = _check_files(opened)
@@ -68,7 +82,44 @@ def verify(
         raise typer.Exit(FOUND)
 
 
-def _check_files(artifact: Artifact) -> dict[str, str]:
+def _verify_ensemble(path: Path, as_json: bool) -> None:
+    """Check and tell the members, and the page beside them."""
+    from rich.text import Text
+
+    from lightning_ckmerge.artifact.ensembles import EnsembleArtifact
+
+    ensemble = EnsembleArtifact.read(path)
+    files = _check_files(ensemble)
+    members = []
+    for m, member in enumerate(ensemble.manifest["members"]):
+        faulty = [name for name in ensemble.weights_files(m) if files[name] != "ok"]
+        members.append(
+            {"name": member["name"], "weight": member["weight"], "state": "not sound" if faulty else "sound"}
+        )
+    is_sound = all(state == "ok" for state in files.values())
+    found: dict[str, Any] = {
+        "ensemble": str(ensemble.path),
+        "files": files,
+        "members": members,
+        "state": "sound" if is_sound else "not sound",
+        "ok": is_sound,
+    }
+    if as_json:
+        print_json(found)
+    else:
+        out = console()
+        _print_files(files)
+        rows = [(m["name"], f"{m['weight']:.3f}", Text(*STATES[m["state"]])) for m in members]
+        out.print(table(("member", "weight", "state"), rows))
+        if not is_sound and all(m["state"] == "sound" for m in members):
+            out.print("note: the members are sound: the ensemble predicts what was published.")
+        text, style = STATES[found["state"]]
+        out.print(f"{ensemble.path}: {text}", style=style)
+    if not is_sound:
+        raise typer.Exit(FOUND)
+
+
+def _check_files(artifact: Artifact | EnsembleArtifact) -> dict[str, str]:
     """Return the state of each listed file: ``ok``, ``missing``, ``another size`` or ``another SHA-256``."""
     from lightning_ckmerge.tensorfiles.durable import inside
 
@@ -108,12 +159,16 @@ def _rebuild(artifact: Artifact, latest: Path | None, checkpoints: Path | None, 
     }
 
 
-def _print_verification(found: dict[str, Any]) -> None:
+def _print_files(files: dict[str, str]) -> None:
     from rich.text import Text
 
+    rows = [(name, Text(state, style="" if state == "ok" else "bold red")) for name, state in files.items()]
+    console().print(table(("file", "state"), rows))
+
+
+def _print_verification(found: dict[str, Any]) -> None:
     out = console()
-    rows = [(name, Text(state, style="" if state == "ok" else "bold red")) for name, state in found["files"].items()]
-    out.print(table(("file", "state"), rows))
+    _print_files(found["files"])
     built = found.get("rebuild")
     if built and built["state"] == "impossible":
         out.print(f"rebuild: not possible: {built['reason']}")

@@ -44,17 +44,20 @@ def say(trainer: Trainer, text: str, tell: Callable[[str], None] = rank_zero_inf
 
 
 @contextlib.contextmanager
-def harmless(what: str, trainer: Trainer | None = None) -> Iterator[None]:
+def harmless(
+    what: str, trainer: Trainer | None = None, spared: str = "The search and its artifact are"
+) -> Iterator[None]:
     """Turn an error within into one warning.
 
     Args:
         what: Start of the warning, such as ``"The run's report"``.
         trainer: Its bar makes room; ``None``: the warning needs none, or the bar itself failed.
+        spared: What the error leaves as it is, with its verb.
     """
     try:
         yield
     except Exception as error:
-        text = f"{what} failed: {explain(error)}. The search and its artifact are unaffected."
+        text = f"{what} failed: {explain(error)}. {spared} unaffected."
         if trainer is None:
             rank_zero_warn(text)
         else:

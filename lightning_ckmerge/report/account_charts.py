@@ -76,13 +76,47 @@ def forests(figures: Mapping[str, Any]) -> dict[str, ForestChart]:
     if "snapshots" in figures:
         rows = [r for r in figures["snapshots"]["rows"] if r["value"] is not None]
         names = ["latest" if r["is_latest"] else steps(r) for r in rows]
-        found["snapshots"] = _forest(names, [[(r["gain"], r["interval"])] for r in rows])
+        found["snapshots"] = draw_forest(names, [[(r["gain"], r["interval"])] for r in rows])
     for key in ("groups", "layers"):
         if key in figures:
             rows = figures[key]["rows"]
             pairs = [[(r["alone"], r["alone_interval"]), (r["without"], r["without_interval"])] for r in rows]
-            found[key] = _forest([r["name"] for r in rows], pairs)
+            found[key] = draw_forest([r["name"] for r in rows], pairs)
     return found
+
+
+def draw_forest(names: Sequence[str], rows: Sequence[Sequence[tuple[float, Sequence[float] | None]]]) -> ForestChart:
+    """Return the chart of one gain, or of two, for each name: a disc above a diamond."""
+    ends = [v for row in rows for gain, interval in row for v in (gain, *(interval or ()), 0.0)]
+    margin = 0.06 * (max(ends) - min(ends)) or 1.0
+    x = Axis(low=min(ends) - margin, high=max(ends) + margin, start=FOREST_LEFT, end=RIGHT)
+    labels, marks = [], []
+    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
+        middle = TOP + ROW * (i + 0.5)
+        labels.append(Tick(at=middle, label=name))
+        for j, (gain, interval) in enumerate(row):
+            certain = interval is not None and not interval[0] <= 0 <= interval[1]
+            told = gain_text(gain, list(interval) if interval else None)
+            marks.append(
+                ForestMark(
+                    x=x.at(gain),
+                    y=middle + (4.5 * (2 * j - 1) if len(row) > 1 else 0.0),
+                    ends=(x.at(interval[0]), x.at(interval[1])) if interval else None,
+                    shape="diamond" if j else "dot",
+                    look=("good" if gain > 0 else "bad") if certain else "open",
+                    hint=f"{name}{', if put back' if j else ''}: {told}",
+                )
+            )
+    bottom = TOP + ROW * len(names)
+    return ForestChart(
+        labels=labels,
+        marks=marks,
+        zero=x.at(0),
+        height=bottom + 24,
+        bottom=bottom,
+        x_ticks=x.ticks(4, short),
+        is_paired=any(len(row) > 1 for row in rows),
+    )
 
 
 def line_chart(figure: Mapping[str, Any], account: Mapping[str, Any]) -> LineChart:
@@ -149,39 +183,6 @@ def plane_chart(figure: Mapping[str, Any], account: Mapping[str, Any]) -> PlaneC
         worst=number(sign * worst),
         x_ticks=x.ticks(5, short),
         y_ticks=y.ticks(5, short),
-    )
-
-
-def _forest(names: Sequence[str], rows: Sequence[Sequence[tuple[float, Sequence[float] | None]]]) -> ForestChart:
-    ends = [v for row in rows for gain, interval in row for v in (gain, *(interval or ()), 0.0)]
-    margin = 0.06 * (max(ends) - min(ends)) or 1.0
-    x = Axis(low=min(ends) - margin, high=max(ends) + margin, start=FOREST_LEFT, end=RIGHT)
-    labels, marks = [], []
-    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
-        middle = TOP + ROW * (i + 0.5)
-        labels.append(Tick(at=middle, label=name))
-        for j, (gain, interval) in enumerate(row):
-            certain = interval is not None and not interval[0] <= 0 <= interval[1]
-            told = gain_text(gain, list(interval) if interval else None)
-            marks.append(
-                ForestMark(
-                    x=x.at(gain),
-                    y=middle + (4.5 * (2 * j - 1) if len(row) > 1 else 0.0),
-                    ends=(x.at(interval[0]), x.at(interval[1])) if interval else None,
-                    shape="diamond" if j else "dot",
-                    look=("good" if gain > 0 else "bad") if certain else "open",
-                    hint=f"{name}{', if put back' if j else ''}: {told}",
-                )
-            )
-    bottom = TOP + ROW * len(names)
-    return ForestChart(
-        labels=labels,
-        marks=marks,
-        zero=x.at(0),
-        height=bottom + 24,
-        bottom=bottom,
-        x_ticks=x.ticks(4, short),
-        is_paired=any(len(row) > 1 for row in rows),
     )
 
 

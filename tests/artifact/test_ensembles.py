@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.artifact.ensembles import ENSEMBLE_NAME, EnsembleArtifact, publish_ensemble
+from lightning_ckmerge.artifact.ensembles import ENSEMBLE_NAME, PAGE_NAME, EnsembleArtifact, publish_ensemble
 from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.tensorfiles.durable import file_record
 
 MANIFEST: dict[str, Any] = {
     "averaging": "probabilities",
@@ -20,6 +21,8 @@ MANIFEST: dict[str, Any] = {
     "comparison": [{"name": "latest", "forward_passes": 1, "loss": float("nan")}],
     "verdict": {"status": "unconfirmed", "gain": 0.1, "interval": None, "sentence": "Unconfirmed."},
 }
+
+RECORD = {"bytes": 1, "sha256": "0" * 64}
 
 
 def states() -> list[dict[str, Tensor]]:
@@ -70,15 +73,35 @@ def test_a_file_with_one_other_bit_is_refused(published: EnsembleArtifact) -> No
         EnsembleArtifact.open(published.path, verify=False)
 
 
+def test_a_page_lies_beside_the_members_and_is_not_needed(tmp_path: Path) -> None:
+    """It is listed with its hash, and an ensemble without it predicts as before."""
+    seen: list[Any] = []
+
+    def render(manifest: Any) -> str:
+        seen.append(sorted(manifest["files"]))
+        return "<p>"
+
+    published = publish_ensemble(tmp_path / "ensemble", states(), MANIFEST, 1 << 30, render)
+    page = published.path / PAGE_NAME
+    assert seen == [["member-0/model.safetensors", "member-1/model.safetensors"]]
+    assert published.manifest["files"][PAGE_NAME] == file_record(page)
+    assert page.read_text() == "<p>"
+    page.write_text("<b>")
+    EnsembleArtifact.open(published.path)
+    page.unlink()
+    assert EnsembleArtifact.open(published.path).manifest == published.manifest
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"members": [{"name": "a", "weight": 0.75, "directory": "member-0"}]}, "sum to 1"),
         ({"members": [{"name": "a", "weight": 1.0, "directory": "../secret"}]}, "members"),
         ({"averaging": "votes"}, "averaging"),
-        ({"files": {"../model.safetensors": {"bytes": 1, "sha256": "0" * 64}}}, "inside"),
+        ({"files": {f"{d}model.safetensors": RECORD for d in ("../", "member-0/", "member-1/")}}, "inside"),
+        ({"files": {"member-0/model.safetensors": RECORD}}, "no weights in member-1"),
     ],
-    ids=["weights", "directory", "averaging", "files"],
+    ids=["weights", "directory", "averaging", "files", "unlisted"],
 )
 def test_an_edited_manifest_is_refused(published: EnsembleArtifact, change: dict[str, Any], named: str) -> None:
     path = published.path / ENSEMBLE_NAME

@@ -22,9 +22,12 @@ def test_an_ensemble_is_built_told_and_loaded(tmp_path: Path) -> None:
     assert [c["name"] for c in found["comparison"]] == ["latest", "merge", "snapshots", "ensemble"]
     assert "accuracy" not in found["comparison"][0]
     assert load_ensemble(out, Wandering(), predict=predict).num_members == len(found["members"])
+    assert "ensemble.html" in found["files"]
+    assert ckmerge_json("verify", out)["ok"]
     told = ckmerge(*args, "--size", 1, "--merges-only", "--out", tmp_path / "again", code=1).stdout
     assert "The single merge has it already" in told
     assert "gain over merge" in told
+    assert f"page: {tmp_path / 'again' / 'ensemble.html'}" in told.replace("\n", "")
     assert "must not exist" in ckmerge(*args, "--out", out, code=2).stderr
     wrong = ckmerge(*args[:-4], "--predict", "tests.support.offline.nothing", "--out", tmp_path / "no", code=2)
     assert "import path" in wrong.stderr

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_ckmerge.artifact.ensembles import publish_ensemble
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.core.specs import Box, part_name, whole
 from lightning_ckmerge.tensorfiles.durable import file_record
@@ -214,3 +215,51 @@ def test_parts_that_do_not_make_a_whole_are_no_snapshot(kept: Kept) -> None:
     found = ckmerge_json("verify", kept.artifact.path, "--rebuild", code=1)["rebuild"]
     assert found["state"] == "impossible"
     assert "whole tensors" in found["reason"]
+
+
+@pytest.fixture
+def ensemble(tmp_path: Path) -> Path:
+    states = [{"w": torch.full((3,), float(m))} for m in range(2)]
+    manifest = {
+        "averaging": "outputs",
+        "members": [{"name": "merge", "weight": 0.75}, {"name": "latest", "weight": 0.25}],
+        "comparison": [],
+        "verdict": {"status": "accepted", "gain": 0.1, "interval": [0.05, 0.2], "sentence": "An ensemble."},
+    }
+    return publish_ensemble(tmp_path / "ensemble", states, manifest, 1 << 30, lambda complete: "<p>").path
+
+
+def test_an_intact_ensemble_is_sound(ensemble: Path) -> None:
+    found = ckmerge_json("verify", ensemble)
+    assert (found["ok"], found["state"]) == (True, "sound")
+    assert found["members"] == [
+        {"name": "merge", "weight": 0.75, "state": "sound"},
+        {"name": "latest", "weight": 0.25, "state": "sound"},
+    ]
+    assert set(found["files"]) == {"member-0/model.safetensors", "member-1/model.safetensors", "ensemble.html"}
+    assert "NOT SOUND" not in ckmerge("verify", ensemble).output
+
+
+def test_a_member_with_one_other_bit_is_named(ensemble: Path) -> None:
+    damage(ensemble / "member-1" / "model.safetensors")
+    found = ckmerge_json("verify", ensemble, code=1)
+    assert (found["ok"], found["files"]["member-1/model.safetensors"]) == (False, "another SHA-256")
+    assert [m["state"] for m in found["members"]] == ["sound", "not sound"]
+    output = ckmerge("verify", ensemble, code=1).output
+    assert "another SHA-256" in output
+    assert "NOT SOUND" in output
+    assert "the members are sound" not in output
+
+
+def test_another_page_is_a_finding_though_the_members_are_sound(ensemble: Path) -> None:
+    (ensemble / "ensemble.html").unlink()
+    found = ckmerge_json("verify", ensemble, code=1)
+    assert (found["state"], found["files"]["ensemble.html"]) == ("not sound", "missing")
+    assert {m["state"] for m in found["members"]} == {"sound"}
+    assert "the members are sound" in ckmerge("verify", ensemble, code=1).output
+
+
+def test_what_cannot_be_verified_of_an_ensemble_is_an_error(ensemble: Path) -> None:
+    assert "--rebuild" in ckmerge("verify", ensemble, "--rebuild", code=2).stderr
+    (ensemble / "ensemble.json").write_text("{}")
+    assert "schema of ensembles" in ckmerge("verify", ensemble, code=2).stderr

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,10 @@ from lightning_ckmerge import (
     build_ensemble,
     load_ensemble,
 )
+from lightning_ckmerge.artifact.ensembles import PAGE_NAME, publish_ensemble
 from lightning_ckmerge.core.averaging import Averaging
 from lightning_ckmerge.errors import ArtifactError, ConfigError
+from lightning_ckmerge.plugin.ensemble import build
 from lightning_ckmerge.plugin.ensemble.members import state_of
 from lightning_ckmerge.plugin.ensemble.predicting import read_prediction
 
@@ -252,6 +256,23 @@ def test_a_tampered_member_is_refused(built: tuple[MergedEnsemble, Path], tmp_pa
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match="SHA-256"):
         load_ensemble(own, Blobs())
+
+
+def test_a_page_that_fails_is_a_warning_and_the_ensemble_stands(
+    built: tuple[MergedEnsemble, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensemble, path = built
+    assert ensemble.manifest["verdict"]["sentence"] in html.unescape((path / PAGE_NAME).read_text(encoding="utf-8"))
+
+    def fail(*args: Any) -> str:
+        raise ValueError("no template")
+
+    monkeypatch.setattr(build, "render_ensemble_html", fail)
+    out, render = tmp_path / "ensemble", partial(build.render_page, tmp_path / "ensemble", pl.Trainer(**QUIET))
+    with pytest.warns(UserWarning, match=r"The ensemble's page failed: .*no template.* The ensemble is unaffected"):
+        publish_ensemble(out, ensemble.states(), ensemble.manifest, 1 << 30, render)
+    assert not (out / PAGE_NAME).exists()
+    assert load_ensemble(out, Blobs()).manifest["files"].keys() == ensemble.manifest["files"].keys() - {PAGE_NAME}
 
 
 def test_another_model_is_refused(built: tuple[MergedEnsemble, Path]) -> None:

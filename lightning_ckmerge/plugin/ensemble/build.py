@@ -40,6 +40,8 @@ from lightning_ckmerge.plugin.ensemble.predicting import (
 from lightning_ckmerge.plugin.evaluate.scorer import CandidateScorer
 from lightning_ckmerge.plugin.offline.scoring import at_train_start, make_trainer, training_data
 from lightning_ckmerge.plugin.offline.search import OfflineSearch
+from lightning_ckmerge.plugin.progress import harmless
+from lightning_ckmerge.report.ensemble import render_ensemble_html
 from lightning_ckmerge.search.ensembles import RULE, Chosen, Predicted, SearchHalf, choose_ensemble
 from lightning_ckmerge.tensorfiles.durable import require_absent
 
@@ -231,10 +233,21 @@ def make_ensemble(
     )
     if out is not None:
         artifact = publish_ensemble(
-            out.absolute(), built.states_M, ensemble.manifest, parse_size(settings.artifact.max_shard_size)
+            out.absolute(),
+            built.states_M,
+            ensemble.manifest,
+            parse_size(settings.artifact.max_shard_size),
+            partial(render_page, out, trainer),
         )
         ensemble.manifest = artifact.manifest
     return ensemble.to(device)
+
+
+def render_page(out: Path, trainer: Trainer, manifest: dict[str, Any]) -> str | None:
+    """Return the ensemble's page; one that fails is a warning."""
+    with harmless("The ensemble's page", trainer, "The ensemble is"):
+        return render_ensemble_html(manifest, out.as_posix())
+    return None
 
 
 @dataclass(frozen=True)
