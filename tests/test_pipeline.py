@@ -394,7 +394,7 @@ def test_a_spent_budget_is_reported(tmp_path: Path, anchors: list[AnchorName]) -
     config = SearchConfig(n_trials=1000, anchors=anchors, min_gain_left=0.0)
     outcome = run_search(make_job(run, tmp_path, config, allowed_s=1.0, allowed_by="search.timeout_s"))
     assert outcome.cost.stopped_early is not None
-    assert "1 s that `search.timeout_s` allows" in outcome.cost.stopped_early
+    assert "but `search.timeout_s` allows 1 s" in outcome.cost.stopped_early
     assert f"The search stopped {outcome.cost.stopped_early}." in outcome.verdict.warnings
     assert len(outcome.trials) < 1000
     assert outcome.winner.confirm is not None

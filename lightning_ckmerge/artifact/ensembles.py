@@ -29,8 +29,8 @@ from lightning_ckmerge.tensorfiles.durable import FileRecord, file_record, insid
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_ckmerge.core.averaging import Averaging
     from lightning_ckmerge.core.specs import TensorSpec
+    from lightning_ckmerge.search.averaging import Averaging
     from lightning_ckmerge.tensorfiles.reader import StoredWeights
 
 ENSEMBLE_NAME = "ensemble.json"

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.core.averaging import Averaging, average_outputs, is_classes, losses
 from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Coefficients, Score
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces.mixtures import Simplex
 from lightning_ckmerge.errors import SearchError
+from lightning_ckmerge.search.averaging import Averaging, average_outputs, is_classes, losses
 from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.problem import Half, KeepGoing, Problem
 from lightning_ckmerge.search.stopping import Budget, Stopping

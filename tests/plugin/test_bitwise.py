@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -207,7 +208,9 @@ def weight_norm(*shape: int) -> nn.Module:
 
 
 def hooked_weight_norm(*shape: int) -> nn.Module:
-    return nn.utils.weight_norm(nn.Linear(*shape))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the old one is what the case is about
+        return nn.utils.weight_norm(nn.Linear(*shape))
 
 
 class Careless(Classifier):

@@ -27,11 +27,11 @@ from lightning_ckmerge import (
     load_ensemble,
 )
 from lightning_ckmerge.artifact.ensembles import PAGE_NAME, publish_ensemble
-from lightning_ckmerge.core.averaging import Averaging
 from lightning_ckmerge.errors import ArtifactError, ConfigError
 from lightning_ckmerge.plugin.ensemble import build
 from lightning_ckmerge.plugin.ensemble.members import state_of
 from lightning_ckmerge.plugin.ensemble.predicting import read_prediction
+from lightning_ckmerge.search.averaging import Averaging
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NUM_STEPS, EVERY = 60, 10

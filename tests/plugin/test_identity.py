@@ -81,7 +81,7 @@ def test_a_buffer_that_is_gone_is_told_in_a_line(tmp_path: Path) -> None:
     train(tmp_path, merging(), 7)
     shutil.rmtree(tmp_path / "logs")
     _, told = train(tmp_path, merging(), 12, tmp_path / "checkpoints" / "step=6.ckpt")
-    assert len([t for t in told if "whole file" in t]) == 1
+    assert len([t for t in told if "missing or incomplete" in t]) == 1
 
 
 class Begins(pl.Callback):

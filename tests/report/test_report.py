@@ -202,7 +202,7 @@ def test_a_record_offers_no_code_to_load_it() -> None:
 def test_a_record_of_a_good_search_does_not_advise_to_use_it() -> None:
     data = {**manifest(), "files": {}}
     for report in (render_html(data), render_markdown(data)):
-        assert "Use a better merge of this run" in report
+        assert "The weights of this merge are not kept" in report
         assert "Use the merge:" not in report
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.core.averaging import Averaging, average_outputs, losses
 from lightning_ckmerge.errors import SearchError
+from lightning_ckmerge.search.averaging import Averaging, average_outputs, losses
 from lightning_ckmerge.search.ensembles import Predicted, SearchHalf, choose_ensemble, choose_members
 
 SIZES = (8, 8, 5)

@@ -40,6 +40,7 @@ EXPECTED: tuple[str, ...] = (
     r"method of metric \w+ was called before the ``update``",  # one metric object for training and validation
     r"call of `lr_scheduler\.step\(\)` before `optimizer\.step\(\)`",  # torch, under accumulation and closures
     r"torch\.distributed is disabled, unavailable or uninitialized",  # torch, of a checkpoint that one process saves
+    r"Encountered `nan` values in tensor",  # torchmetrics, of gradients that leave no number to log
     r"FSDP2-wrapped module .* returned a view tensor",  # torch 2.13, of `nn.Linear` under gradients off
     r"tie_word_embeddings|tied_target_modules",  # PEFT, of adapters on the tied embedding
 )

@@ -20,7 +20,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_ckmerge.artifact.ensembles import publish_ensemble
 from lightning_ckmerge.checks import check_fields, parse_size, require_at_least
 from lightning_ckmerge.config import ArtifactConfig, BufferConfig, EvaluationConfig, MergeSettings, SearchConfig
-from lightning_ckmerge.core.averaging import Averaging, is_classes
 from lightning_ckmerge.core.objectives import Mode, make_objectives, sign_of
 from lightning_ckmerge.core.outcome import Coefficients, Scored, SearchOutcome, counted
 from lightning_ckmerge.core.spaces import normalised
@@ -42,6 +41,7 @@ from lightning_ckmerge.plugin.offline.scoring import at_train_start, make_traine
 from lightning_ckmerge.plugin.offline.search import OfflineSearch
 from lightning_ckmerge.plugin.progress import harmless
 from lightning_ckmerge.report.ensemble import render_ensemble_html
+from lightning_ckmerge.search.averaging import Averaging, is_classes
 from lightning_ckmerge.search.ensembles import RULE, Chosen, Predicted, SearchHalf, choose_ensemble
 from lightning_ckmerge.tensorfiles.durable import require_absent
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 from torchmetrics.classification import MulticlassCalibrationError
 
-from lightning_ckmerge.core.averaging import is_classes, losses
 from lightning_ckmerge.core.outcome import Score
+from lightning_ckmerge.search.averaging import is_classes, losses
 from lightning_ckmerge.search.interval import score_gain
 
 NUM_BINS = 15

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_ckmerge.core.averaging import Averaging, average_outputs
 from lightning_ckmerge.core.layout import find_aliases, is_dense
 from lightning_ckmerge.errors import UnsupportedError
+from lightning_ckmerge.search.averaging import Averaging, average_outputs
 
 State = Mapping[str, Tensor]
 

@@ -14,7 +14,6 @@ from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_ckmerge.artifact.ensembles import EnsembleArtifact
-from lightning_ckmerge.core.averaging import Averaging, is_classes, losses
 from lightning_ckmerge.errors import ArtifactError, ConfigError
 from lightning_ckmerge.plugin.ensemble.figures import calibration_error
 from lightning_ckmerge.plugin.ensemble.members import Members, State, find_slots, split_shared, state_of
@@ -25,6 +24,7 @@ from lightning_ckmerge.plugin.ensemble.predicting import (
     predict_by_convention,
     read_prediction,
 )
+from lightning_ckmerge.search.averaging import Averaging, is_classes, losses
 
 
 class MergedEnsemble(LightningModule):

@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightning_ckmerge.core.averaging import IGNORED, is_classes
 from lightning_ckmerge.errors import ConfigError
+from lightning_ckmerge.search.averaging import IGNORED, is_classes
 
 Predict = Callable[[Any, Any], tuple[Tensor, Tensor]]
 REMEDY = (

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_ckmerge.core.averaging import Averaging, average_outputs, losses
+from lightning_ckmerge.search.averaging import Averaging, average_outputs, losses
 
 every_way = pytest.mark.parametrize("averaging", get_args(Averaging))
 
