@@ -46,7 +46,16 @@ def read_history(dirpath: str | os.PathLike[str]) -> History:
     Raises:
         ArtifactError: There was no search, or a file is damaged.
     """
-    dirpath = find_run(Path(os.path.abspath(dirpath)))  # the page's code must run anywhere
+    return history_of(find_run(Path(os.path.abspath(dirpath))))
+
+
+def history_of(dirpath: Path) -> History:
+    """Return the history of the run whose own directory ``dirpath`` is, whatever other runs lie below it.
+
+    Raises:
+        ArtifactError: There was no search, or a file is damaged.
+    """
+    dirpath = Path(os.path.abspath(dirpath))  # the page's code must run anywhere
     timeline = read_timeline(dirpath)
     if not timeline:
         raise no_searches(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_ckmerge.artifact.history import history_of, read_history
 from lightning_ckmerge.artifact.load import Artifact, best_target
 from lightning_ckmerge.artifact.manifest import build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore
@@ -43,6 +44,9 @@ def test_a_later_run_has_a_directory_of_its_own_and_the_names_of_the_directory_a
     assert Artifact.open(base).path == Artifact.open(base / "best").path == (base / "best").resolve() == new.path
     assert best_target(base) == old.path
     assert [len(read_timeline(p)) for p in (base, base / "run=2")] == [1, 1]
+    # People who name the directory look at the later run; the earlier one, if it lives, writes its own page.
+    assert (read_history(base).dirpath, history_of(base).dirpath) == (base / "run=2", base)
+    assert [r["artifact"] for r in history_of(base).timeline] == [old.path.name]
     second.release()
     resumed = Claim(base, first.place.run_id)
     assert (resumed.place.dirpath, resumed.place.source) == (base, base)

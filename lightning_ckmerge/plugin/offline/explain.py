@@ -27,7 +27,7 @@ from lightning_ckmerge.artifact.accounts import (
     read_account,
     write_account,
 )
-from lightning_ckmerge.artifact.history import read_history
+from lightning_ckmerge.artifact.history import history_of
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.manifest import software
 from lightning_ckmerge.checkpoints.formats import Source, open_sources
@@ -573,7 +573,7 @@ class _Explainer:
         else:
             left_out["importances"] = str(reason)
         try:
-            history = read_history(self._artifact.path.parent)
+            history = history_of(self._artifact.path.parent)
         except ArtifactError:
             left_out["stability"] = "The artifact lies apart from its run's timeline."
             return

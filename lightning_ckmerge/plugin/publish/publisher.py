@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_ckmerge.artifact.history import read_history
+from lightning_ckmerge.artifact.history import history_of
 from lightning_ckmerge.artifact.load import Artifact, best_target
 from lightning_ckmerge.artifact.manifest import Manifest, build_manifest
 from lightning_ckmerge.artifact.publish import ArtifactStore, Extra
@@ -150,7 +150,7 @@ class Publisher:
         """Show the run's searches so far. A failure here never affects a published artifact."""
         if self._comm.rank == 0:
             with harmless("The run's report", self._trainer):
-                write_run_report(self._dirpath, read_history(self._dirpath))
+                write_run_report(self._dirpath, history_of(self._dirpath))
 
     def record_skip(self, step: int, reason: str, seconds: float) -> None:
         """Enter a search that did not take place, or was given up, into the run's history."""
@@ -158,7 +158,7 @@ class Publisher:
             with harmless("The record of a skipped search", self._trainer):
                 record = skip_record(step, self._monitor, self._store.mode, reason, seconds)
                 self._store.append_skip({**record, "run_id": self._run_id})
-                write_run_report(self._dirpath, read_history(self._dirpath))
+                write_run_report(self._dirpath, history_of(self._dirpath))
 
     def sum_up(self) -> None:
         """Announce the findings of the run's searches."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ckmerge.artifact.accounts import PAGE_NAME
-from lightning_ckmerge.artifact.history import read_history
+from lightning_ckmerge.artifact.history import history_of
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.report.account import render_account_html
 from lightning_ckmerge.report.html import render_html
@@ -28,7 +28,7 @@ def write_account_page(artifact: Path, manifest: dict[str, Any], account: dict[s
     page = render_account_html(account, manifest, ReportPlace(path=artifact, up="report.html"))
     replace_text(artifact / PAGE_NAME, page)
     if read_timeline(artifact.parent):
-        write_run_report(artifact.parent, read_history(artifact.parent))
+        write_run_report(artifact.parent, history_of(artifact.parent))
 
 
 def summarize_run(dirpath: Path) -> str:
@@ -39,4 +39,4 @@ def summarize_run(dirpath: Path) -> str:
     """
     if not read_timeline(dirpath):
         return ""
-    return summarize(replace(read_history(dirpath), dirpath=dirpath))
+    return summarize(replace(history_of(dirpath), dirpath=dirpath))
