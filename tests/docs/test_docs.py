@@ -144,7 +144,7 @@ def test_pages_link_to_pages_of_the_site(name: str) -> None:
 def test_links_of_the_example_lead_somewhere(page: Path) -> None:
     links = re.findall(r'href="([^"#]+)"', page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).is_file()] == []
-    assert links != []
+    assert links != [] or page.name == "ensemble.html"  # which stands alone
 
 
 def test_every_page_is_in_the_navigation() -> None:
