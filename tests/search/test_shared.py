@@ -162,5 +162,5 @@ def test_a_value_that_is_not_finite_is_a_trial_like_any_other(storage: Path | st
 
 def test_other_data_is_another_study(storage: Path | str) -> None:
     a, b = open_shared(storage), open_shared(storage, fingerprint="0" * 64)
-    assert a.name != b.name
+    assert a.study.study_name != b.study.study_name
     assert len(optuna.get_all_study_names(a._study._storage)) == 2
