@@ -270,10 +270,8 @@ MOMENTS: tuple[Callable[[Path], object], ...] = (
     lambda merges: seen(merges, ".tmp-step=*/manifest.json"),
     lambda merges: seen(merges, ".tmp-best*"),
     lambda merges: not seen(merges, ".tmp-*"),
-    # Listed at once, not walked through: the moment is short.
-    lambda merges: (
-        len(filter_names(os.listdir(merges), "step=*")) > (merges / "timeline.jsonl").read_text().count("\n")
-    ),
+    # A rename whose record was not there before it. The moment is too short for the other order, or for a walk.
+    lambda merges: num_lines(merges / "timeline.jsonl") < len(filter_names(os.listdir(merges), "step=*")),
 )
 
 
