@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
 from lightning_ckmerge.artifact.manifest import read_manifest
-from lightning_ckmerge.buffer import DiskStorage, MemoryStorage, RollingBuffer
-from lightning_ckmerge.buffer.storage import Stored
+from lightning_ckmerge.buffer.rolling import RollingBuffer
+from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Stored
 from lightning_ckmerge.core import merge_plan
 from lightning_ckmerge.core.layout import Flats, OwnedTensor, TensorLayout
 from lightning_ckmerge.core.merge import BLOCK_NUMEL, pool_means, update_means

@@ -16,8 +16,9 @@ import torch
 from optuna.samplers import RandomSampler
 from torch import Tensor, nn
 
-from lightning_ckmerge.buffer import MemoryStorage, RollingBuffer, Snapshot
 from lightning_ckmerge.buffer.merger import Merger
+from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
+from lightning_ckmerge.buffer.storage import MemoryStorage
 from lightning_ckmerge.config import AnchorName, BufferConfig, Constraint, EvaluationConfig, MergeSettings, SearchConfig
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.objectives import Objective

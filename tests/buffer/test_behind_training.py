@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.buffer import DiskStorage, MemoryStorage, RollingBuffer
-from lightning_ckmerge.buffer.storage import Stored
+from lightning_ckmerge.buffer.rolling import RollingBuffer
+from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Stored
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.layout import OwnedTensor, TensorLayout
 from lightning_ckmerge.core.merge import BLOCK_NUMEL

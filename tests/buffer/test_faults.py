@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from lightning_ckmerge.buffer import DiskStorage, MemoryStorage
-from lightning_ckmerge.buffer.storage import Stored
+from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Stored
 from lightning_ckmerge.errors import CkmergeError
 from tests.support.rolling import Run, files, spans
 
@@ -56,7 +55,7 @@ def test_a_state_taken_on_a_full_disk_says_that_the_segment_starts_again(tmp_pat
 FULL_DISK = """
     import resource, sys
     from pathlib import Path
-    from lightning_ckmerge.buffer import DiskStorage
+    from lightning_ckmerge.buffer.storage import DiskStorage
     from tests.support.rolling import Run, files, spans
 
     run, place = Run(), Path(sys.argv[1])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_ckmerge.buffer import DiskStorage, MemoryStorage
+from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage
 from lightning_ckmerge.errors import SnapshotError
 from tests.support.rolling import RUN_ID, Run, assert_same, files, spans
 

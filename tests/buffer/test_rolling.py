@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lightning_ckmerge.buffer import DiskStorage, MemoryStorage, RollingBuffer, Storage
 from lightning_ckmerge.buffer.retention import Pool, decide, pooled
-from lightning_ckmerge.buffer.storage import Stored
+from lightning_ckmerge.buffer.rolling import RollingBuffer
+from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage, Stored
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.layout import OwnedTensor, TensorLayout
 from lightning_ckmerge.core.segments import Segment

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.buffer import DiskStorage, MemoryStorage, segment_mean
+from lightning_ckmerge.buffer import segment_mean
 from lightning_ckmerge.buffer.segment_mean import MAX_UPDATES, SegmentMean
+from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage
 from lightning_ckmerge.core.layout import Flats
 from tests.support.rolling import Run
 

@@ -14,10 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_ckmerge.buffer import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.buffer import storage as storage_module
 from lightning_ckmerge.buffer.blocks import cast_blocks, pool_blocks
-from lightning_ckmerge.buffer.storage import Stored, check_file
+from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage, Stored, check_file
 from lightning_ckmerge.core.layout import Flats, OwnedTensor, TensorLayout
 from lightning_ckmerge.core.merge import BLOCK_NUMEL
 from lightning_ckmerge.errors import SnapshotError

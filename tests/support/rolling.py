@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ckmerge.buffer import RollingBuffer, Snapshot, Storage
+from lightning_ckmerge.buffer.rolling import RollingBuffer, Snapshot
+from lightning_ckmerge.buffer.storage import Storage
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.layout import OwnedTensor, TensorLayout
 
