@@ -7,7 +7,7 @@ a checkpoint with all that it names.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import Tensor
 
@@ -43,6 +43,8 @@ class Archive:
         self._warnings = warnings
         self._saved_names: frozenset[str] = frozenset()
         self._retired: set[str] = set()
+        self._lent_names: frozenset[str] = frozenset()
+        self._kept_for_others: set[str] = set()
 
     def admit(self, segment: Segment, blocks: Iterable[Tensor]) -> None:
         """Store a snapshot as the newest one.
@@ -101,10 +103,23 @@ class Archive:
         return f"{self.run_id}-{segment.first_step:09d}-{segment.last_step:09d}-{kind}.safetensors"
 
     def retire(self, name: str) -> None:
-        """Delete a file, now or when no checkpoint needs it any more."""
+        """Delete a file, now or when neither a checkpoint nor another process needs it any more."""
         if name in self._saved_names:
             self._retired.add(name)
+        elif name in self._lent_names:
+            self._kept_for_others.add(name)
         else:
+            self._delete(name)
+
+    def lend(self, names: Collection[str]) -> None:
+        """Keep the files that other processes read, and delete the retired ones that they need no more.
+
+        Args:
+            names: All that they need from now on.
+        """
+        self._lent_names = frozenset(names)
+        for name in sorted(self._kept_for_others - self._lent_names):
+            self._kept_for_others.discard(name)
             self._delete(name)
 
     def hold(self, state: BufferState) -> None:
@@ -114,8 +129,8 @@ class Archive:
     def release(self) -> None:
         """Delete the retired files that the last state does not need."""
         for name in self._retired - self._saved_names:
-            self._delete(name)
-        self._retired &= self._saved_names
+            self._retired.discard(name)
+            self.retire(name)
 
     def reopen(self, state: BufferState, *, usable: bool) -> None:
         """Take over the files of an earlier process. Files that its state does not name go with the next ``release``.

@@ -8,7 +8,7 @@ after a flush, but for retiring a file.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_ckmerge.buffer.archive import Archive, lost
 from lightning_ckmerge.buffer.blocks import cast_blocks, fill_nonfinite, with_dtype
 from lightning_ckmerge.buffer.segment_mean import SegmentMean
-from lightning_ckmerge.buffer.state import BufferState, Progress
+from lightning_ckmerge.buffer.state import BufferState, Entry, Progress
 from lightning_ckmerge.buffer.storage import Storage, Stored
 from lightning_ckmerge.buffer.writer import Writer, beside_training, reached
 from lightning_ckmerge.config import BufferConfig
@@ -198,6 +198,31 @@ class RollingBuffer:
         entries = self._archive.entries
         return entries[0].segment.first_step if entries else self._progress.first_step
 
+    def hand_over(self, job: Callable[[Sequence[Entry]], None]) -> None:
+        """Let ``job`` work behind training, on the snapshots as they are now; nothing waits for it.
+
+        Args:
+            job: Called in the writer's thread with the kept snapshots, oldest first, once all that have ended by now
+                are stored, and before a later one is.
+        """
+        self._writer.offer(lambda: job(tuple(self._archive.entries)))
+
+    def copy_mean(self) -> tuple[Segment, Flats] | None:
+        """Return the mean of the segment in progress, copied to host memory; ``None`` if it has not begun.
+
+        From a GPU the copy is under way when this returns.
+        """
+        if not self._progress.num_updates:
+            return None
+        copy = self.accumulator_layout.allocate("cpu", pinned=self._device.type == "cuda")
+        for dtype, flat in self._mean.read().items():
+            copy[dtype].copy_(flat, non_blocking=True)
+        return self._progress.segment("mean"), copy
+
+    def lend(self, names: Collection[str]) -> None:
+        """Keep the files that followers read, all that they need from now on. For a job that was handed over."""
+        self._archive.lend(names)
+
     def keep(self, segments: Collection[Segment]) -> None:
         """Drop the snapshots of other segments, which another rank has lost: buffers that differ pool other pairs."""
         self._writer.flush()
@@ -264,11 +289,8 @@ class RollingBuffer:
             self._state_taken = False
 
     def _set_layout(self, layout: TensorLayout) -> None:
-        dtype = getattr(torch, self.config.dtype) if self.config.dtype else None
-        is_mean = self.config.snapshot == "mean"
         self._layout = layout
-        self.stored_layout = with_dtype(layout, (dtype or torch.float32) if is_mean else dtype)
-        self.accumulator_layout = with_dtype(layout, torch.float32) if is_mean else self.stored_layout
+        self.stored_layout, self.accumulator_layout = stored_layouts(self.config, layout)
         self._free_accumulators: SimpleQueue[Flats] = SimpleQueue()
         self._num_accumulators = 0
         self._mean = self._new_mean()
@@ -363,5 +385,18 @@ class RollingBuffer:
         self._mean.resume(flats, progress.num_updates)
 
     def _in_model_order(self, flats: Flats, layout: TensorLayout) -> list[Tensor]:
-        by_name = {slot.name: view for slot, view in zip(layout.slots, layout.views(flats), strict=True)}
-        return [by_name[slot.name] for slot in self._layout.slots]
+        return in_order_of(self._layout, flats, layout)
+
+
+def stored_layouts(config: BufferConfig, layout: TensorLayout) -> tuple[TensorLayout, TensorLayout]:
+    """Return the layouts of a model's snapshots as they are stored, and of its segment in progress."""
+    dtype = getattr(torch, config.dtype) if config.dtype else None
+    is_mean = config.snapshot == "mean"
+    stored = with_dtype(layout, (dtype or torch.float32) if is_mean else dtype)
+    return stored, with_dtype(layout, torch.float32) if is_mean else stored
+
+
+def in_order_of(model: TensorLayout, flats: Flats, layout: TensorLayout) -> list[Tensor]:
+    """Return the tensors of a snapshot's memory, which ``layout`` describes, in the order of the model's layout."""
+    by_name = {slot.name: view for slot, view in zip(layout.slots, layout.views(flats), strict=True)}
+    return [by_name[slot.name] for slot in model.slots]

@@ -191,7 +191,7 @@ def reshard(states: Sequence[BufferState], dirpaths: Sequence[Path], new: NewRan
         olds = [next((e.stored for e in s.entries if e.segment == entry.segment), None) for s in states]
         name = entry.stored.name.replace(first.run_id, run_id)
         try:
-            entries.append(replace(entry, stored=_build(name, new.stored, olds, dirpaths, new)))
+            entries.append(replace(entry, stored=build(name, new.stored, olds, dirpaths, new)))
         except OtherModelError as error:  # and so are all others
             step = first.progress.last_step
             anew = Progress.after(step)
@@ -205,15 +205,28 @@ def reshard(states: Sequence[BufferState], dirpaths: Sequence[Path], new: NewRan
     if first.file is not None:
         try:
             name = first.file.name.replace(first.run_id, run_id)
-            file = _build(name, new.accumulator, [s.file for s in states], dirpaths, new)
+            file = build(name, new.accumulator, [s.file for s in states], dirpaths, new)
         except (SnapshotError, OSError) as error:
             warnings.append(str(error))
     return replace(first, run_id=run_id, entries=tuple(entries), file=file, saved=file is not None), warnings
 
 
-def _build(
+def build(
     name: str, layout: TensorLayout, olds: Sequence[Stored | None], dirpaths: Sequence[Path], new: NewRank
 ) -> Stored:
+    """Write the new rank's part of one snapshot, and return its file.
+
+    Args:
+        name: Of that file.
+        layout: Of that part.
+        olds: The files of all old ranks, by rank; ``None`` where one has lost it.
+        dirpaths: Where these are.
+        new: The new rank.
+
+    Raises:
+        SnapshotError: They do not hold all of it, or one of them is damaged.
+        OSError: It cannot be written.
+    """
     known = [s for s in olds if s is not None]
     if len(known) < len(olds):
         raise SnapshotError(f"a snapshot must be held by all old ranks, got one that {len(olds) - len(known)} lack.")

@@ -22,7 +22,7 @@ from lightning_ckmerge.tensorfiles.writer import HashedFile, encode_header
 # A multiple of every itemsize, and a cache line: mapped tensors are aligned as allocated ones are.
 ALIGNMENT = 64
 
-FILE_NAME = re.compile(r"[0-9a-f]{8}-\d{9,}-\d{9,}-(?:mean|point|open)\.safetensors(?:\.tmp)?")
+FILE_NAME = re.compile(r"[0-9a-f]{8}-\d{9,}-\d{9,}-(?:mean|point|open|latest)\.safetensors(?:\.tmp)?")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,13 +19,26 @@ class Writer:
     """
 
     def __init__(self) -> None:
+        self._jobs: Queue[Callable[[], None] | None] = Queue()
         # One job runs and one waits; a third waits in `submit`: a slow disk slows training instead of filling memory.
-        self._jobs: Queue[Callable[[], None] | None] = Queue(maxsize=1)
+        self._free = threading.Semaphore(2)
         self._failures: deque[Exception] = deque()
         self._thread: threading.Thread | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run ``job`` after those before it; wait while one is already waiting."""
+        self._free.acquire()
+
+        def bounded() -> None:
+            try:
+                job()
+            finally:
+                self._free.release()
+
+        self.offer(bounded)
+
+    def offer(self, job: Callable[[], None]) -> None:
+        """Run ``job`` after those before it, and never wait. The caller sees to it that few are under way."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="ckmerge-writer", daemon=True)
             self._thread.start()
