@@ -29,6 +29,7 @@ BufferDtype = Literal["float32", "bfloat16", "float16"]
 ArtifactFormat = Literal["safetensors", "ckpt", "hf"]
 AtLowRate = Literal["skip", "search"]
 Refine = Literal["gradient"]
+Where = Literal["training", "follower"]
 AdapterMerge = Literal["factors", "products"]
 
 
@@ -125,6 +126,9 @@ class SearchConfig:
             ``search``.
         constraints: Other logged metrics that may not get worse than the latest weights' by more than stated.
         storage: Optuna storage URL; ``None``: a journal file beside the artifacts.
+        where: ``training``: on the run's own devices, while it stands still. ``follower``: elsewhere, by ``ckmerge
+            follow``, while training goes on; needs ``buffer.storage: disk``. Of the limits above ``timeout_s`` holds
+            there.
     """
 
     space: SpaceName | Space = "grouped"
@@ -140,6 +144,7 @@ class SearchConfig:
     at_low_lr: AtLowRate = "skip"
     constraints: list[Constraint] = field(default_factory=list)
     storage: str | None = None
+    where: Where = "training"
 
     def __post_init__(self) -> None:
         check_fields(self, "search")
@@ -336,6 +341,16 @@ class MergeSettings:
 
     def _check_search(self) -> None:
         search, num = self.search, len(self.objectives)
+        if search.where == "follower" and self.buffer.storage != "disk":
+            raise ConfigError(
+                f'`search.where` "follower" needs snapshots that other processes can read, got `buffer.storage` '
+                f"{self.buffer.storage!r}. Set it to 'disk'."
+            )
+        if search.where == "follower" and self.apply == "on_train_end":
+            raise ConfigError(
+                '`search.where` "follower" may have its result after training only, got `apply` "on_train_end". Use '
+                '"emit", and `load_merged` once `ckmerge follow` has ended.'
+            )
         if self.has_several and search.terminator is not None:
             raise ConfigError(f"`search.terminator` follows one metric, got {num} in `monitor`. Name one.")
         if self.has_several and search.refine is not None:

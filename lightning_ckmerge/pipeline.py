@@ -74,6 +74,7 @@ class SearchJob:
         journal: The journal file that is used where ``search.storage`` is ``None``.
         shared: Other processes may work on this search at the same time.
         adapters: How adapters are merged; ``None``: there are none.
+        due: Name of the due search that a follower carries out; ``None``: the run searches itself.
     """
 
     name: str
@@ -94,6 +95,7 @@ class SearchJob:
     agree: Callable[[Callable[[], T]], T]
     shared: bool = False
     adapters: AdapterMerge | None = None
+    due: str | None = None
 
 
 def run_search(job: SearchJob) -> SearchOutcome:

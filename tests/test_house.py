@@ -48,6 +48,7 @@ PLUGIN_ROWS = {
     "run": 6,
     "callback": 7,
     "offline": 8,
+    "follow": 9,
     "ensemble": 9,
     "__init__": 9,
 }

@@ -219,6 +219,10 @@ class RollingBuffer:
             copy[dtype].copy_(flat, non_blocking=True)
         return self._progress.segment("mean"), copy
 
+    def flush(self) -> None:
+        """Wait until all that was handed over or ended is written."""
+        self._writer.flush()
+
     def lend(self, names: Collection[str]) -> None:
         """Keep the files that followers read, all that they need from now on. For a job that was handed over."""
         self._archive.lend(names)

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from lightning_ckmerge import __version__
-from lightning_ckmerge.cli import export, insight, merge, offline, review, verify
+from lightning_ckmerge.cli import export, follow, insight, merge, offline, review, verify
 from lightning_ckmerge.cli.console import fail, interruptible
 from lightning_ckmerge.errors import CkmergeError
 
@@ -67,6 +67,7 @@ app.command("report")(review.report)
 app.command("verify")(verify.verify)
 app.command("merge")(merge.merge)
 app.command("search")(offline.search)
+app.command("follow")(follow.follow)
 app.command("study")(insight.study)
 app.command("ensemble")(insight.ensemble)
 app.command("explain")(insight.explain)

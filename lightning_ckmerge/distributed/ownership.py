@@ -183,6 +183,21 @@ class Ownership:
         """Return all tensors, a frozen base's too, or this rank's shards of them, as they are now."""
         return [OwnedTensor(name=n, role=r, tensor=local_part(t)) for n, r, t in self._tensors()]
 
+    def others(self) -> list[OwnedTensor]:
+        """Return the entries that are not averaged and hold values all the same, such as counters and masks.
+
+        Not among them are the frozen base of adapters, shards, and what no file of weights holds.
+        """
+        averaged = {id(place.holder.get(place.key)) for place in self._places}
+        base = {id(parameter) for parameter in frozen_base(self._module).values()}
+        found: dict[int, OwnedTensor] = {}
+        for place in _entries(self._module):
+            tensor = place.holder[place.key]
+            is_plain = not isinstance(tensor, DTensor) and is_dense(tensor) and not tensor.is_meta and tensor.numel()
+            if is_plain and id(tensor) not in averaged | base:
+                found.setdefault(id(tensor), OwnedTensor(name=place.name, role=place.role, tensor=tensor))
+        return list(found.values())
+
     def owned(self) -> list[OwnedTensor]:
         """Return the parts that this rank keeps and merges, as views of the live tensors.
 

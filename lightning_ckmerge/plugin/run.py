@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_ckmerge.artifact.due import RunState, Trigger
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.runs import Place, keep_snapshots
 from lightning_ckmerge.artifact.standing import Standing
@@ -25,8 +25,9 @@ from lightning_ckmerge.plugin.clock import Clock, Curve
 from lightning_ckmerge.plugin.evaluate.scorer import ScorerMaker
 from lightning_ckmerge.plugin.plan import Known, Plan, make_plan, render_plan
 from lightning_ckmerge.plugin.progress import OnScored, harmless, say, search_progress
+from lightning_ckmerge.plugin.publish.leaving import Leaving
 from lightning_ckmerge.plugin.publish.publisher import Publisher
-from lightning_ckmerge.plugin.publish.standing import compare
+from lightning_ckmerge.plugin.publish.standing import measure_best
 from lightning_ckmerge.plugin.rank.buffer import RankBuffer
 from lightning_ckmerge.plugin.rank.model import RankModel
 from lightning_ckmerge.plugin.restore.interruptions import Interruptions
@@ -75,6 +76,7 @@ class MergeRun:
         self._fault: tuple[type[Exception], str] | None = None  # of the search that is ending
         self._buffer_failed = False
         self._is_last = not settings.triggers.on_train_end
+        self._is_at_end = False
         self._needed_s = 0.0  # by the least of searches, where one was too dear
         length = length_of_run(trainer)
         self._triggers = TriggerState(triggers=settings.triggers, total_steps=length.steps, step=trainer.global_step)
@@ -96,6 +98,10 @@ class MergeRun:
             self._previous = state["previous"]
             self._curve.load_state_dict(state["curve"])
             self._rates.load_state_dict(state["rates"])
+        followed = settings.search.where == "follower"
+        self._leaving = (
+            Leaving(settings, trainer, place, self._model, self._buffer, self._publisher) if followed else None
+        )
         for note in place.notes:
             say(trainer, note)
         self._say_plan(length)
@@ -111,6 +117,8 @@ class MergeRun:
         if step == self._triggers.step:  # gradients are being accumulated
             return
         due = self._due_at_step(step)
+        if self._leaving is not None:
+            self._leaving.show(step)
         if self._buffer_failed:
             return
         self._keep(step)
@@ -133,15 +141,21 @@ class MergeRun:
     def at_end(self) -> None:
         """Search once more, unless the last step has been searched or a search was interrupted, and sum the run up."""
         if self.settings.triggers.on_train_end and not self._was_interrupted and self._buffer_has_moved():
-            self._is_last = True
+            self._is_last = self._is_at_end = True
             self._search_as_scheduled()
-        if not self._was_interrupted and not self._has_ended:
+        if not self._was_interrupted and not self._has_ended and self._leaving is None:
             self._look_back()
         self._publisher.sum_up()
 
     def search(self) -> Artifact | None:
-        """Search, publish, restore and log; ``None`` if the search was skipped or failed, on this rank or another."""
+        """Search, publish, restore and log; ``None`` if the search was skipped or failed, on this rank or another.
+
+        Where followers search, it is left for them, which is ``None`` too.
+        """
         if self._is_searching or self._was_interrupted or self._has_ended:  # hooks that a search runs may ask for one
+            return None
+        if self._leaving is not None:
+            self._leave("asked")
             return None
         self._last_artifact = None
         self._triggers.searched_step = self.step
@@ -214,6 +228,7 @@ class MergeRun:
 
         It is taken last: the files of the last checkpoint, which are not all named in it, stay.
         """
+        self._leave_off("ended")
         self._buffer.rolling.close()
         state = self._state()
         self._buffer.warn()
@@ -222,6 +237,7 @@ class MergeRun:
 
     def close(self) -> None:
         """Finish writing, on this rank alone."""
+        self._leave_off("stopped")
         self._buffer.rolling.close()
         self._buffer.warn()
         self._model.comm.close()
@@ -306,21 +322,10 @@ class MergeRun:
         self._conclude("The best merge was not compared with the final weights")
 
     def _measure_best(self) -> Standing | None:
-        """Measure the best artifact and the final weights on the same batches, unless a search at this step has."""
-        best, standing = self._publisher.best(), self._publisher.standing()
-        adapters = self._model.adapters
-        if best is None or (adapters is not None and adapters.merge == "products"):
-            return None
-        if standing is not None and standing.step == standing.best_step == self.step:
-            standing = replace(standing, is_final=True)
-        else:
-            self._model.ownership.check_frozen()
-            step, score = self._scored
-            known = score if step == self.step else None
-            standing = compare(best, self._scorer_maker, self._model, step=self.step, run_id=self._run_id, known=known)
-        self._publisher.record(standing)
-        self._publisher.show_run()
-        return standing
+        step, score = self._scored
+        known = score if step == self.step else None
+        told = (self._publisher, self._scorer_maker, self._model)
+        return measure_best(*told, step=self.step, run_id=self._run_id, known=known)
 
     def _say_plan(self, length: RunLength) -> None:
         trainer = self._trainer
@@ -345,12 +350,36 @@ class MergeRun:
         """Search, unless the learning rate says that there is little to find."""
         if self._buffer_failed:
             return
+        if self._leaving is not None:
+            self._leave("end" if self._is_at_end else "scheduled")
+            return
         objection = self._objection()
         if objection is None or self.settings.search.at_low_lr == "search":
             self.search()
             return
         self._triggers.searched_step = self.step
         self._skip(f"{objection}. Set `search.at_low_lr: search` to search anyway.")
+
+    def _leave(self, trigger: Trigger) -> None:
+        """Leave a search for followers, unless the moment forbids it. Ranks talk once, and wait for nothing else."""
+        assert self._leaving is not None
+        self._triggers.searched_step = self.step
+        try:
+            check_moment(self._trainer)
+            if self._buffer_failed or self._buffer.agree(self.step):
+                return
+            self._rates.record(self.step, rates_of(self._trainer.optimizers))
+            told = (self._clock, self._rates, self._curve)
+            self._leaving.leave(self.step, trigger, *told, is_last=self._is_at_end)
+        except SkipError as skip:
+            self._leaving.skip(self.step, str(skip))
+        except Exception as error:
+            self._end(error)
+
+    def _leave_off(self, state: RunState) -> None:
+        if self._leaving is not None:
+            self._leaving.end(state)
+            self._leaving = None
 
     def _skip(self, reason: str, seconds: float = 0.0) -> None:
         say(self._trainer, f"No merge search at step {self.step}: {reason}")

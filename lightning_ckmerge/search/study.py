@@ -357,7 +357,7 @@ class SharedStudy(SearchStudy):
         worker = trial.user_attrs.get("worker", {})
         if worker == self._worker:
             return False
-        if worker.get("host") == self._worker["host"] and not _is_alive(worker["pid"]):
+        if worker.get("host") == self._worker["host"] and not is_process_alive(worker["pid"]):
             return True
         assert trial.datetime_start is not None
         return (datetime.now() - trial.datetime_start).total_seconds() > patience_s
@@ -368,7 +368,8 @@ def _is_samplers(trial: FrozenTrial) -> bool:
     return str(trial.user_attrs.get("name", "trial-")).startswith("trial-")
 
 
-def _is_alive(pid: int) -> bool:
+def is_process_alive(pid: int) -> bool:
+    """Whether a process of this machine is there."""
     if os.name == "nt":  # where the signal 0 is Ctrl-C
         return True
     try:

@@ -51,11 +51,11 @@ def test_csv_gets_the_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_a_gain_stands_beside_the_value_that_it_is_from_and_its_interval(mode: Any) -> None:
     outcome = make_outcome(mode=mode)
-    logged = scalars(outcome, 20.0)
+    logged = scalars(build_manifest(outcome), 20.0)
     sign = 1 if mode == "min" else -1
     assert sign * (logged["merge/latest"] - logged["merge/val_loss"]) == pytest.approx(logged["merge/gain"])
     assert (logged["merge/gain_low"], logged["merge/gain_high"]) == outcome.verdict.interval
-    assert "merge/gain_low" not in scalars(make_outcome(status="unconfirmed"), 20.0)
+    assert "merge/gain_low" not in scalars(build_manifest(make_outcome(status="unconfirmed")), 20.0)
 
 
 @pytest.mark.parametrize("apart", [0.0, 1e-9, 0.05])

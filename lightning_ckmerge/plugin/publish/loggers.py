@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_ckmerge.artifact.load import Artifact
-from lightning_ckmerge.core.outcome import SearchOutcome
+from lightning_ckmerge.artifact.manifest import Manifest
 from lightning_ckmerge.plugin.evaluate.lightning_loop import uploads_checkpoints
 from lightning_ckmerge.plugin.progress import say
 from lightning_ckmerge.report.figure import draw_search
@@ -27,23 +28,22 @@ class Announcer:
         self._trainer = trainer
         self._warned: set[int] = set()
 
-    def announce(self, outcome: SearchOutcome, artifact: Artifact, searched_s: float) -> None:
+    def announce(self, artifact: Artifact, searched_s: float) -> None:
         """Log one search, on rank 0.
 
         Args:
-            outcome: The search.
             artifact: The published artifact.
             searched_s: Seconds that all searches have taken, this one included.
         """
         if not self._trainer.is_global_zero:
             return
-        values = scalars(outcome, searched_s)
+        values, step = scalars(artifact.manifest, searched_s), artifact.manifest["step"]
         with isolate_rng():  # a logger's random draws must not reach training
             for logger in self._trainer.loggers:
                 try:
-                    logger.log_metrics(values, step=outcome.step)
+                    logger.log_metrics(values, step=step)
                     if (log := _own_way(logger)) is not None:
-                        log(logger, artifact, outcome.step)
+                        log(logger, artifact, step)
                 except Exception as error:
                     self._warn(logger, error)
 
@@ -58,24 +58,26 @@ class Announcer:
         say(self._trainer, told, rank_zero_warn)
 
 
-def scalars(outcome: SearchOutcome, searched_s: float) -> dict[str, float]:
+def scalars(manifest: Manifest, searched_s: float) -> dict[str, float]:
     """Return the numbers that a search logs."""
-    winner, verdict = outcome.winner, outcome.verdict
-    anchors = {t.candidate.name: (t.confirm or t.search).value for t in outcome.anchors}
-    values = {
-        f"merge/{outcome.monitor}": (winner.confirm or winner.search).value,
-        **{f"merge/{other.monitor}": other.value for other in verdict.others},
-        "merge/latest": anchors["latest"],
-        "merge/best_anchor": anchors[verdict.best_anchor],
-        "merge/gain": verdict.gain,
-        **dict(zip(("merge/gain_low", "merge/gain_high"), verdict.interval or (), strict=False)),
-        "merge/seconds": sum(outcome.cost.seconds.values()),
+    verdict, cost = manifest["verdict"], manifest["cost"]
+    candidates = [*manifest["anchors"], *manifest["trials"]]
+    values = {c["name"]: (c["confirm"] or c["search"])["value"] for c in candidates}
+    found = {
+        f"merge/{manifest['monitor']}": values[verdict["winner"]],
+        **{f"merge/{other['monitor']}": other["value"] for other in verdict.get("others", ())},
+        "merge/latest": values["latest"],
+        "merge/best_anchor": values[verdict["best_anchor"]],
+        "merge/gain": verdict["gain"],
+        **dict(zip(("merge/gain_low", "merge/gain_high"), verdict["interval"] or (), strict=False)),
+        "merge/seconds": sum(cost["seconds"].values()),
         "merge/seconds_total": searched_s,
-        **{f"merge/{name}": value for name, value in (winner.candidate.coordinates or {}).items()},
+        **{f"merge/{name}": value for name, value in (manifest["coordinates"] or {}).items()},
     }
-    if outcome.cost.share_of_training is not None:
-        values["merge/share_of_training"] = outcome.cost.share_of_training
-    return values
+    if cost["share_of_training"] is not None:
+        found["merge/share_of_training"] = cost["share_of_training"]
+    # JSON knows no such number.
+    return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def _own_way(logger: Any) -> Callable[[Any, Artifact, int], None] | None:

@@ -92,7 +92,7 @@ class Publisher:
             job: It merges into the module, which is left so.
             validation: The run's own validations since the search before, for the timeline.
         """
-        artifact = self._publish(self._manifest(outcome), outcome, job, validation)
+        artifact = self._publish(self._manifest(outcome, job), outcome, job, validation)
         if self._comm.rank == 0:
             with contextlib.suppress(CkmergeError, OSError):  # the artifact stands
                 self._store.compare(artifact.manifest)
@@ -144,7 +144,22 @@ class Publisher:
             say(self._trainer, "\n".join([found, *(f"  Note: {warning}" for warning in verdict.warnings)]))
         self.show_run()
         with harmless("Logging the search", self._trainer):
-            self._announcer.announce(outcome, artifact, searched_s)
+            self._announcer.announce(artifact, searched_s)
+
+    def show_found(self, artifact: Artifact, searched_s: float, note: str) -> None:
+        """Tell people and loggers of a search that a follower has published. For rank 0.
+
+        Args:
+            artifact: The published artifact.
+            searched_s: Seconds that all searches that were told of have taken, this one included.
+            note: Further words.
+        """
+        verdict, step = artifact.manifest["verdict"], artifact.manifest["step"]
+        place = f"{'Artifact' if artifact.has_weights else 'Record'}: {artifact.path}"
+        text = f"Merge search at step {step}, by a follower: {verdict['sentence']}{note} {place}"
+        say(self._trainer, "\n".join([text, *(f"  Note: {warning}" for warning in verdict["warnings"])]))
+        with harmless("Logging the search", self._trainer):
+            self._announcer.announce(artifact, searched_s)
 
     def show_run(self) -> None:
         """Show the run's searches so far. A failure here never affects a published artifact."""
@@ -152,12 +167,12 @@ class Publisher:
             with harmless("The run's report", self._trainer):
                 write_run_report(self._dirpath, history_of(self._dirpath))
 
-    def record_skip(self, step: int, reason: str, seconds: float) -> None:
+    def record_skip(self, step: int, reason: str, seconds: float, **more: str) -> None:
         """Enter a search that did not take place, or was given up, into the run's history."""
         if self._comm.rank == 0:
             with harmless("The record of a skipped search", self._trainer):
                 record = skip_record(step, self._monitor, self._store.mode, reason, seconds)
-                self._store.append_skip({**record, "run_id": self._run_id})
+                self._store.append_skip({**record, "run_id": self._run_id, **more})
                 write_run_report(self._dirpath, history_of(self._dirpath))
 
     def sum_up(self) -> None:
@@ -167,12 +182,14 @@ class Publisher:
                 if text := summarize_run(self._dirpath):
                     say(self._trainer, text)
 
-    def _manifest(self, outcome: SearchOutcome) -> Manifest:
+    def _manifest(self, outcome: SearchOutcome, job: SearchJob) -> Manifest:
         manifest = {
             **build_manifest(outcome),
             "run_id": self._run_id,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
+        if job.due is not None:
+            manifest["due"] = job.due
         if self._model.ownership.not_dense:
             manifest["left_out"] = self._model.ownership.not_dense
         if self._model.adapters is not None:
@@ -198,7 +215,7 @@ class Publisher:
             if keep:
                 self._store.write_member(
                     path / FRONT_NAME / member.winner.candidate.name,
-                    self._manifest(member),
+                    self._manifest(member, job),
                     self._merged(member, job),
                     extras=[partial(self._check, member, job), self._write_report],
                     comm=self._comm,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from lightning_ckmerge.artifact.load import Artifact
@@ -15,6 +17,7 @@ from lightning_ckmerge.core.specs import split_name
 from lightning_ckmerge.distributed.comm import together
 from lightning_ckmerge.errors import ArtifactError
 from lightning_ckmerge.plugin.evaluate.scorer import ScorerMaker
+from lightning_ckmerge.plugin.publish.publisher import Publisher
 from lightning_ckmerge.plugin.rank.model import RankModel
 from lightning_ckmerge.search.interval import score_gain
 
@@ -57,6 +60,35 @@ def compare(
         best_value=merged.value,
         interval=interval,
     )
+
+
+def measure_best(
+    publisher: Publisher, scorer_maker: ScorerMaker, model: RankModel, *, step: int, run_id: str, known: Score | None
+) -> Standing | None:
+    """Measure the run's best artifact and its final weights on the same batches, unless a search at this step has.
+
+    Args:
+        publisher: Of the run; it is told.
+        scorer_maker: As for ``compare``.
+        model: As for ``compare``.
+        step: As for ``compare``.
+        run_id: As for ``compare``.
+        known: As for ``compare``.
+
+    Returns:
+        How they stand; ``None`` if there is no best one, or it cannot be put into the module.
+    """
+    best, standing = publisher.best(), publisher.standing()
+    if best is None or model.adapter_merge == "products":
+        return None
+    if standing is not None and standing.step == standing.best_step == step:
+        standing = replace(standing, is_final=True)
+    else:
+        model.ownership.check_frozen()
+        standing = compare(best, scorer_maker, model, step=step, run_id=run_id, known=known)
+    publisher.record(standing)
+    publisher.show_run()
+    return standing
 
 
 def _own_parts(artifact: Artifact, model: RankModel) -> list[Tensor]:

@@ -43,6 +43,7 @@ class RankBuffer:
 
     Attributes:
         rolling: The buffer itself.
+        since: The step at which it last started again, since the model had changed.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class RankBuffer:
         self._leftovers = Leftovers([], "")
         self._changes: list[str] = []
         self._fault: Exception | None = None
+        self.since = 0
         storage: Storage = (
             DiskStorage(buffer_dirpath(place.dirpath, model.comm.rank, model.comm.world_size))
             if config.storage == "disk"
@@ -152,7 +154,7 @@ class RankBuffer:
         self._model.ownership.check_alike()
         with together(self._model.comm):
             self.rolling.start_anew(self._model.layout, step)
-        self._changes = []
+        self._changes, self.since = [], step
         if growing:
             self._warn(
                 f"The model changed by step {step}: {quoted(growing)} changed again. From now on merges leave them "
