@@ -47,6 +47,7 @@ WRONG = [
     (EvaluationConfig, "recalibrate_batches", -1, "`evaluation.recalibrate_batches >= 0`"),
     (ArtifactConfig, "adapters", "product", "`artifact.adapters` must be one of factors, products"),
     (SearchConfig, "refine", "newton", "`search.refine` must be one of gradient"),
+    (SearchConfig, "where", "elsewhere", "`search.where` must be one of training, follower"),
     (EvaluationConfig, "cache_batches", -1, "`evaluation.cache_batches >= 0`"),
     (EvaluationConfig, "cache_batches", "64", "`evaluation.cache_batches` must be a positive number with a unit"),
     (ArtifactConfig, "formats", ("onnx",), "`artifact.formats` must be one of safetensors, ckpt"),

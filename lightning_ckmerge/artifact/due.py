@@ -50,7 +50,6 @@ class RunInfo:
 
     Args:
         trigger: Why the search is due.
-        is_last: Whether it is the run's last.
         monitors: The names of the monitored metrics.
         epoch: The epoch, counted from 0.
         training_s: Seconds of training so far.
@@ -60,7 +59,6 @@ class RunInfo:
     """
 
     trigger: Trigger
-    is_last: bool
     monitors: list[str]
     epoch: int
     training_s: float

@@ -35,6 +35,8 @@ from lightning_ckmerge.search.refine import MAX_EVALUATIONS
 
 # A backward pass takes about twice as long as a forward pass.
 FORWARDS_PER_TRAINING_BATCH = 3
+# The newest search that is due, and one that a follower is at.
+NUM_LEFT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,8 @@ class Plan:
         evaluations: Most forward batches of one search.
         share: Expected share of the training between two searches.
         cap: Share of the training time that all searches may take.
+        where: Who searches: ``training`` or a ``follower``.
+        due_bytes: Copied to host memory and written behind training whenever a search is left for a follower.
         groups: The groups of tensors with coefficients of their own.
         adapters: The buffered and merged part of a model with adapters.
         left_out: Tensors that are not averaged, by name.
@@ -121,6 +125,8 @@ class Plan:
     evaluations: int | None = None
     share: float | None = None
     cap: float | None = None
+    where: str = "training"
+    due_bytes: int = 0
     groups: str | None = None
     adapters: str | None = None
     left_out: str | None = None
@@ -143,6 +149,12 @@ def make_plan(settings: MergeSettings, trainer: Trainer, model: RankModel, known
     buffer_disk = math.ceil(buffer.num_bytes_on_disk / known.holders)
     model_bytes = math.ceil(model.layout.num_bytes / known.holders) * known.num_ranks
     num_anchors = most_anchors(settings.search.anchors, config.capacity)
+    is_followed = settings.search.where == "follower"
+    due_bytes = _due_bytes(settings, model, buffer, known) if is_followed else 0
+    # A follower may be reading an older due search while the newest is left: with its snapshots, which the ring drops.
+    left_disk = NUM_LEFT * due_bytes + is_followed * math.ceil(
+        config.capacity * buffer.stored_layout.num_bytes / known.holders
+    )
     plan = Plan(
         strategy=type(trainer.strategy).__name__,
         num_ranks=known.num_ranks,
@@ -157,8 +169,8 @@ def make_plan(settings: MergeSettings, trainer: Trainer, model: RankModel, known
         buffer_memory=math.ceil(buffer.num_bytes_in_memory / known.holders),
         buffer_disk=buffer_disk,
         # The copy of everything that a rank holds, adapters' base included: whole where the model is replicated.
-        search_memory=model.local_layout.num_bytes + settings.evaluation.cache_bytes,
-        disk=buffer_disk * known.num_ranks + _num_models(settings) * model_bytes,
+        search_memory=0 if is_followed else model.local_layout.num_bytes + settings.evaluation.cache_bytes,
+        disk=(buffer_disk + left_disk) * known.num_ranks + _num_models(settings) * model_bytes,
         free_disk=_free_disk(known.dirpath),
         dirpath=str(known.dirpath),
         candidates=f"up to {num_anchors} anchors and {settings.search.n_trials} trials"
@@ -167,7 +179,9 @@ def make_plan(settings: MergeSettings, trainer: Trainer, model: RankModel, known
         ),
         num_candidates=num_anchors + settings.search.n_trials,
         num_confirmed=most_confirmed(of_front=settings.has_several),
-        cap=settings.search.max_fraction_of_training,
+        cap=None if is_followed else settings.search.max_fraction_of_training,
+        where=settings.search.where,
+        due_bytes=due_bytes,
         groups=describe_groups(model.space.group_of) if model.space.group_of else None,
         adapters=_adapters(settings, model),
         left_out=", ".join(model.ownership.left_out) or None,
@@ -196,7 +210,16 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         (f"buffer{each}", f"{size(plan.buffer_memory)} in memory and at most {size(plan.buffer_disk)} on disk"),
         (
             f"during a search{each}",
-            f"at most {size(plan.search_memory)} of extra host memory, plus {size(MAX_COPIED_BYTES)} for other state",
+            None
+            if plan.where == "follower"
+            else f"at most {size(plan.search_memory)} of extra host memory, plus {size(MAX_COPIED_BYTES)} for other "
+            "state",
+        ),
+        (
+            f"when one is due{each}",
+            f"{size(plan.due_bytes)} copied to host memory, and written behind training"
+            if plan.where == "follower"
+            else None,
         ),
         ("disk, buffer and artifacts", f"{size(plan.disk)}, {_free(plan)}, in {plan.dirpath}"),
         ("searches", f"{searches}{plan.when}"),
@@ -208,7 +231,13 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
             "candidates",
         ),
         ("evaluations of a search", f"up to {known(plan.evaluations)} forward batches"),
-        ("a full search takes", _share(plan)),
+        ("a full search takes", _share(plan) if plan.where == "training" else None),
+        (
+            "who searches",
+            f"a follower, at no cost of training: `ckmerge follow {plan.dirpath} --config ...`"
+            if plan.where == "follower"
+            else None,
+        ),
     ]
     return [(label, text) for label, text in rows if text is not None]
 
@@ -281,6 +310,13 @@ def _num_models(settings: MergeSettings) -> int:
     num_copies = len(set(settings.artifact.formats) | {"safetensors"}) + MAX_SHOWN * settings.has_several
     num_kept = 1 if settings.save_top_k == 0 else max(1, settings.save_top_k) + 1
     return (num_kept + 1) * num_copies
+
+
+def _due_bytes(settings: MergeSettings, model: RankModel, buffer: RollingBuffer, known: Known) -> int:
+    """Return a rank's share of the latest weights and of the mean of the segment in progress."""
+    others = sum(o.tensor.nbytes for o in model.ownership.others())
+    mean = buffer.accumulator_layout.num_bytes if settings.buffer.snapshot == "mean" else 0
+    return math.ceil((model.layout.num_bytes + mean) / known.holders) + others
 
 
 def _adapters(settings: MergeSettings, model: RankModel) -> str | None:

@@ -370,7 +370,7 @@ class MergeRun:
                 return
             self._rates.record(self.step, rates_of(self._trainer.optimizers))
             told = (self._clock, self._rates, self._curve)
-            self._leaving.leave(self.step, trigger, *told, is_last=self._is_at_end)
+            self._leaving.leave(self.step, trigger, *told)
         except SkipError as skip:
             self._leaving.skip(self.step, str(skip))
         except Exception as error:

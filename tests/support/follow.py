@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import yaml
+from torch import Tensor
 
 from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig
-from lightning_ckmerge.artifact.due import list_due, read_results
+from lightning_ckmerge.artifact.due import read_results
 from lightning_ckmerge.cli.main import app
 from tests.support.offline import PointsData, Wandering, write_config
 from tests.support.ranks import forkserver
@@ -29,6 +32,17 @@ MERGE: dict[str, Any] = {
     "save_top_k": -1,
     "on_error": "raise",
 }
+GATE = "CKMERGE_TEST_GATE"
+
+
+class Gated(Wandering):
+    """In validation, tells that it is there, and waits until the gate is opened: a file ``open``."""
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        gate = Path(os.environ[GATE])
+        (gate / str(os.getpid())).touch()
+        wait_until((gate / "open").exists, every_s=0.01)
+        return super().validation_step(batch, batch_idx)
 
 
 class InStep(pl.Callback):
@@ -43,22 +57,40 @@ class InStep(pl.Callback):
             wait_until(lambda: any(r.step == due for r in read_results(self.dirpath).values()), every_s=0.02)
 
 
-def fit(root: Path, *callbacks: pl.Callback, max_steps: int = NUM_STEPS, **merge: Any) -> CheckpointMergeCallback:
-    """Train, leaving searches to followers unless ``merge`` says otherwise."""
+def make_callback(root: Path, **merge: Any) -> CheckpointMergeCallback:
+    """Return a callback that leaves its searches to followers unless ``merge`` says otherwise."""
     options = {**MERGE, **merge}
     options["search"] = SearchConfig(**{**MERGE["search"], **merge.get("search", {})})
     options["buffer"] = BufferConfig(**{**MERGE["buffer"], **merge.get("buffer", {})})
     options["evaluation"] = EvaluationConfig(**merge.get("evaluation", {}))
-    own = CheckpointMergeCallback(dirpath=root / "merges", **options)
-    model: Callable[[], pl.LightningModule] = Wandering
-    train(model, datamodule=PointsData(), root=root, callbacks=[own, *callbacks], max_steps=max_steps)
+    return CheckpointMergeCallback(dirpath=root / "merges", **options)
+
+
+def fit(
+    root: Path,
+    *callbacks: pl.Callback,
+    max_steps: int = NUM_STEPS,
+    trainer: dict[str, Any] | None = None,
+    expected: Sequence[str] = (),
+    **merge: Any,
+) -> CheckpointMergeCallback:
+    """Train, and return the merge callback."""
+    own = make_callback(root, **merge)
+    # Most of these runs are followed later or never.
+    expected = ["no follower came before the next search was due", *expected]
+    options = {"max_steps": max_steps, "expected": expected, **(trainer or {})}
+    train(Wandering, datamodule=PointsData(), root=root, callbacks=[own, *callbacks], **options)
     return own
 
 
-def config_of(root: Path, **merge: Any) -> Path:
+def config_of(root: Path, *, model: type[Wandering] = Wandering, **merge: Any) -> Path:
     """Write the config that goes with ``fit``."""
     search = {**MERGE["search"], **merge.pop("search", {})}
-    return write_config(root, **{**MERGE, "dirpath": str(root / "merges"), **merge, "search": search})
+    path = write_config(root, **{**MERGE, "dirpath": str(root / "merges"), **merge, "search": search})
+    config = yaml.safe_load(path.read_text())
+    config["model"]["class_path"] = f"{model.__module__}.{model.__name__}"
+    path.write_text(yaml.safe_dump(config))
+    return path
 
 
 def _follow(args: list[str], output: Path, environment: dict[str, str]) -> None:
@@ -70,11 +102,11 @@ def _follow(args: list[str], output: Path, environment: dict[str, str]) -> None:
 class FollowerProcess:
     """``ckmerge follow`` in a process of its own; use it as a context, which ends it."""
 
-    def __init__(self, root: Path, *more: object, name: str = "follower", **environment: str) -> None:
+    def __init__(self, root: Path, *more: object, name: str = "follower", gate: Path | None = None) -> None:
         self._output = root / f"{name}.json"
         words = ("follow", root / "merges", "--config", root / "run.yaml", "--poll", 0.02, "--json", *more)
-        args = ([str(w) for w in words], self._output, environment)
-        self.process = forkserver().Process(target=_follow, args=args)
+        environment = {GATE: str(gate)} if gate is not None else {}
+        self.process = forkserver().Process(target=_follow, args=([str(w) for w in words], self._output, environment))
         self.process.start()
 
     def result(self, code: int = 0) -> Any:
@@ -82,6 +114,10 @@ class FollowerProcess:
         self.process.join(200)
         assert self.process.exitcode == code, "its messages are on stderr"
         return json.loads(self._output.read_text())
+
+    def wait_for_gate(self, gate: Path) -> None:
+        """Wait until it is in the middle of a search."""
+        wait_until((gate / str(self.process.pid)).exists, every_s=0.02)
 
     def kill(self) -> None:
         """Kill it without a word."""
@@ -95,5 +131,14 @@ class FollowerProcess:
         self.kill()
 
 
-def num_due(dirpath: Path) -> int:
-    return len(list_due(dirpath))
+def die(root: Path, step: int) -> None:
+    """Train, and die without a word at a step."""
+
+    class Die(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == step:
+                wait_until(lambda: list((root / "merges").rglob("index.json")))
+                os.kill(os.getpid(), 9)
+                time.sleep(60)
+
+    fit(root, Die())

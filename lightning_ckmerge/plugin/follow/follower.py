@@ -151,6 +151,8 @@ class Follower:
         while (ending := self._round()) is None:
             time.sleep(self._options.poll_s)
         self._done.ending = ending
+        if self._searcher is not None and self._sign is not None and self._sign.state != "training":
+            self._searcher.look_back(self._sign.step)
         self._tidy()
         return self._done
 

@@ -25,7 +25,7 @@ from lightning_ckmerge.errors import ArtifactError, FinalError, SearchError, Ski
 from lightning_ckmerge.pipeline import Scorer, SearchJob, join_search, run_search
 from lightning_ckmerge.plugin.evaluate.scorer import ScorerMaker
 from lightning_ckmerge.plugin.follow.material import DueReader
-from lightning_ckmerge.plugin.progress import OnScored, say
+from lightning_ckmerge.plugin.progress import OnScored, harmless, say
 from lightning_ckmerge.plugin.publish.publisher import Publisher
 from lightning_ckmerge.plugin.publish.standing import measure_best
 from lightning_ckmerge.plugin.rank.model import RankModel
@@ -66,6 +66,7 @@ class DueSearcher:
         self._on_scored = on_scored
         self._model = RankModel(trainer.lightning_module, settings)
         self._lease: Lease | None = None
+        self._loaded: tuple[DueSearch, Score | None] | None = None  # whose latest weights the module holds; their score
         self._scorer_maker = ScorerMaker(settings, callback, trainer, self._model, self._interruption)
         warn = partial(say, trainer, tell=rank_zero_warn)
         self._reader = DueReader(settings.buffer, self._model, scratch, warn)
@@ -84,9 +85,8 @@ class DueSearcher:
         self._lease, start = lease, time.monotonic()
         try:
             self._reader.load(due)
-            result, score = self._attempt(due, start)
-            if due.info.is_last:
-                self._look_back(due, score)
+            self._loaded = due, None
+            result = self._attempt(due, start)
         except (SnapshotError, OSError):
             if due.is_whole():
                 raise
@@ -114,8 +114,22 @@ class DueSearcher:
                     reason = result.reason or ""
                     self._publisher_of(result.run_id).record_skip(result.step, reason, result.seconds, due=result.due)
 
-    def _attempt(self, due: DueSearch, start: float) -> tuple[DueResult | None, Score | None]:
-        """Return the result, and the latest weights' score on the confirmation half."""
+    def look_back(self, step: int) -> None:
+        """Say which weights to use, the run's best artifact or its final ones, if these are in the module.
+
+        Args:
+            step: The run's last.
+        """
+        if self._loaded is None or self._loaded[0].step != step:
+            return
+        due, score = self._loaded
+        publisher = self._publisher_of(due.run_id)
+        with self._alone(), harmless("The comparison of the best merge with the final weights", self._trainer):
+            told = (publisher, self._scorer_maker, self._model)
+            measure_best(*told, step=step, run_id=due.run_id, known=score)
+
+    def _attempt(self, due: DueSearch, start: float) -> DueResult | None:
+        """Search and publish."""
         try:
             objection = self._objection(due)
             if objection is not None and self._settings.search.at_low_lr != "search":
@@ -132,10 +146,11 @@ class DueSearcher:
             raise
         except SearchError as error:
             if self._lease is not None and self._lease.is_lost():
-                return None, None
-            return self._give_up(due, str(error), start), None
+                return None
+            return self._give_up(due, str(error), start)
         self._publisher_of(due.run_id).show_run()
-        return result, outcome.anchors[0].confirm
+        self._loaded = due, outcome.anchors[0].confirm
+        return result
 
     def _give_up(self, due: DueSearch, reason: str, start: float) -> DueResult:
         seconds = time.monotonic() - start
@@ -170,13 +185,6 @@ class DueSearcher:
                 if manifest.get("due") == due.name:
                     return Artifact(path, manifest)
         return None
-
-    def _look_back(self, due: DueSearch, score: Score | None) -> None:
-        """Say which weights to use: the run's best artifact or the final weights."""
-        publisher = self._publisher_of(due.run_id)
-        with self._alone():
-            told = (publisher, self._scorer_maker, self._model)
-            measure_best(*told, step=due.step, run_id=due.run_id, known=score)
 
     def _objection(self, due: DueSearch) -> str | None:
         """Why a search has little to find at its step, as the run itself would say."""

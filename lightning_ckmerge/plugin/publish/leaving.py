@@ -55,13 +55,10 @@ class Leaving:
         self._dues = RankDues(model, buffer, place, session=self._session, device=device)
         self._followed = Followed(place.dirpath, place.run_id, self._session) if model.comm.rank == 0 else None
 
-    def leave(
-        self, step: int, trigger: Trigger, clock: Clock, rates: LearningRates, curve: Curve, *, is_last: bool
-    ) -> None:
+    def leave(self, step: int, trigger: Trigger, clock: Clock, rates: LearningRates, curve: Curve) -> None:
         """Leave a search. Nothing waits for it, on any rank."""
         info = RunInfo(
             trigger=trigger,
-            is_last=is_last,
             monitors=list(self._monitors),
             epoch=self._trainer.current_epoch,
             training_s=clock.training_s,
@@ -110,7 +107,7 @@ class Leaving:
             with harmless("Showing a follower's search", self._trainer):
                 if result.artifact is None:
                     tell = rank_zero_warn if result.status == "evicted" else None
-                    text = f"No merge at step {result.step}, found by a follower: {result.reason}"
+                    text = f"No merge search at step {result.step}: {result.reason}"
                     say(self._trainer, text, *([tell] if tell else []))
                 else:
                     artifact = Artifact.open(self._place.dirpath / result.artifact, verify=False)
