@@ -5,13 +5,16 @@ READY  := $(VENV)/.ready
 READY_DOCS := $(VENV)/.ready-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-fsdp2 examples test check docs clean
+.PHONY: help demo demo-follow demo-fsdp2 examples test check docs clean
 
 help:  ## Show these lines.
-	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## Pretrain a small GPT, merge, and compare. ARGS=--decay-branch adds the learning-rate decay.
 	$(BIN)/python examples/demo.py $(ARGS)
+
+demo-follow: $(READY)  ## The same with followers, which search in processes of their own; its table is the same.
+	$(BIN)/python examples/demo.py --follow $(ARGS)
 
 demo-fsdp2: $(READY)  ## Pretrain a smaller GPT, sharded over two processes.
 	OMP_NUM_THREADS=1 $(BIN)/python examples/pretrain_gpt.py fit --config examples/pretrain_gpt_fsdp2.yaml

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning import LightningModule
 from lightning.pytorch.cli import LightningCLI
 from safetensors.torch import load_file
@@ -50,8 +53,43 @@ def start(run: Path) -> None:
 
 def fit(config: Path, overrides: Sequence[str], ckpt_path: Path | None = None) -> LightningCLI:
     """Train as the YAML and ``overrides`` say; return the Trainer, module and data."""
-    cli = LightningCLI(args=["--config", str(config), *overrides], run=False, save_config_callback=None)
+    cli = build(config, overrides)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
+    return cli
+
+
+def build(config: Path, overrides: Sequence[str]) -> LightningCLI:
+    """Build Trainer, module and data as the YAML and ``overrides`` say."""
+    return LightningCLI(args=["--config", str(config), *overrides], run=False, save_config_callback=None)
+
+
+def fit_followed(config: Path, overrides: Sequence[str], run: Path) -> LightningCLI:
+    """Train likewise, and let a follower for each merge callback search beside it; return when all are done."""
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    merges = [c["init_args"] for c in content["trainer"]["callbacks"] if "CheckpointMerge" in c["class_path"]]
+    for arguments in merges:
+        arguments["search"]["where"] = "follower"
+    run.mkdir(parents=True)
+    asked, whole = run / "asked.yaml", run / "run.yaml"
+    asked.write_text(yaml.safe_dump(content), encoding="utf-8")
+    cli = build(asked, overrides)
+    # With the overrides, which a follower has to know too.
+    cli.parser.save(cli.config, whole, skip_none=False)
+    command = [sys.executable, "-c", "from lightning_ckmerge.cli.main import app; app()", "follow"]
+    places = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": places}
+    followers = [
+        subprocess.Popen([*command, arguments["dirpath"], "--config", str(whole)], env=environment)
+        for arguments in merges
+    ]
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        codes = [follower.wait() for follower in followers]
+        if any(codes):
+            raise SystemExit("error: a follower has failed; its message stands above.")
+    finally:
+        for follower in followers:
+            follower.kill()
     return cli
 
 
@@ -250,8 +288,17 @@ def say_where(ours: LastSearch, pair: LastSearch) -> None:
     print(f"\n{ours.manifest['verdict']['sentence']}")
     print(f"\nartifact  {place}")
     print(f"report    {place / 'report.html'}")
-    shares = [search.manifest["cost"]["share_of_training"] for search in (ours, pair)]
-    print("searches  {:.1%} of the training time for ours, {:.1%} for the pair".format(*shares))
+    costs = [search.manifest["cost"] for search in (ours, pair)]
+    shares = [cost["share_of_training"] for cost in costs]
+    if None in shares:  # by followers
+        seconds = [sum(cost["seconds"].values()) for cost in costs]
+        print(
+            "searches  the last took {:.1f} s for ours, {:.1f} s for the pair, none of them of training".format(
+                *seconds
+            )
+        )
+    else:
+        print("searches  {:.1%} of the training time for ours, {:.1%} for the pair".format(*shares))
 
 
 def write_record(path: Path, measured: Mapping[str, Measured], search: LastSearch, **more: Any) -> None:

@@ -1,6 +1,6 @@
 """Pretrain a small GPT with the callback, and compare what merging gains, also on files that no search saw.
 
-    python examples/demo.py [--decay-branch] [--trainer.max_steps=800 and the like]
+    python examples/demo.py [--decay-branch] [--follow] [--trainer.max_steps=800 and the like]
 
 Everything is written under ``runs/gpt``, which a new run replaces.
 """
@@ -18,6 +18,7 @@ from comparison import (
     command_line,
     contenders,
     fit,
+    fit_followed,
     measure,
     say_where,
     start,
@@ -33,10 +34,11 @@ DECAYED = "learning rate decayed"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decay-branch", action="store_true", help="also train the last fifth with a decaying rate")
+    parser.add_argument("--follow", action="store_true", help="search in processes beside the training, not in it")
     args, overrides = parser.parse_known_args(command_line())
     start(RUN)
 
-    cli = fit(CONFIG, overrides)
+    cli = fit_followed(CONFIG, overrides, RUN) if args.follow else fit(CONFIG, overrides)
     ours, pair = (LastSearch.under(RUN / name, cli.model) for name in ("merges", "merges-pair"))
     losses = {name: measure(cli, weights) for name, weights in contenders(ours, pair).items()}
     if args.decay_branch:

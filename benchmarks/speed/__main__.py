@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed import PAGE, RESULTS, gpu, merging, offline, searching, standing, starting, training
+from benchmarks.speed import PAGE, RESULTS, following, gpu, merging, offline, searching, standing, starting, training
 from benchmarks.speed.rounds import Row
 
 GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
@@ -22,6 +22,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "writing": training.measure_writing,
     "search": searching.measure,
     "standstill": standing.measure,
+    "follower": following.measure,
     "offline": offline.measure,
     "import": starting.measure,
 }

@@ -40,7 +40,7 @@ def follow(
     timeout: Annotated[
         float, typer.Option("--timeout", help="Seconds without a sign of life after which the run counts as dead.")
     ] = 300.0,
-    poll: Annotated[float, typer.Option("--poll", help="Seconds between two looks at the run.")] = 1.0,
+    poll: Annotated[float, typer.Option("--poll", help="Seconds between two looks at the run.")] = 0.5,
     model_class: ModelClass = None,
     data_class: DataClass = None,
     as_json: Json = False,
@@ -72,6 +72,7 @@ def follow(
                 merges.absolute(),
                 FollowOptions(shares=share, once=once, timeout_s=timeout, poll_s=poll),
                 on_scored=lambda scored, total: advance(1, total),
+                on_begun=lambda: typer.echo(f"following {merges}", err=True),
                 on_result=lambda result: typer.echo(_told(result), err=True),
             )
     if as_json:

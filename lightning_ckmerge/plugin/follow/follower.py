@@ -32,7 +32,7 @@ from lightning_ckmerge.plugin.follow.searching import DueSearcher
 from lightning_ckmerge.plugin.offline.scoring import at_train_start
 from lightning_ckmerge.plugin.progress import OnScored
 
-POLL_S = 1.0
+POLL_S = 0.5
 # Without a sign of life of the run; it gives one every few seconds.
 TIMEOUT_S = 300.0
 
@@ -84,6 +84,7 @@ def follow_run(
     *,
     on_scored: OnScored = lambda trial, total: None,
     on_result: Callable[[DueResult], None] = lambda result: None,
+    on_begun: Callable[[], None] = lambda: None,
 ) -> Following:
     """Search what a run leaves in ``dirpath``, until it has ended.
 
@@ -96,6 +97,7 @@ def follow_run(
         options: How to work.
         on_scored: Told of each scored candidate.
         on_result: Told of each result.
+        on_begun: Called when module and data are set up, and the follower begins to look for the run.
 
     Raises:
         ConfigError: The run does not leave its searches to followers.
@@ -113,6 +115,7 @@ def follow_run(
                 told = (settings, trainer, callback, found, Path(scratch))
                 return DueSearcher(*told, shares=options.shares, on_scored=on_scored)
 
+            on_begun()
             return Follower(dirpath, searcher, options, on_result).run()
 
         return at_train_start(trainer, module, data, work)
