@@ -17,8 +17,8 @@ A due search is whole once each rank's index is there. No rank waits for another
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -309,12 +309,26 @@ def remove_due(due: Path) -> None:
 
 def read_results(dirpath: Path) -> dict[str, DueResult]:
     """Return the results of a run's due searches, by name, in the order of their steps."""
-    found: dict[str, DueResult] = {}
-    for path in sorted(_results(dirpath).glob("step=*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            result = DueResult(**json.loads(path.read_text(encoding="utf-8")))
-            found[result.due] = result
-    return found
+    found = ((name, read_result(dirpath, name)) for name in sorted(result_names(dirpath)))
+    return {name: result for name, result in found if result is not None}
+
+
+def read_result(dirpath: Path, due: str) -> DueResult | None:
+    """Return the result of a due search; ``None`` unless there is one that can be read."""
+    try:
+        text = (_results(dirpath) / f"{due}.json").read_text(encoding="utf-8")
+        return DueResult(**json.loads(text))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def result_names(dirpath: Path) -> set[str]:
+    """Return the names of the due searches that have come to their end, by a single look at a directory."""
+    try:
+        names = os.listdir(_results(dirpath))
+    except OSError:
+        return set()
+    return {due for name in names if DUE_NAME.fullmatch(due := name.removesuffix(".json"))}
 
 
 def has_result(dirpath: Path, due: str) -> bool:

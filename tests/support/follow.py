@@ -89,6 +89,8 @@ def config_of(root: Path, *, model: type[Wandering] = Wandering, **merge: Any) -
     path = write_config(root, **{**MERGE, "dirpath": str(root / "merges"), **merge, "search": search})
     config = yaml.safe_load(path.read_text())
     config["model"]["class_path"] = f"{model.__module__}.{model.__name__}"
+    # Lightning refuses it beside `enable_progress_bar: false`.
+    config["trainer"]["callbacks"].append({"class_path": "lightning.pytorch.callbacks.RichProgressBar"})
     path.write_text(yaml.safe_dump(config))
     return path
 

@@ -21,7 +21,7 @@ from lightning_ckmerge.artifact.due import (
     due_step,
     list_due,
     read_due,
-    read_results,
+    result_names,
 )
 from lightning_ckmerge.artifact.leases import LEASE_S, Lease, find_lease
 from lightning_ckmerge.artifact.runs import find_run
@@ -147,6 +147,7 @@ class Follower:
         self._sign: RunSign | None = None
         self._last_sign_s = time.monotonic()
         self._helped: set[str] = set()
+        self._entered: set[str] = set()
         self._done = Following()
 
     def run(self) -> Following:
@@ -165,8 +166,9 @@ class Follower:
         while (due := self._next()) is not None:
             self._work_on(due)
             self._watch()
-        if self._searcher is not None:
+        if self._searcher is not None and (names := result_names(self._dirpath)) != self._entered:
             self._searcher.enter_skips()
+            self._entered = names
         if self._options.once:
             return "once"
         # In this order: what was left before the end is seen after it.
@@ -194,8 +196,8 @@ class Follower:
 
     def _open(self) -> list[Path]:
         """Return the due searches without a result."""
-        results = read_results(self._dirpath)
-        return [due for due in list_due(self._dirpath) if due.name not in results]
+        done = result_names(self._dirpath)
+        return [due for due in list_due(self._dirpath) if due.name not in done]
 
     def _next(self) -> DueSearch | None:
         """Return the oldest due search that this follower can work on."""

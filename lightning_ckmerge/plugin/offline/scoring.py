@@ -38,7 +38,6 @@ ALONE: dict[str, Any] = {
     "fast_dev_run": False,
     "min_epochs": None,
     "min_steps": None,
-    "enable_progress_bar": False,
     "enable_model_summary": False,
 }
 

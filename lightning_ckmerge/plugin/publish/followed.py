@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_ckmerge.artifact.due import DueResult, RunSign, RunState, list_due, read_results
+from lightning_ckmerge.artifact.due import DueResult, RunSign, RunState, list_due, read_result, result_names
 
 BEAT_S = 5.0
 
@@ -24,6 +24,7 @@ class Followed:
         dirpath: The run's directory.
         run_id: The run's.
         session: This session of training.
+        step: Optimizer steps so far.
         beat_s: Seconds between two signs of life.
 
     Attributes:
@@ -31,13 +32,13 @@ class Followed:
         left: Due searches left so far; to be kept up to date.
     """
 
-    def __init__(self, dirpath: Path, run_id: str, session: str, *, beat_s: float = BEAT_S) -> None:
-        self.step = 0
+    def __init__(self, dirpath: Path, run_id: str, session: str, step: int, *, beat_s: float = BEAT_S) -> None:
+        self.step = step
         self.left = 0
         self._dirpath = dirpath
         self._sign = RunSign(run_id=run_id, session=session, state="training", beat=0, step=0, left=0)
         self._beat_s = beat_s
-        self._seen = set(read_results(dirpath))
+        self._seen = result_names(dirpath)
         self._found: deque[DueResult] = deque()
         self._has_ended = threading.Event()
         self._beat()
@@ -79,8 +80,8 @@ class Followed:
             self._sign.write(self._dirpath)
 
     def _look(self) -> None:
-        with contextlib.suppress(OSError):
-            for name, result in read_results(self._dirpath).items():
-                if name not in self._seen:
-                    self._seen.add(name)
-                    self._found.append(result)
+        for name in sorted(result_names(self._dirpath) - self._seen):
+            result = read_result(self._dirpath, name)
+            if result is not None:
+                self._seen.add(name)
+                self._found.append(result)

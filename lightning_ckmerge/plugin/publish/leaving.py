@@ -53,7 +53,8 @@ class Leaving:
         self._session: str = model.comm.exchange(uuid.uuid4().hex[:8])[0]
         device = trainer.strategy.root_device
         self._dues = RankDues(model, buffer, place, session=self._session, device=device)
-        self._followed = Followed(place.dirpath, place.run_id, self._session) if model.comm.rank == 0 else None
+        told = (place.dirpath, place.run_id, self._session, trainer.global_step)
+        self._followed = Followed(*told) if model.comm.rank == 0 else None
 
     def leave(self, step: int, trigger: Trigger, clock: Clock, rates: LearningRates, curve: Curve) -> None:
         """Leave a search. Nothing waits for it, on any rank."""

@@ -221,8 +221,9 @@ class Publisher:
                     comm=self._comm,
                 )
 
-    def _write_checkpoint(self, path: Path, _: Manifest) -> None:
+    def _write_checkpoint(self, path: Path, manifest: Manifest) -> None:
         checkpoint = dump_weights(self._trainer)  # in which the user's hooks may fail
+        checkpoint["global_step"] = manifest["step"]  # where others have trained, this Trainer has taken none
         self._comm.exchange(None)
         write_checkpoint(self._trainer, checkpoint, path / "model.ckpt", is_sharded=self._is_sharded)
 
