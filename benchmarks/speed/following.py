@@ -138,10 +138,10 @@ def _follow(root: Path) -> subprocess.Popen[bytes]:
     program = "from lightning_ckmerge.cli.main import app; app()"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path, str(EXAMPLES)])}
     command = [sys.executable, "-c", program, "follow", str(root / "merges"), "--config", str(path)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    while (line := process.stderr.readline()) and not line.startswith(b"following"):
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    while (line := process.stdout.readline()) and not line.startswith(b"following"):
         pass
     # What it says from now on must not fill the pipe.
-    threading.Thread(target=process.stderr.read, daemon=True).start()
+    threading.Thread(target=process.stdout.read, daemon=True).start()
     return process

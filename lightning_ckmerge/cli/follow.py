@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -56,6 +57,12 @@ def follow(
       ckmerge follow runs/merges --config run.yaml
       CUDA_VISIBLE_DEVICES=1 ckmerge follow runs/merges --config run.yaml --share
     """
+    out = sys.stdout  # the command's own words, while all others go elsewhere
+
+    def tell(text: str) -> None:
+        if not as_json:
+            typer.echo(text, file=out)
+
     with quietly():
         from lightning_ckmerge.plugin.follow.follower import FollowOptions, follow_run
         from lightning_ckmerge.plugin.offline.scoring import ALONE
@@ -72,8 +79,8 @@ def follow(
                 merges.absolute(),
                 FollowOptions(shares=share, once=once, timeout_s=timeout, poll_s=poll),
                 on_scored=lambda scored, total: advance(1, total),
-                on_begun=lambda: typer.echo(f"following {merges}", err=True),
-                on_result=lambda result: typer.echo(_told(result), err=True),
+                on_begun=lambda: tell(f"following {merges}"),
+                on_result=lambda result: tell(_told(result)),
             )
     if as_json:
         print_json(asdict(done))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
+from typer.testing import CliRunner
 
 from lightning_ckmerge import CheckpointMergeCallback, SearchConfig, load_merged
 from lightning_ckmerge.artifact.due import DueSearch, RunSign, list_due, read_due, read_results
@@ -25,6 +26,7 @@ from lightning_ckmerge.artifact.manifest import read_manifest
 from lightning_ckmerge.artifact.standing import read_standing
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.checkpoints.rebuild import rebuild
+from lightning_ckmerge.cli.main import app
 from lightning_ckmerge.errors import ConfigError
 from lightning_ckmerge.plugin.follow.follower import FollowOptions, follow_run
 from lightning_ckmerge.plugin.offline.scoring import make_trainer
@@ -159,7 +161,8 @@ def test_what_no_follower_has_searched_is_told(due: Path) -> None:
     told = ckmerge_json("follow", merges, "--config", due / "run.yaml", "--poll", 0.01)
     assert [r["step"] for r in told["results"]] == [NUM_STEPS]
     assert [(r["step"], r["status"]) for r in read_timeline(merges)] == [(NUM_STEPS, "accepted"), (EVERY, "skipped")]
-    assert ckmerge("follow", merges, "--config", due / "run.yaml", "--poll", 0.01).stdout.startswith("the run has")
+    again = ckmerge("follow", merges, "--config", due / "run.yaml", "--poll", 0.01).stdout.splitlines()
+    assert again == [f"following {merges}", "the run has ended: took 0 searches"]
     assert len(read_timeline(merges)) == 2
 
 
@@ -353,8 +356,12 @@ def test_the_follower_refuses_another_model_and_a_run_that_searches_itself(due: 
         .replace("&model\n", "class_path: tests.support.offline.Wandering\n  init_args: {width: 3}")
     )
     config.write_text(text)
-    told = ckmerge("follow", merges, "--config", config, code=2).stderr
-    assert "module must be the run's, got layer.weight of another shape" in told
+    told = CliRunner().invoke(app, ["follow", str(merges), "--config", str(config)])
+    assert (told.exit_code, told.stdout) == (2, f"following {merges}\n")
+    assert told.stderr.startswith(
+        "error: a follower's module must be the run's, got layer.weight of another shape. Use"
+    )
+    assert len(told.stderr.splitlines()) == 1
     assert read_due(list_due(merges)[0]) is not None
     assert find_lease(list_due(merges)[0]) is None
 
