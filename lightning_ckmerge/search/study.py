@@ -191,9 +191,54 @@ def open_storage(storage: Path | str) -> BaseStorage:
     if isinstance(storage, str):
         return _open_url(storage)
     storage.parent.mkdir(parents=True, exist_ok=True)
-    # An open-based lock works on file systems without links.
-    lock = JournalFileOpenLock(str(storage))
+    lock = _JournalLock(str(storage))
+    _cut_unfinished_line(storage, lock)
     return JournalStorage(JournalFileBackend(str(storage), lock_obj=lock))
+
+
+class _JournalLock(JournalFileOpenLock):
+    """Optuna's lock, which works on file systems without links, and which a dead process of this machine loses at once.
+
+    Optuna alone would wait 30 s for it, in the next search of a run that has died in a write.
+    """
+
+    def acquire(self) -> bool:
+        """Take the lock, and leave word who has it."""
+        if self._is_orphaned():
+            with contextlib.suppress(RuntimeError):  # another process was faster
+                self.release()
+        super().acquire()
+        with contextlib.suppress(OSError):  # of a full disk; then others wait, as Optuna does
+            Path(self._lock_file).write_text(f"{socket.gethostname()} {os.getpid()}", encoding="utf-8")
+        return True
+
+    def _is_orphaned(self) -> bool:
+        try:
+            host, pid = Path(self._lock_file).read_text(encoding="utf-8").split()
+            return host == socket.gethostname() and not _is_alive(int(pid))
+        except (OSError, ValueError):
+            return False
+
+
+def _cut_unfinished_line(journal: Path, lock: JournalFileOpenLock) -> None:
+    """Cut off the rest of a write that a full disk has ended: the next one would follow on its line, unreadable."""
+    if not _has_unfinished_line(journal):
+        return
+    lock.acquire()
+    try:
+        if _has_unfinished_line(journal):  # and nobody is writing it
+            with journal.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def _has_unfinished_line(journal: Path) -> bool:
+    if not journal.exists() or not journal.stat().st_size:
+        return False
+    with journal.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _open_url(url: str) -> BaseStorage:
