@@ -213,11 +213,19 @@ def read_run(dirpath: Path) -> RunRecord | None:
         return RunRecord(run_id="", started=0.0, resumable=True)
 
 
-def keep_snapshots(dirpath: Path) -> None:
-    """Note that a checkpoint names the run's snapshots from now on."""
+def keep_snapshots(dirpath: Path, run_id: str | None = None) -> None:
+    """Note that a checkpoint names the run's snapshots from now on.
+
+    Args:
+        dirpath: The run's directory.
+        run_id: Of the run that writes there, which makes up for a record that has vanished; ``None``: leave it at that.
+    """
     record = read_run(dirpath)
+    if record is None and run_id is not None:
+        record = RunRecord(run_id=run_id, started=time.time(), resumable=False)
     if record is not None and not record.resumable:
         with contextlib.suppress(OSError):  # a full disk has lost the snapshots too
+            dirpath.mkdir(parents=True, exist_ok=True)
             _write(dirpath, replace(record, resumable=True))
 
 

@@ -230,7 +230,7 @@ class MergeRun:
         """Return plain data from which a later one goes on; no tensors. From now on, a checkpoint names snapshots."""
         state = self._state()
         if self._model.comm.rank == 0:
-            keep_snapshots(self.dirpath)
+            keep_snapshots(self.dirpath, self._run_id)
         return state
 
     def _state(self) -> dict[str, Any]:

@@ -8,19 +8,22 @@ import os
 import random
 import shutil
 import signal
+import socket
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from tests.crash.checks import Left, check_death, check_end
 from tests.crash.kill import Killer, Kind
-from tests.crash.run import train
+from tests.crash.run import TIMEOUT, train
 
 # A run takes seconds. One that takes minutes hangs.
 LIMIT_S = 300.0
@@ -117,7 +120,7 @@ class Matrix:
         root = self._new_root("whole")
         code = fork(partial(_train_counted, root), root / "log.txt")
         assert code == 0, (root / "log.txt").read_text()
-        counted = json.loads((root / "counted.json").read_text())
+        counted = json.loads((root / "counted-0.json").read_text())
         self._stages: dict[Kind, list[str]] = {"call": counted["call"], "line": counted["line"]}
         self.expected = Left.by(root, 1)
         check_end(root, self.expected)
@@ -195,13 +198,123 @@ class Matrix:
         return root
 
 
-def _train_counted(root: Path) -> None:
+def _train_counted(root: Path, num_ranks: int = 1) -> None:
     """Train to the end, and write down the stages of all calls and lines."""
+    rank = os.environ.get("RANK", "0")
     calls, lines = (Killer(kind, 0, root, root) for kind in ("call", "line"))
-    train(root)
+    train(root, num_ranks=num_ranks)
     lines.end()
     calls.end()
-    (root / "counted.json").write_text(json.dumps({"call": calls.stages, "line": lines.stages}))
+    (root / f"counted-{rank}.json").write_text(json.dumps({"call": calls.stages, "line": lines.stages}))
+
+
+class RankMatrix:
+    """Runs of two gloo ranks, one of which dies or stops; the other has to end, too.
+
+    Args:
+        seed: Chooses ranks and points.
+        scratch: An empty directory.
+    """
+
+    NUM_RANKS = 2
+
+    def __init__(self, seed: int, scratch: Path) -> None:
+        self._random = random.Random(seed)
+        self._scratch = scratch
+        self.result = Result()
+        self.ends: Counter[str] = Counter()
+        root = self._new_root("whole")
+        codes = self._run(root, partial(_train_counted, root, self.NUM_RANKS))
+        assert codes == [0, 0], (root / "log.txt").read_text()
+        self._stages = [json.loads((root / f"counted-{rank}.json").read_text()) for rank in range(self.NUM_RANKS)]
+        self.expected = Left.by(root, self.NUM_RANKS)
+        check_end(root, self.expected)
+
+    def run(self, num_points: int, num_stops: int = 0) -> Result:
+        """Let one rank die at so many points, and stop at some more."""
+        for number in range(num_points + num_stops):
+            self._run_one(number, stops=number >= num_points)
+        return self.result
+
+    def _run_one(self, number: int, *, stops: bool) -> None:
+        root, doomed = self._new_root(f"run-{number}"), number % self.NUM_RANKS
+        kind = "line" if stops else self._random.choice(("call", "line"))
+        stages = self._stages[doomed][kind]
+        fewest = min(self.result.stages[s] for s in set(stages))
+        stage = self._random.choice(sorted(s for s in set(stages) if self.result.stages[s] == fewest))
+        at = 1 + self._random.choice([i for i, s in enumerate(stages) if s == stage])
+        try:
+            codes = self._run(root, partial(self._die, root, kind, at, doomed, stops))
+            assert codes[doomed] in (0, -signal.SIGKILL), f"rank {doomed} did not go on: exit code {codes[doomed]}"
+            if codes[doomed]:
+                died_at = (root / "said.txt").read_text()
+                self.result.stages[died_at] += 1
+                self.result.kinds["stopped" if stops else kind] += 1
+                other = codes[1 - doomed]
+                self.ends["was done" if other == 0 else "ended with an error"] += 1
+                check_death(root, 1)
+            assert self._run(root, partial(train, root, num_ranks=self.NUM_RANKS)) == [0, 0], "it did not go on"
+            check_end(root, self.expected)
+        except Exception as error:
+            log = "\n".join((root / "log.txt").read_text().splitlines()[-30:])
+            where = f"rank {doomed} at {stage} ({kind} {at}{', stopped' if stops else ''})"
+            self.result.failures.append(f"{root.name}, {where}: {type(error).__name__}: {error}\n{log}")
+        else:
+            shutil.rmtree(root)
+        self.result.num_runs += 1
+
+    def _die(self, root: Path, kind: Kind, at: int, doomed: int, stops: bool) -> None:
+        if os.environ["RANK"] != str(doomed):
+            train(root, num_ranks=self.NUM_RANKS)
+            return
+        killer = Killer(kind, at, root, root / "said.txt", signum=signal.SIGSTOP if stops else signal.SIGKILL)
+        train(root, num_ranks=self.NUM_RANKS)
+        killer.end()
+
+    def _run(self, root: Path, work: Callable[[], Any]) -> list[int]:
+        """Do something on all ranks, and return their exit codes."""
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+
+        def on(rank: int) -> None:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": self.NUM_RANKS}
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **{k: str(n) for k, n in numbers.items()})
+            # Lightning does so, too, and with the strategy's timeout.
+            dist.init_process_group("gloo", rank=rank, world_size=self.NUM_RANKS, timeout=TIMEOUT)
+            work()
+
+        pids = [start(partial(on, rank), root / "log.txt") for rank in range(self.NUM_RANKS)]
+        return _wait_for_all(pids)
+
+    def _new_root(self, name: str) -> Path:
+        root = self._scratch / name
+        root.mkdir()
+        return root
+
+
+def _wait_for_all(pids: Sequence[int]) -> list[int]:
+    """Return exit codes. A process that has stopped is killed once the others have ended."""
+    codes: dict[int, int] = {}
+    stopped: set[int] = set()
+    deadline = time.monotonic() + LIMIT_S
+    while len(codes) < len(pids):
+        for pid in set(pids) - codes.keys():
+            done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+            if done and os.WIFSTOPPED(status):
+                stopped.add(pid)
+            elif done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        left = set(pids) - codes.keys()
+        hangs = time.monotonic() > deadline
+        if left and (hangs or left <= stopped):
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+                codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            if hangs:
+                raise AssertionError(f"a rank has not come to its end in {LIMIT_S:g} s")
+        time.sleep(0.002)
+    return [codes[pid] for pid in pids]
 
 
 @contextlib.contextmanager

@@ -135,9 +135,11 @@ class Killer:
         at: The count at which the process dies, from 1; seconds, for a moment; 0: never.
         root: Calls below it alone count.
         said: A file for the stage at which the process dies.
+        signum: Ends it, or stops it.
     """
 
-    def __init__(self, kind: Kind, at: float, root: Path, said: Path) -> None:
+    def __init__(self, kind: Kind, at: float, root: Path, said: Path, signum: signal.Signals = signal.SIGKILL) -> None:
+        self._signum = signum
         self.stages: list[str] = []
         self._count = 0
         self._at = at
@@ -171,8 +173,8 @@ class Killer:
         self._is_armed = False
         descriptor = os.open(self._said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.write(descriptor, stage.encode())
-        os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(60)  # the signal is on its way
+        os.kill(os.getpid(), self._signum)
+        time.sleep(600)  # the signal is on its way
 
     def _count_calls(self) -> None:
         def audit(event: str, args: tuple[Any, ...]) -> None:

@@ -120,8 +120,9 @@ def train(
     ckpt_path: Path | None = None,
     others: Sequence[pl.Callback] = (),
     make: Callable[[Path], CheckpointMergeCallback] = make_merge,
-) -> None:
-    """Train to the end, from a checkpoint if there is one.
+    expected: Sequence[str] = (),
+) -> list[str]:
+    """Train to the end, from a checkpoint if there is one, and return the warnings.
 
     Args:
         root: The run's directory. Each rank notes its batches there.
@@ -130,6 +131,7 @@ def train(
         ckpt_path: The checkpoint; ``None``: the run's own last one.
         others: Callbacks that come before the merge callback.
         make: Makes the merge callback.
+        expected: Patterns of warnings beside those of the inventory.
     """
     root.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
@@ -147,6 +149,7 @@ def train(
         num_sanity_val_steps=0,
         **options,
     )
-    data = loader(NUM_STEPS * num_ranks), loader(NUM_VAL_BATCHES, 8 * BATCH)
-    with only_expected():
+    data = loader(NUM_STEPS * num_ranks), loader(NUM_VAL_BATCHES * num_ranks, 8 * BATCH)
+    with only_expected(*expected) as said:
         trainer.fit(Regression(), *data, ckpt_path=ckpt_path or checkpoint_of(root), weights_only=True)
+    return said

@@ -216,3 +216,11 @@ def test_the_lock_of_a_dead_process_is_taken_at_once(journal: Path, monkeypatch:
     lock.write_text(f"{socket.gethostname()} {os.getpid()}")
     with pytest.raises(AssertionError, match="it waits"):
         open_study(journal, "b")
+
+
+def test_an_anchor_that_waited_when_the_process_died_is_not_asked_for_in_anothers_place(journal: Path) -> None:
+    """Goes red if the study cannot be opened again, for Optuna tells no trial that waits, or if it comes as a trial."""
+    open_study(journal).study.enqueue_trial({"x": 0.5})
+    again = open_study(journal)
+    assert [t.state.name for t in again.study.trials] == ["FAIL"]
+    assert again.begin("trial-0")[0] == open_study(journal.with_name("other")).begin("trial-0")[0]
