@@ -146,6 +146,7 @@ class MergeRun:
         self._last_artifact = None
         self._triggers.searched_step = self.step
         self._is_searching = True
+        start = time.monotonic()
         try:
             if not self._can_search():
                 return None
@@ -155,6 +156,9 @@ class MergeRun:
             raise
         finally:
             self._is_searching = False
+        if self._fault is not None and self._last_artifact is None:
+            reason = f"The search failed: {self._fault[1]}"
+            self._publisher.record_skip(self.step, reason, time.monotonic() - start, may_fail=True)
         self._conclude(f"No merge at step {self.step}")
         return self._last_artifact
 
