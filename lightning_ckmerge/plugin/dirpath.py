@@ -144,7 +144,9 @@ def _destination(trainer: Trainer, root: Path | str, staging: str | Path | None)
 def _staged(trainer: Trainer, url: str, staging: str | Path | None) -> Path:
     """Return the local directory of what goes to a URL, the same for each ``fit``."""
     if staging is not None and is_url(staging):
-        raise ConfigError(f"`buffer.dirpath` must be a local path, got {os.fspath(staging)!r}. Name a local disk.")
+        raise ConfigError(
+            f"`buffer.dirpath` must be a local path, got the URL {os.fspath(staging)!r}. Name a local disk."
+        )
     root = trainer.default_root_dir
     parent = Path(staging) if staging is not None else Path("." if is_url(root) else root) / "ckmerge"
     name = re.sub(r"\W+", "-", url)[-60:].strip("-")

@@ -94,7 +94,9 @@ def test_weights_are_copied_once_they_are_asked_for(publish: Publish, tmp_path: 
         ckmerge("list", url)
         artifact = Artifact.open(f"{url}/step=000000010", verify=False)
         assert not any(name.endswith(".safetensors") for _, name in disk.done)
-        assert pending_sizes(artifact.path) == {"model.safetensors": artifact.manifest["files"]["model.safetensors"]["bytes"]}
+        assert pending_sizes(artifact.path) == {
+            "model.safetensors": artifact.manifest["files"]["model.safetensors"]["bytes"]
+        }
         assert set(artifact.tensors()) == set(tensors_of(TiedModel()))
         assert [name for _, name in disk.done if name.endswith(".safetensors")] == ["model.safetensors"]
         disk.done.clear()

@@ -1,8 +1,9 @@
-"""File systems behind URLs: a server that speaks S3's language, and a disk that is slow, fails, or tells what it did."""
+"""File systems behind URLs: a server that speaks S3, and a disk that is slow, fails, or tells what it did."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,16 @@ class OddDisk(LocalFileSystem):
         done: What was written and removed, in this order.
         faults: How many writes still fail.
         pause_s: What a write takes.
+        is_away: Whether files of artifacts cannot be written.
+        gate: What they wait for.
     """
 
     protocol = "odd"
     done: ClassVar[list[tuple[str, str]]] = []
     faults: ClassVar[int] = 0
     pause_s: ClassVar[float] = 0.0
+    is_away: ClassVar[bool] = False
+    gate: ClassVar[threading.Event] = threading.Event()
 
     @classmethod
     def _strip_protocol(cls, path: Any, *args: Any) -> Any:
@@ -52,20 +57,26 @@ class OddDisk(LocalFileSystem):
     @classmethod
     def _do(cls, what: str, path: str) -> None:
         time.sleep(cls.pause_s)
-        if what == "write" and cls.faults > 0:
+        if what == "write" and "step=" in path:
+            cls.gate.wait()
+        if what == "write" and (cls.faults > 0 or (cls.is_away and "step=" in path)):
             cls.faults -= 1
             raise OSError("the server is away")
         cls.done.append((what, os.path.basename(path)))
 
 
 @contextmanager
-def odd_disk(*, faults: int = 0, pause_s: float = 0.0) -> Iterator[type[OddDisk]]:
+def odd_disk(
+    *, faults: int = 0, pause_s: float = 0.0, is_away: bool = False, gate: threading.Event | None = None
+) -> Iterator[type[OddDisk]]:
     """Let ``odd://`` be known, and forget what was done before."""
     fsspec.register_implementation("odd", OddDisk, clobber=True)
     OddDisk.done.clear()
-    OddDisk.faults, OddDisk.pause_s = faults, pause_s
+    OddDisk.faults, OddDisk.pause_s, OddDisk.is_away = faults, pause_s, is_away
+    OddDisk.gate = gate or threading.Event()
+    if gate is None:
+        OddDisk.gate.set()
     yield OddDisk
-    OddDisk.faults, OddDisk.pause_s = 0, 0.0
 
 
 @contextmanager
