@@ -67,6 +67,7 @@ class Place:
         file_id: Starts the names of its snapshots, those of its checkpoint included; ``None``: these keep their names.
             Only where the lock is sure does no other process write under them.
         notes: Messages for people.
+        url: Where its artifacts are uploaded to; ``None``: nowhere.
     """
 
     dirpath: Path
@@ -74,6 +75,7 @@ class Place:
     source: Path | None
     file_id: str | None = None
     notes: tuple[str, ...] = ()
+    url: str | None = None
 
 
 class Claim:
