@@ -1,6 +1,8 @@
 """What merging gains once the learning rate has decayed, and what it finds where there is nothing to find.
 
-python -m benchmarks.quality.after_decay [RUN ...]        writes benchmarks/quality/after_decay.json
+python -m benchmarks.quality.after_decay [RUN ...] [--num-noise 100]     writes benchmarks/quality/after_decay.json
+
+What is there is not measured again.
 
 The decay branch's trail of each run, merged near its last weights by the package's short search, by the ordinary one,
 and by published tail EMAs. Then the same short search over noise: each snapshot is the last weights plus Gaussian noise
@@ -14,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.quality import RUNS
 from benchmarks.quality.case import OBJECTIVES, Case, Snapshots, run_search
-from benchmarks.quality.report import spread, table
+from benchmarks.quality.report import AFTER_DECAY, after_decay_told
 from lightning_ckmerge.config import DEFAULT_ANCHORS, TAIL_TRIALS
 from lightning_ckmerge.core.outcome import Coefficients
 from lightning_ckmerge.core.spaces import Decay, Space, Tail, exponential_kernel
@@ -31,12 +33,13 @@ from lightning_ckmerge.core.spaces.groups import assign_groups
 from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.verdict import reach_verdict
 
-RESULTS = RUNS.parent / "after_decay.json"
 SPLITS = ("search", "confirm", "test")
 # Of 2,750 steps: the NanoGPT speed runs' tail EMA, which leaves the embeddings out.
 PUBLISHED_TAU = 150 / 2750
 PUBLISHED_LAMS = (0.6, 0.3)
 NUM_NOISE = 100
+# Windows a batch: the fewer, the more a verdict may err, and the sooner 100 searches are done.
+NOISE_BATCH_SIZE = 4
 SHORT, ORDINARY = "the short search", "the ordinary search"
 
 
@@ -105,37 +108,38 @@ def measure(case: Case) -> dict[str, Any]:
     return found
 
 
+def over_noise(cases: Mapping[str, Case], num_searches: int) -> dict[str, int]:
+    """Return how often each verdict was reached, over noise and small batches."""
+    found: Counter[str] = Counter()
+    for case in cases.values():
+        case.batches = {split: [b[:NOISE_BATCH_SIZE] for b in case.batches[split]] for split in ("search", "confirm")}
+    for seed in range(num_searches):
+        case = list(cases.values())[seed % len(cases)]
+        found[short_search(case, noisy(case, seed))[2]] += 1
+        print("over noise:", dict(found), flush=True)
+    return dict(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("runs", nargs="*", help="folders of benchmarks/quality/runs; all of them by default")
-    parser.add_argument("--num-noise", type=int, default=NUM_NOISE, help="searches over noise, over all runs")
+    parser.add_argument(
+        "--num-noise", type=int, default=0, help=f"searches over noise, over all runs, such as {NUM_NOISE}"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = args.runs or sorted(p.parent.name for p in RUNS.glob("*/run.json"))
-    cases = {name: Case(RUNS / name) for name in names}
-    results: dict[str, Any] = {"runs": {name: measure(case) for name, case in cases.items()}}
-    statuses: Counter[str] = Counter()
-    for seed in range(args.num_noise):
-        case = cases[names[seed % len(names)]]
-        statuses[short_search(case, noisy(case, seed))[2]] += 1
-    results["noise"] = dict(statuses)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(told(results))
-
-
-def told(results: Mapping[str, Any]) -> str:
-    """Return the tables."""
-    runs: Sequence[Mapping[str, Any]] = list(results["runs"].values())
-    rows = [
-        [
-            name,
-            *(spread([run[name]["gains"][split] for run in runs], 4) for split in SPLITS),
-            spread([run[name]["evaluations"] for run in runs], 1) if "evaluations" in runs[0][name] else "-",
-        ]
-        for name in runs[0]
-    ]
-    header = ["near the last weights", "search half", "confirmation half", "test files", "evaluations"]
-    return f"{table(header, rows)}\n\nover noise: {results['noise']}"
+    results = {} if not AFTER_DECAY.exists() else json.loads(AFTER_DECAY.read_text())
+    for name in names:
+        if not args.num_noise and name not in results.get("runs", {}):
+            results.setdefault("runs", {})[name] = measure(Case(RUNS / name))
+            AFTER_DECAY.write_text(json.dumps(results, indent=1) + "\n")
+            print(name, json.dumps(results["runs"][name]), flush=True)
+    if args.num_noise:
+        found = over_noise({name: Case(RUNS / name) for name in names}, args.num_noise)
+        results = {**json.loads(AFTER_DECAY.read_text()), "noise": found}
+        AFTER_DECAY.write_text(json.dumps(results, indent=1) + "\n")
+    print(after_decay_told(results))
 
 
 if __name__ == "__main__":

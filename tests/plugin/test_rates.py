@@ -210,8 +210,6 @@ def test_after_a_decay_a_search_is_short_and_near_the_latest_weights(tmp_path: P
         assert (manifest["step"], manifest["space"]) == (NUM_STEPS, "tail")
         assert len(manifest["trials"]) <= TAIL_TRIALS
         assert [a["name"] for a in manifest["anchors"]] == ["latest", "initial-0"]
-        for scored in (*manifest["anchors"], *manifest["trials"]):
-            assert min(scored["coefficients"]) >= 0
 
 
 def test_searches_begin_after_the_warm_up(tmp_path: Path) -> None:
