@@ -256,7 +256,8 @@ def after_decay_told(results: Mapping[str, Any]) -> str:
     told = (
         f"It was measured on {len(runs)} other runs, of a GPT of 0.37 M parameters in float32 "
         f"({', '.join(results['runs'])}; of python-0 one figure was known before the space was settled). Gain over the "
-        f"last weights, in nats a byte; of the short search's verdicts {statuses.count('accepted')} were `accepted`:\n\n"
+        f"last weights, in nats a byte; {statuses.count('accepted')} of the short search's verdicts are `accepted`:"
+        "\n\n"
         + table(["near the last weights", *splits.values(), "evaluations"], rows)
         + "\n\nThe tail EMA is that of the NanoGPT speed runs: `(1 - lam) last + lam EMA` over 150 of 2,750 steps, the "
         "embeddings left out."

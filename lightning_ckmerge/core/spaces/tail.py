@@ -26,6 +26,8 @@ class Tail(Decay):
         0.4 of the last weights and 0.6 of an EMA over 150 of 2,750 steps. The step past it is ours.
     """
 
+    must_be_certain = True
+
     def __init__(self) -> None:
         super().__init__(max_extrapolation=MAX_BETA)
 
