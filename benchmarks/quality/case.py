@@ -67,7 +67,7 @@ class Case:
         self.latest_P: Tensor = self._trail["points_MP"][-1]
         self.branch_P: Tensor = self._branch["points_MP"][-1]
         self.batches = eval_batches(self.about["corpus"])
-        self.model = GPT(context=CONTEXT)
+        self.model = GPT(context=CONTEXT, **self.about.get("model", {}))
 
     @cached_property
     def buffer(self) -> Snapshots:
