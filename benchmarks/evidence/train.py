@@ -156,12 +156,21 @@ class Trained(Case):
     """A trained run as the methods see it.
 
     Args:
-        run: Which one.
+        run: Which one; of cell ``wsd`` it is the twin that is merged, at its end.
     """
 
     def __init__(self, run: Run) -> None:
         super().__init__(run.directory, run.task())
         self.run = run
+        if run.cell == "wsd":
+            self.become_twin()
+
+    def become_twin(self) -> None:
+        """Take the decayed twin's trail for the run's own."""
+        before_MP = self._trail["means_MP"][: -len(self._branch["means_MP"])]
+        means_MP = torch.cat([before_MP, self._branch["means_MP"]])
+        self._trail, self._branch = {**self._branch, "means_MP": means_MP}, {}
+        self.latest_P = self.points_MP[-1]
 
     @staticmethod
     def _read(directory: Path) -> list[dict[str, Tensor]]:

@@ -116,6 +116,16 @@ class Case:
         return self.buffer_after(self.num_segments)
 
     @property
+    def points_MP(self) -> Tensor:
+        """The newest points that were kept, up to the run's end."""
+        return self._trail["points_MP"]
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether a copy of the run was decayed."""
+        return bool(self._branch)
+
+    @property
     def num_segments(self) -> int:
         """Segments of the run."""
         return len(self._trail["means_MP"])
