@@ -46,6 +46,11 @@ class Run:
         return RUNS / f"{self.model}-{self.regime}-{self.num_steps}-{self.seed}".replace(" ", "-")
 
     @property
+    def is_trained(self) -> bool:
+        """Whether it is there, and whole."""
+        return (self.directory / "run.json").exists()
+
+    @property
     def how(self) -> Regime:
         """How it is trained."""
         return REGIMES[self.regime]

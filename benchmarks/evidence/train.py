@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -117,12 +118,11 @@ class Trail:
 
 def train(run: Run) -> None:
     """Train a run and its twin, unless they are there."""
-    directory = run.directory
-    if (directory / "run.json").exists():
+    if run.is_trained:
         return
     start = time.monotonic()
-    folder = directory.with_name(f"{directory.name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
+    # Two processes may train the same run: the first to end counts.
+    folder = run.directory.with_name(f"{run.directory.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     training = Training(run)
     num_parameters = len(training.weights())
@@ -149,7 +149,10 @@ def train(run: Run) -> None:
     }
     (folder / "run.json").write_text(json.dumps(about, indent=1) + "\n")
     # A run that is there is whole.
-    folder.rename(directory)
+    if run.is_trained:
+        shutil.rmtree(folder)
+    else:
+        folder.rename(run.directory)
 
 
 class Trained(Case):
