@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} or {REPORT}; all by default")
     parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS), help="only these")
     parser.add_argument("--models", nargs="+", help="only these sizes of GPT, or architectures")
+    parser.add_argument("--methods", nargs="+", default=[], help="only these, by the names of the results")
     parser.add_argument("--train", action="store_true", help="train only")
     parser.add_argument("--trained", action="store_true", help="measure only runs that have been trained")
     parser.add_argument("--again", action="store_true", help="measure again what has been measured")
@@ -43,7 +44,7 @@ def main() -> None:
                 if part == "verdicts":
                     verdicts.measure(run, again=args.again)
                 else:
-                    measure.measure(part, run, again=args.again)
+                    measure.measure(part, run, again=args.again, only=args.methods)
     if not args.train:
         report.main()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,18 +47,19 @@ SOURCES = ("config.py", "buffer/retention.py", "core/spaces", "search")
 Find = Callable[[Case], Found]
 
 
-def measure(part: str, run: Run, *, again: bool = False) -> None:
+def measure(part: str, run: Run, *, again: bool = False, only: Collection[str] = ()) -> None:
     """Score the part's methods on a run that has been trained, and gather the part's results.
 
     Args:
         part: ``ladder``, ``regimes``, ``architectures`` or ``referees``.
         run: The run.
         again: Whether to score also what has been scored.
+        only: Methods to score; empty: all.
     """
     path = run.directory / f"{part}.json"
-    kept: dict[str, Any] = {} if again or not path.exists() else json.loads(path.read_text())
-    methods = finders(part, run)
-    todo = [name for name in methods if name not in kept.get("methods", {})]
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    methods = {name: find for name, find in finders(part, run).items() if not only or name in only}
+    todo = [name for name in methods if again or name not in kept.get("methods", {})]
     if todo:
         case = Trained(run)
         kept = kept or references(case)

@@ -296,6 +296,8 @@ def cma_es(times: int) -> Callable[[Any], Found]:
         sampler_options: dict[str, Any] = {"x0": space.inverse(c_K, segments_K), "sigma0": 0.1, "seed": 0}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
+            # Optuna 5 deprecates the beginning and the spread, and has nothing in their place.
+            warnings.simplefilter("ignore", FutureWarning)
             sampler = CmaEsSampler(**sampler_options)
             # The latest weights are scored first.
             n_trials = max(1, round(times * evaluations) - 1)

@@ -93,8 +93,8 @@ def page(found: Mapping[str, Sequence[Result]]) -> str:
         "# Evidence",
         "",
         "How much of a learning-rate decay's gain the default recovers on runs that had no part in making it. The runs, "
-        "the statistics and what counts as success were fixed [beforehand](protocol.md). Medians over runs, the range "
-        "in brackets; two shared x86 cores, no GPU. Written by `python -m benchmarks.evidence report`.",
+        "the statistics and what counts as success were fixed [beforehand](protocol.md). Medians over runs, the "
+        "range in brackets; two shared x86 cores, no GPU. Written by `python -m benchmarks.evidence report`.",
         "",
         "## The short of it",
         "",
@@ -235,10 +235,10 @@ def trend_told(found: Trend | None) -> list[str]:
         f"{2 * (size.interval[1] - size.interval[0]):.0f} points. So the trend rules a steep decline out or it does "
         "not, by its interval; it does not give a large run's figure.",
         "",
-        "**What nobody knows**: whether the line stays one. These runs read 0.05 to 6 bytes a parameter, a large run twenty "
-        "and more; their batches are small, so that their noise, and what averaging removes, is large; and none has "
-        "entered the long slow part of training. A large run has to be measured: `ckmerge study` does it on the run's own "
-        "checkpoints.",
+        "**What nobody knows**: whether the line stays one. These runs read 0.05 to 6 bytes a parameter, a large run "
+        "twenty and more; their batches are small, so that their noise, and what averaging removes, is large; and none has "
+        "entered the long slow part of training. A large run has to be measured: `ckmerge study` does it on the "
+        "run's own checkpoints.",
     ]
 
 
@@ -332,8 +332,8 @@ def referees_section(found: Sequence[Result]) -> list[str]:
         "",
         *(f"- *{name}*: {referee.source}." for name, referee in REFEREES.items()),
         "",
-        "An EMA with a decay of 0.999 averages over a thousand steps, all of such a run: a default made for long runs. All "
-        "choices are made on the search half.",
+        "An EMA with a decay of 0.999 averages over a thousand steps, all of such a run: a default made for long runs. "
+        "All choices are made on the search half.",
         "",
     ]
 
@@ -383,8 +383,8 @@ def verdicts_section(found: Sequence[Result]) -> list[str]:
         "",
         *(
             [
-                "Accepted / rejected of merges *that gain nothing*, in percent of 2,000 draws; 2.5 / 2.5 is what a 95 % "
-                "interval promises. The differences are those of a real search's winner, less their mean:",
+                "Accepted / rejected of merges *that gain nothing*, in percent of 2,000 draws; 2.5 / 2.5 is what a 95 "
+                "% interval promises. The differences are those of a real search's winner, less their mean:",
                 "",
                 table(["merge", "seed", *(f"{b} batches" for b in batches)], redrawn),
                 "",

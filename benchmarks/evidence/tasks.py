@@ -32,6 +32,7 @@ IMAGES_A_BATCH = 50
 # Every third batch of the validation data is the search's.
 NUM_EVAL_BATCHES = {"search": 32, "confirm": 64, "test": 64}
 RECALIBRATION_BATCHES = 16
+SPLITS = ("train", "val", "test")
 MASK, MASKED_SHARE, NOT_ASKED = NUM_BYTES, 0.15, -100
 
 

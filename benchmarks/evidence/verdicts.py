@@ -1,4 +1,4 @@
-"""How often a verdict errs on a real model and text: searches over random splits, and over weights that only carry noise.
+"""How often a verdict errs on a real model and text: searches over random splits, and over weights that carry noise.
 
 Windows that no run has trained on are split at random, again and again, into a search half, a confirmation half and a
 rest; what a merge gains on the rest is called its true gain.
