@@ -92,8 +92,8 @@ def page(found: Mapping[str, Sequence[Result]]) -> str:
     lines = [
         "# Evidence",
         "",
-        "How much of a learning-rate decay's gain the default recovers on runs that had no part in making it. The runs, "
-        "the statistics and what counts as success were fixed [beforehand](protocol.md). Medians over runs, the "
+        "How much of a learning-rate decay's gain the default recovers on runs that had no part in making it. Runs, "
+        "statistics and what counts as success were fixed [beforehand](protocol.md). Medians over runs, the "
         "range in brackets; two shared x86 cores, no GPU. Written by `python -m benchmarks.evidence report`.",
         "",
         "## The short of it",
@@ -236,7 +236,7 @@ def trend_told(found: Trend | None) -> list[str]:
         "not, by its interval; it does not give a large run's figure.",
         "",
         "**What nobody knows**: whether the line stays one. These runs read 0.05 to 6 bytes a parameter, a large run "
-        "twenty and more; their batches are small, so that their noise, and what averaging removes, is large; and none has "
+        "twenty and more; their batches are small, so that their noise, and what averaging removes, is large; none has "
         "entered the long slow part of training. A large run has to be measured: `ckmerge study` does it on the "
         "run's own checkpoints.",
     ]

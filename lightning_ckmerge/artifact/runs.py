@@ -65,12 +65,14 @@ class Place:
         run_id: Its own, which a run that branches off a living one does not share.
         source: Directory of the snapshots that its checkpoint names; ``None``: there are none to be found.
         notes: Messages for people.
+        url: Where its artifacts are uploaded to; ``None``: nowhere.
     """
 
     dirpath: Path
     run_id: str
     source: Path | None
     notes: tuple[str, ...] = ()
+    url: str | None = None
 
 
 class Claim:
