@@ -43,7 +43,7 @@ clean:  ## Remove the virtual environment, the caches and the built documentatio
 # Installed again only when a requirement changed.
 $(READY): pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[adapters,cli,examples,test,dev,loggers]'
+	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[adapters,cli,examples,test,dev,loggers,referees]'
 	touch $@
 
 # On its own, so that tests need no MkDocs.
