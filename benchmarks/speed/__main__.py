@@ -11,7 +11,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed import PAGE, RESULTS, following, gpu, merging, offline, searching, standing, starting, training
+from benchmarks.speed import (
+    PAGE,
+    RESULTS,
+    following,
+    gpu,
+    merging,
+    offline,
+    searching,
+    standing,
+    starting,
+    training,
+    uploading,
+)
 from benchmarks.speed.rounds import Row
 
 GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
@@ -24,6 +36,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "standstill": standing.measure,
     "follower": following.measure,
     "offline": offline.measure,
+    "upload": uploading.measure,
     "import": starting.measure,
 }
 BEGIN, END = "<!-- measured -->", "<!-- end -->"

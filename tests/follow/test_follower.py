@@ -345,6 +345,14 @@ def test_what_followers_cannot_serve_is_refused(tmp_path: Path, wrong: dict[str,
         make_callback(tmp_path, **wrong)
 
 
+def test_artifacts_at_a_url_are_refused(tmp_path: Path) -> None:
+    buffer = {"dirpath": str(tmp_path / "local")}
+    with pytest.raises(
+        ConfigError, match=r"both processes see, got the URL memory://.*copy the artifacts from there\."
+    ):
+        fit(tmp_path, dirpath="memory://follow/run", buffer=buffer, max_steps=1)
+
+
 def test_the_follower_refuses_another_model_and_a_run_that_searches_itself(due: Path) -> None:
     config = config_of(due, search={"where": "training"})
     merges = due / "merges"

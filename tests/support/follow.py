@@ -63,7 +63,7 @@ def make_callback(root: Path, **merge: Any) -> CheckpointMergeCallback:
     options["search"] = SearchConfig(**{**MERGE["search"], **merge.get("search", {})})
     options["buffer"] = BufferConfig(**{**MERGE["buffer"], **merge.get("buffer", {})})
     options["evaluation"] = EvaluationConfig(**merge.get("evaluation", {}))
-    return CheckpointMergeCallback(dirpath=root / "merges", **options)
+    return CheckpointMergeCallback(**{"dirpath": root / "merges", **options})
 
 
 def fit(

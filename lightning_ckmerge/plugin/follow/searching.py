@@ -20,6 +20,7 @@ from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.outcome import Score, SearchOutcome
+from lightning_ckmerge.core.spaces import Tail
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.errors import ArtifactError, FinalError, SearchError, SkipError, SnapshotError
 from lightning_ckmerge.pipeline import Scorer, SearchJob, join_search, run_search
@@ -131,8 +132,9 @@ class DueSearcher:
     def _attempt(self, due: DueSearch, start: float) -> DueResult | None:
         """Search and publish."""
         try:
-            objection = self._objection(due)
-            if objection is not None and self._settings.search.at_low_lr != "search":
+            objection, is_decayed = self._objection(due)
+            asked = self._settings.search.at_low_lr
+            if objection is not None and asked != "search" and not (asked == "tail" and is_decayed):
                 raise SkipError(f"{objection}. Set `search.at_low_lr: search` to search anyway.")
             with self._paused(due) as scorer:
                 job = self._make_job(due, scorer)
@@ -186,13 +188,17 @@ class DueSearcher:
                     return Artifact(path, manifest)
         return None
 
-    def _objection(self, due: DueSearch) -> str | None:
-        """Why a search has little to find at its step, as the run itself would say."""
+    def _objection(self, due: DueSearch) -> tuple[str | None, bool]:
+        """Why a search has little to find at its step, and whether that is since the learning rate has decayed.
+
+        As the run itself would say.
+        """
         rates = LearningRates()
         rates.load_state_dict(due.info.rates)
         part = due.parts[0]
         entries = [*part.snapshots, *([part.open] if part.open else [])]
-        return rates.objection(entries[0].segment.first_step if entries else due.step)
+        objection = rates.objection(entries[0].segment.first_step if entries else due.step)
+        return objection, objection is not None and not rates.is_rising
 
     @contextlib.contextmanager
     def _paused(self, due: DueSearch) -> Iterator[Scorer]:
@@ -205,14 +211,17 @@ class DueSearcher:
     def _make_job(self, due: DueSearch, scorer: Scorer) -> SearchJob:
         """There is no training time that it takes a share of."""
         results = list(earlier(read_results(self._dirpath), due))
-        objection = self._objection(due)
+        objection, is_decayed = self._objection(due)
+        settings, space = self._settings, self._model.space
+        if is_decayed and settings.search.at_low_lr == "tail":
+            settings, space = settings.after_decay(), Tail()
         # As `Curve` keeps them.
         first = (1 - RECENT_SHARE) * results[-1].step if results else -1.0
         return SearchJob(
             name=f"{due.run_id}-step={due.step:09d}",
             step=due.step,
-            settings=self._settings,
-            space=self._model.space,
+            settings=settings,
+            space=space,
             scorer=scorer,
             allowed_s=self._settings.search.timeout_s,
             allowed_by="search.timeout_s",

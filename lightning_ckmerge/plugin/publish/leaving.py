@@ -13,6 +13,7 @@ from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.runs import Place
 from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.wording import amount_told
+from lightning_ckmerge.errors import ConfigError
 from lightning_ckmerge.plugin.clock import Clock, Curve
 from lightning_ckmerge.plugin.progress import harmless, say
 from lightning_ckmerge.plugin.publish.followed import Followed
@@ -33,6 +34,9 @@ class Leaving:
         model: Whose weights.
         buffer: Whose snapshots.
         publisher: Shows what followers have published.
+
+    Raises:
+        ConfigError: Artifacts go to a URL.
     """
 
     def __init__(
@@ -44,6 +48,11 @@ class Leaving:
         buffer: RankBuffer,
         publisher: Publisher,
     ) -> None:
+        if place.url is not None:
+            raise ConfigError(
+                f'`search.where` "follower" publishes in a directory that both processes see, got the URL {place.url}. '
+                "Name a local or mounted `dirpath`, and copy the artifacts from there."
+            )
         self._trainer = trainer
         self._place = place
         self._monitors = settings.monitors
