@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -137,6 +138,7 @@ class Matrix:
         """Kill until so many processes have died."""
         while self.result.num_deaths < num_points:
             self._run_one(self._choose_among_stages())
+            print(f"{self.result.num_deaths} deaths, {len(self.result.failures)} failures", file=sys.stderr, flush=True)
         return self.result
 
     def _run_one(self, point: Point | None) -> None:
