@@ -285,10 +285,15 @@ class RollingBuffer:
         self._resume_mean(state.progress, state.file if usable else None)
         self._state_loaded = True
 
-    def close(self) -> None:
-        """Finish writing and end the thread. Snapshots on disk stay."""
+    def close(self, *, is_saved: bool = True) -> None:
+        """Finish writing and end the thread. Snapshots on disk stay.
+
+        Args:
+            is_saved: Whether the last state is in a checkpoint. One that training died in may never have been written,
+                so the files of the one before have to stay.
+        """
         self._writer.close()
-        if self._state_taken and not self._state_loaded:
+        if is_saved and self._state_taken and not self._state_loaded:
             self._archive.release()
             self._state_taken = False
 

@@ -73,6 +73,7 @@ class MergeRun:
         self._scored: tuple[int, Score | None] = (-1, None)  # the latest weights of the last search, and their step
         self._standing: Standing | None = None
         self._is_searching = False
+        self._is_published = False  # the last search, whatever failed after it
         self._was_interrupted = False  # in a search, by what ends training
         self._has_ended = False
         self._fault: tuple[type[Exception], str] | None = None  # of the search that is ending
@@ -161,7 +162,7 @@ class MergeRun:
             return None
         self._last_artifact = None
         self._triggers.searched_step = self.step
-        self._is_searching = True
+        self._is_searching, self._is_published = True, False
         start = time.monotonic()
         try:
             if not self._can_search():
@@ -172,7 +173,7 @@ class MergeRun:
             raise
         finally:
             self._is_searching = False
-        if self._fault is not None and self._last_artifact is None:
+        if self._fault is not None and not self._is_published:
             reason = f"The search failed: {self._fault[1]}"
             self._publisher.record_skip(self.step, reason, time.monotonic() - start, may_fail=True)
         self._conclude(f"No merge at step {self.step}")
@@ -243,9 +244,9 @@ class MergeRun:
         return state
 
     def close(self) -> None:
-        """Finish writing, on this rank alone."""
+        """Finish writing, on this rank alone, after a fault."""
         self._leave_off("stopped")
-        self._buffer.rolling.close()
+        self._buffer.rolling.close(is_saved=False)
         self._buffer.warn()
         self._publisher.close()
         self._model.comm.close()
@@ -412,6 +413,7 @@ class MergeRun:
             outcome = run_search(job)
             self._interruptions.let_finish()
             artifact = self._publisher.publish(outcome, job, self._curve.unpublished)
+            self._is_published = True
         self._model.comm.exchange(None)  # a failure on any rank is raised on all
         self._last_artifact = artifact
         self._scored = (self.step, outcome.anchors[0].confirm)

@@ -170,6 +170,22 @@ def test_closing_frees_what_only_the_checkpoint_before_needed(tmp_path: Path) ->
     assert len(files(tmp_path)) == 2
 
 
+def test_closing_after_a_fault_keeps_what_the_checkpoint_before_needs(tmp_path: Path) -> None:
+    """Training may have died while it wrote the last one, as on a full disk or with a rank that is gone."""
+    run = Run()
+    buffer = run.buffer(DiskStorage(tmp_path), capacity=2, layout="uniform")
+    run.train(buffer, range(1, 11))
+    state = buffer.state_dict()
+    run.train(buffer, range(11, 21))
+    buffer.state_dict()
+    buffer.close(is_saved=False)
+    resumed = run.buffer(DiskStorage(tmp_path), capacity=2, layout="uniform")
+    resumed.load_state_dict(state)
+    assert spans(resumed.snapshots()) == [(1, 5), (6, 10)]
+    assert resumed.take_warnings() == []
+    resumed.close()
+
+
 def test_looking_at_a_run_leaves_its_files_alone(tmp_path: Path) -> None:
     """``Trainer.test(ckpt_path=...)`` loads the state of an old step, too; what came after must stay."""
     run = Run()

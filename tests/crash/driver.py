@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -23,7 +24,7 @@ import torch.distributed as dist
 
 from tests.crash.checks import Left, check_death, check_end
 from tests.crash.kill import Killer, Kind
-from tests.crash.run import TIMEOUT, train
+from tests.crash.run import TIMEOUT, read_notes, train
 
 # A run takes seconds. One that takes minutes hangs.
 LIMIT_S = 300.0
@@ -137,11 +138,12 @@ class Matrix:
         """Kill until so many processes have died."""
         while self.result.num_deaths < num_points:
             self._run_one(self._choose_among_stages())
+            print(f"{self.result.num_deaths} deaths, {len(self.result.failures)} failures", file=sys.stderr, flush=True)
         return self.result
 
     def _run_one(self, point: Point | None) -> None:
         """Let one run die, and die again, until it reaches its end."""
-        root, story = self._new_root(f"run-{self.result.num_runs}"), list[str]()
+        root, story, num_noted = self._new_root(f"run-{self.result.num_runs}"), list[str](), 0
         try:
             while point is not None:
                 code = self._train(root, point)
@@ -153,10 +155,12 @@ class Matrix:
                 self.result.stages[stage] += 1
                 self.result.kinds[point.kind] += 1
                 check_death(root, len(story))
+                num_noted = len(read_notes(root / "notes-0.txt"))
                 point = self._choose_any() if self._random.random() < self._again else None
             else:
                 assert self._train(root, None) == 0, "it did not go on"
-            check_end(root, self.expected)
+            # Without a step there is no search.
+            check_end(root, self.expected, is_tidy=len(read_notes(root / "notes-0.txt")) > num_noted)
         except Exception as error:
             where = " -> ".join(story) or "nothing"
             log = "\n".join((root / "log.txt").read_text().splitlines()[-12:])
@@ -253,8 +257,9 @@ class RankMatrix:
                 other = codes[1 - doomed]
                 self.ends["was done" if other == 0 else "ended with an error"] += 1
                 check_death(root, 1)
+            num_noted = len(read_notes(root / "notes-0.txt"))
             assert self._run(root, partial(train, root, num_ranks=self.NUM_RANKS)) == [0, 0], "it did not go on"
-            check_end(root, self.expected)
+            check_end(root, self.expected, is_tidy=len(read_notes(root / "notes-0.txt")) > num_noted)
         except Exception as error:
             log = "\n".join((root / "log.txt").read_text().splitlines()[-30:])
             where = f"rank {doomed} at {stage} ({kind} {at}{', stopped' if stops else ''})"
