@@ -20,7 +20,6 @@ from benchmarks.quality.methods import CONTROL, DEFAULT, METHODS, NUM_FREE_TRIAL
 
 RESULTS = RUNS.parent / "results.json"
 AFTER_DECAY = RUNS.parent / "after_decay.json"
-TRIED = RUNS.parent / "tried.json"
 PAGE = ROOT / "docs" / "quality.md"
 CHART = ROOT / "docs" / "quality.svg"
 SPLITS = {"search": "search half", "confirm": "confirmation half", "test": "test files", "other": "other corpus"}
