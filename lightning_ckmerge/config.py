@@ -50,6 +50,9 @@ class BufferConfig:
         storage: ``disk``: safetensors files, written behind training, which survive a restart. ``cpu``: host
             memory. ``device``: memory of the weights' device.
         dtype: Precision of the stored snapshots. ``None``: float32 for means, the weights' own for points.
+        dirpath: Local directory for whatever lies on disk while artifacts go to a URL: snapshots, the study, and the
+            artifacts until they have been uploaded. ``None``: ``ckmerge`` under ``default_root_dir``, or under the
+            working directory where that is a URL, too.
         bucket_size: Most extra memory that a merge takes while ranks that hold the model whole (DDP) send each other
             their shares of it, such as ``"64MB"``.
     """
@@ -61,6 +64,7 @@ class BufferConfig:
     update_every_n_steps: int = 3
     storage: StorageKind = "disk"
     dtype: BufferDtype | None = None
+    dirpath: str | Path | None = None
     bucket_size: str = "64MB"
 
     def __post_init__(self) -> None:

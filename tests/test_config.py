@@ -107,7 +107,7 @@ def test_a_wrong_constraint_is_refused(wrong: dict[str, Any], rule: str) -> None
 def test_every_argument_with_a_range_is_tested() -> None:
     """Goes red when one is added without a wrong value for it here."""
     free = {(SearchConfig, n) for n in ("sampler", "terminator", "constraints", "storage")}
-    free |= {(EvaluationConfig, n) for n in ("dataloader", "staged")}
+    free |= {(BufferConfig, "dirpath"), *((EvaluationConfig, n) for n in ("dataloader", "staged"))}
     arguments = {(c, f.name) for c in CONFIGS for f in dataclasses.fields(c)}
     assert arguments - {(c, n) for c, n, _, _ in WRONG} == free
 

@@ -23,6 +23,7 @@ from lightning_ckmerge.distributed.comm import Comm, on_rank_zero
 from lightning_ckmerge.errors import FinalError, SkipError, TraceError, explain
 from lightning_ckmerge.pipeline import Scorer, SearchJob, run_search
 from lightning_ckmerge.plugin.clock import Clock, Curve
+from lightning_ckmerge.plugin.dirpath import Destination
 from lightning_ckmerge.plugin.evaluate.scorer import ScorerMaker
 from lightning_ckmerge.plugin.plan import Known, Plan, make_plan, render_plan
 from lightning_ckmerge.plugin.progress import OnScored, harmless, say, search_progress
@@ -80,7 +81,7 @@ class MergeRun:
         length = length_of_run(trainer)
         self._triggers = TriggerState(triggers=settings.triggers, total_steps=length.steps, step=trainer.global_step)
         state = state or {"training_s": 0.0, "searched_s": 0.0}
-        self._run_id = place.run_id
+        self._run_id, self._url = place.run_id, place.url
         self._clock = Clock(float(state["training_s"]), float(state["searched_s"]))
         self._buffer = RankBuffer(
             settings.buffer,
@@ -147,6 +148,7 @@ class MergeRun:
         self._last_artifact = None
         self._triggers.searched_step = self.step
         self._is_searching = True
+        start = time.monotonic()
         try:
             if not self._can_search():
                 return None
@@ -156,6 +158,9 @@ class MergeRun:
             raise
         finally:
             self._is_searching = False
+        if self._fault is not None and self._last_artifact is None:
+            reason = f"The search failed: {self._fault[1]}"
+            self._publisher.record_skip(self.step, reason, time.monotonic() - start, may_fail=True)
         self._conclude(f"No merge at step {self.step}")
         return self._last_artifact
 
@@ -218,6 +223,7 @@ class MergeRun:
         self._buffer.rolling.close()
         state = self._state()
         self._buffer.warn()
+        self._publisher.close()
         self._model.comm.close()
         return state
 
@@ -225,13 +231,14 @@ class MergeRun:
         """Finish writing, on this rank alone."""
         self._buffer.rolling.close()
         self._buffer.warn()
+        self._publisher.close()
         self._model.comm.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data from which a later one goes on; no tensors. From now on, a checkpoint names snapshots."""
         state = self._state()
         if self._model.comm.rank == 0:
-            keep_snapshots(self.dirpath)
+            keep_snapshots(self.dirpath, self._run_id)
         return state
 
     def _state(self) -> dict[str, Any]:
@@ -326,7 +333,8 @@ class MergeRun:
     def _say_plan(self, length: RunLength) -> None:
         trainer = self._trainer
         batches = trainer.num_val_batches
-        known = Known(length=length, val_batches=batches, dirpath=self.dirpath, num_ranks=trainer.world_size)
+        destination = Destination(dirpath=self.dirpath, url=self._url)
+        known = Known(length=length, val_batches=batches, destination=destination, num_ranks=trainer.world_size)
         self.plan: Plan = make_plan(self.settings, trainer, self._model, known)
         say(trainer, render_plan(self.plan))
 
