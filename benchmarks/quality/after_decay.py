@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -108,16 +108,28 @@ def measure(case: Case) -> dict[str, Any]:
     return found
 
 
-def over_noise(cases: Mapping[str, Case], num_searches: int) -> dict[str, int]:
-    """Return how often each verdict was reached, over noise and small batches."""
-    found: Counter[str] = Counter()
+def over_noise(cases: Mapping[str, Case], num_searches: int) -> None:
+    """Keep the verdict of each of so many searches over noise and small batches, by its seed."""
     for case in cases.values():
         case.batches = {split: [b[:NOISE_BATCH_SIZE] for b in case.batches[split]] for split in ("search", "confirm")}
     for seed in range(num_searches):
-        case = list(cases.values())[seed % len(cases)]
-        found[short_search(case, noisy(case, seed))[2]] += 1
-        print("over noise:", dict(found), flush=True)
-    return dict(found)
+        results = read()
+        if (noise := results.setdefault("noise", {})).get(str(seed)) is None:
+            case = list(cases.values())[seed % len(cases)]
+            noise[str(seed)] = short_search(case, noisy(case, seed))[2]
+            write(results)
+
+
+def read() -> dict[str, Any]:
+    """Return what has been measured."""
+    return json.loads(AFTER_DECAY.read_text()) if AFTER_DECAY.exists() else {"runs": {}}
+
+
+def write(results: Mapping[str, Any]) -> None:
+    """Keep it, in one rename."""
+    temporary = AFTER_DECAY.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(temporary, AFTER_DECAY)
 
 
 def main() -> None:
@@ -129,17 +141,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = args.runs or sorted(p.parent.name for p in RUNS.glob("*/run.json"))
-    results = {} if not AFTER_DECAY.exists() else json.loads(AFTER_DECAY.read_text())
-    for name in names:
-        if not args.num_noise and name not in results.get("runs", {}):
-            results.setdefault("runs", {})[name] = measure(Case(RUNS / name))
-            AFTER_DECAY.write_text(json.dumps(results, indent=1) + "\n")
-            print(name, json.dumps(results["runs"][name]), flush=True)
     if args.num_noise:
-        found = over_noise({name: Case(RUNS / name) for name in names}, args.num_noise)
-        results = {**json.loads(AFTER_DECAY.read_text()), "noise": found}
-        AFTER_DECAY.write_text(json.dumps(results, indent=1) + "\n")
-    print(after_decay_told(results))
+        over_noise({name: Case(RUNS / name) for name in names}, args.num_noise)
+    for name in [] if args.num_noise else names:
+        if name not in read()["runs"]:
+            found = measure(Case(RUNS / name))
+            results = read()
+            results["runs"][name] = found
+            write(results)
+    print(after_decay_told(read()))
 
 
 if __name__ == "__main__":

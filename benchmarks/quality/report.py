@@ -6,6 +6,7 @@ python -m benchmarks.quality.report
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -19,7 +20,6 @@ from benchmarks.quality.methods import CONTROL, DEFAULT, METHODS, NUM_FREE_TRIAL
 
 RESULTS = RUNS.parent / "results.json"
 AFTER_DECAY = RUNS.parent / "after_decay.json"
-TRIED = RUNS.parent / "tried.json"
 PAGE = ROOT / "docs" / "quality.md"
 CHART = ROOT / "docs" / "quality.svg"
 SPLITS = {"search": "search half", "confirm": "confirmation half", "test": "test files", "other": "other corpus"}
@@ -256,7 +256,7 @@ def after_decay_told(results: Mapping[str, Any]) -> str:
         for name in runs[0]
     ]
     statuses = [run["the short search"]["status"] for run in runs]
-    noise = results.get("noise", {})
+    noise = Counter(results.get("noise", {}).values())
     told = (
         f"It was measured on {len(runs)} other runs, of a GPT of 0.37 M parameters in float32 "
         f"({', '.join(results['runs'])}; of python-0 one figure was known before the space was settled). Gain over the "

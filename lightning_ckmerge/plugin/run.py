@@ -418,7 +418,8 @@ class MergeRun:
         self._last_artifact = artifact
         self._scored = (self.step, outcome.anchors[0].confirm)
         self._curve.add_search(outcome)
-        self._previous = outcome.best_coordinates or self._previous
+        if job.space is self._model.space:
+            self._previous = outcome.best_coordinates or self._previous
         self._publisher.announce(outcome, artifact, self._clock.searched_s + sum(outcome.cost.seconds.values()))
 
     def _agree(self, check: Callable[[], None]) -> None:
@@ -442,9 +443,9 @@ class MergeRun:
 
     def _make_job(self, scorer: Scorer, on_scored: OnScored) -> SearchJob:
         objection, is_decayed = self._objection()
-        settings, space = self.settings, self._model.space
+        settings, space, previous = self.settings, self._model.space, self._previous
         if is_decayed and settings.search.at_low_lr == "tail":
-            settings, space = settings.after_decay(), Tail()
+            settings, space, previous = settings.after_decay(), Tail(), None
         allowed_s, allowed_by = self._clock.allowance(self.settings.search, is_last=self._is_last)
         return SearchJob(
             name=f"{self._run_id}-step={self.step:09d}",
@@ -457,7 +458,7 @@ class MergeRun:
             searched_s=self._clock.searched_s,
             training_s=self._clock.training_s,
             # A rank that failed last time, after others had reached the verdict, knows of none.
-            previous=self._model.comm.exchange(self._previous)[0],
+            previous=self._model.comm.exchange(previous)[0],
             validated=self._curve.validated,
             searched=self._curve.searched,
             notes=[f"{objection[0].upper()}{objection[1:]}."] if objection else [],
