@@ -111,7 +111,7 @@ def page(runs: Sequence[Run]) -> str:
     lines = [
         "# Quality: what a merge recovers of a decay's gain",
         "",
-        "These are the runs by which the default was made: three of them gave it its constants, and all were looked at. "
+        "These are the runs by which the default was made: three of them gave it its constants, all were looked at. "
         "Runs that had no part in it, of other sizes, lengths, optimizers and models, are the [evidence](evidence.md).",
         "",
         f"The default recovers a median of **{confirmed} %** of what a learning-rate decay gains, on the confirmation "
