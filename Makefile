@@ -5,7 +5,7 @@ READY  := $(VENV)/.ready
 READY_DOCS := $(VENV)/.ready-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-fsdp2 examples test check docs clean
+.PHONY: help demo demo-fsdp2 examples test crash check docs clean
 
 help:  ## Show these lines.
 	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ examples: $(READY)  ## Run the examples beyond language models, a minute or two 
 
 test: $(READY)  ## Run the test suite. ARGS="-k buffer" picks a part of it.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+crash: $(READY)  ## Kill runs at more than 200 points, single ones and one of two ranks, and write docs/crashes.json (half an hour).
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash --points 204 --again 0.7 --rank-points 22 --stops 2 --out docs/crashes.json
 
 check: $(READY)  ## Format, lint, types, layers, public names, and the examples in docstrings.
 	$(BIN)/ruff format --check .

@@ -37,7 +37,7 @@ WRONG = [
     (SearchConfig, "timeout_s", math.nan, "`search.timeout_s > 0`"),
     (SearchConfig, "max_fraction_of_training", 0.0, "`0 < search.max_fraction_of_training <= 1`"),
     (SearchConfig, "max_fraction_of_training", 1.5, "`0 < search.max_fraction_of_training <= 1`"),
-    (SearchConfig, "at_low_lr", "warn", "`search.at_low_lr` must be one of skip, search"),
+    (SearchConfig, "at_low_lr", "warn", "`search.at_low_lr` must be one of tail, skip, search"),
     (EvaluationConfig, "limit_batches", 1, "`evaluation.limit_batches >= 2`"),
     (EvaluationConfig, "limit_batches", 0.0, "`0 < evaluation.limit_batches <= 1`"),
     (EvaluationConfig, "limit_batches", 2.0, "`0 < evaluation.limit_batches <= 1`"),

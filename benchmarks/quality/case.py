@@ -9,7 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,12 +70,13 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Bytes(Task):
-    """A GPT of a million parameters over bytes."""
+    """A GPT over bytes, of a million parameters unless its run says another shape."""
 
     corpus: Corpus
+    shape: Mapping[str, int] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
-        return GPT(context=CONTEXT)
+        return GPT(context=CONTEXT, **self.shape)
 
     def batches(self) -> dict[str, list[Any]]:
         return eval_batches(self.corpus)
@@ -102,7 +103,7 @@ class Case:
         self.latest_P: Tensor = self._trail["points_MP"][-1]
         if self._branch:
             self.branch_P: Tensor = self._branch["points_MP"][-1]
-        self.task = task or Bytes(self.about["corpus"])
+        self.task = task or Bytes(self.about["corpus"], self.about.get("model", {}))
         self.batches = self.task.batches()
         self.model = self.task.model()
 

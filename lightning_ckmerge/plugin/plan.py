@@ -17,6 +17,7 @@ from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.config import BufferConfig, MergeSettings
 from lightning_ckmerge.core.layout import TensorLayout
+from lightning_ckmerge.core.spaces import Grouped
 from lightning_ckmerge.core.spaces.groups import describe_groups
 from lightning_ckmerge.core.wording import amount_told
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
@@ -171,7 +172,7 @@ def make_plan(settings: MergeSettings, trainer: Trainer, model: RankModel, known
         num_candidates=num_anchors + settings.search.n_trials,
         num_confirmed=most_confirmed(of_front=settings.has_several),
         cap=settings.search.max_fraction_of_training,
-        groups=describe_groups(model.space.group_of) if model.space.group_of else None,
+        groups=_groups(model),
         adapters=_adapters(settings, model),
         left_out=", ".join(model.ownership.left_out) or None,
     )
@@ -241,6 +242,12 @@ def num_searches(settings: MergeSettings, length: RunLength) -> int | None:
         return None
     # A step that has been searched is not searched again.
     return int(total // every) + (settings.triggers.on_train_end and total % every > 0)
+
+
+def _groups(model: RankModel) -> str | None:
+    if model.space.group_of:
+        return describe_groups(model.space.group_of)
+    return "none found by name: all tensors share their coefficients" if isinstance(model.space, Grouped) else None
 
 
 def _when(settings: MergeSettings, total_steps: int | None) -> str:

@@ -160,10 +160,18 @@ class Publisher:
                 write_run_report(self._dirpath, history_of(self._dirpath))
             self._upload()
 
-    def record_skip(self, step: int, reason: str, seconds: float) -> None:
-        """Enter a search that did not take place, or was given up, into the run's history."""
+    def record_skip(self, step: int, reason: str, seconds: float, *, may_fail: bool = False) -> None:
+        """Enter a search that did not take place, or was given up, into the run's history.
+
+        Args:
+            step: When it was due.
+            reason: Why there is no merge.
+            seconds: The time that it took anyway.
+            may_fail: Say nothing if it cannot be written: the fault that is to be recorded may be the disk's.
+        """
         if self._comm.rank == 0:
-            with harmless("The record of a skipped search", self._trainer):
+            guard = contextlib.suppress(Exception) if may_fail else harmless("A skipped search's record", self._trainer)
+            with guard:
                 record = skip_record(step, self._monitor, self._store.mode, reason, seconds)
                 self._store.append_skip({**record, "run_id": self._run_id})
                 write_run_report(self._dirpath, history_of(self._dirpath))
