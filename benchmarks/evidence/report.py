@@ -116,7 +116,7 @@ def page(found: Mapping[str, Sequence[Result]]) -> str:
         "",
         "## What holds",
         "",
-        table(["claim", "so far"], [list(row) for row in claims(found)]),
+        table(["claim", "state"], [list(row) for row in claims(found)]),
         "",
         "## How far it has run",
         "",
@@ -151,7 +151,9 @@ def ladder_section(found: Sequence[Result]) -> list[str]:
         "## Sizes and lengths",
         "",
         "*Twin's gain*: of the decayed copy over the latest weights, in nats a byte. *Best tau*: the length of the "
-        "average that won, as a share of the run.",
+        "average that won, as a share of the run. A share above 100 % says that the merge beats the twin, and no more: "
+        "while a run still learns fast, a falling rate costs the twin some of that, and its gain is a low mark. Shares "
+        "of short runs are high for this reason; those of the longest count most.",
         "",
         table(
             [
@@ -350,14 +352,14 @@ def verdicts_section(found: Sequence[Result]) -> list[str]:
         here = decided(found, kind)
         accepted = [s for s in here if s["status"] == "accepted"]
         false = [s for s in accepted if s["true_gain"] <= 0]
-        judged = [s for s in here if s["interval"] is not None]
+        bounded = [s for s in here if s["interval"] is not None]
         rows.append(
             [
                 said,
                 f"{len(here)} of {wanted}" if here else NOT_YET,
                 *(str(sum(s["status"] == status for s in here)) for status in ("accepted", "unconfirmed", "rejected")),
                 proportion(len(false), len(accepted)),
-                proportion(sum(map(covers, judged)), len(judged)),
+                proportion(sum(map(covers, bounded)), len(bounded)),
             ]
         )
     redrawn = [
@@ -407,10 +409,13 @@ def claims(found: Mapping[str, Sequence[Result]]) -> list[tuple[str, str]]:
     """Return the protocol's claims, and whether each holds so far."""
     ladder = found["ladder"]
     judge: list[tuple[str, Callable[[], str]]] = [
-        ("it carries over sizes and lengths: each cell's median share is at least 95 %", lambda: cells_told(ladder)),
+        (
+            "it carries over sizes and lengths: each cell's median share is at least 95 %",
+            lambda: cells_told(ladder, "ladder"),
+        ),
         ("it does not fade: both slopes' intervals lie above -3 points a factor of ten", lambda: slopes_told(ladder)),
-        ("it carries over regimes", lambda: cells_told(found["regimes"])),
-        ("it carries over architectures", lambda: cells_told(found["architectures"])),
+        ("it carries over regimes", lambda: cells_told(found["regimes"], "regimes")),
+        ("it carries over architectures", lambda: cells_told(found["architectures"], "architectures")),
         ("it is worth a search: ahead of each referee", lambda: referees_told(found["referees"])),
         ("it is cheap: at most 6 evaluations", lambda: cost_told(ladder)),
         ("a verdict keeps its promise", lambda: promise_told(found["verdicts"])),
@@ -419,7 +424,14 @@ def claims(found: Mapping[str, Sequence[Result]]) -> list[tuple[str, str]]:
     return [(claim, say()) for claim, say in judge]
 
 
-def cells_told(found: Sequence[Result]) -> str:
+def judged(holds: bool, num_runs: int, part: str) -> str:
+    """Return whether a claim holds; before all its runs are measured, only how it looks."""
+    if num_runs < len(runs(part)):
+        return f"open, {num_runs} of {len(runs(part))} runs: {'met' if holds else 'not met'} so far"
+    return "**holds**" if holds else "**fails**"
+
+
+def cells_told(found: Sequence[Result], part: str) -> str:
     """Return which cells reach the target."""
     by_cell: dict[str, list[Result]] = {}
     for r in found:
@@ -428,10 +440,9 @@ def cells_told(found: Sequence[Result]) -> str:
     if not by_cell:
         return NOT_YET
     failed = {cell: said for cell, here in by_cell.items() if (said := shortfall(here))}
-    head = f"{len(by_cell) - len(failed)} of {len(by_cell)} cells"
-    return f"**{'holds' if not failed else 'fails'}**: {head}" + (
-        "; not " + ", ".join(f"{cell} ({said})" for cell, said in failed.items()) if failed else ""
-    )
+    head = f"{len(by_cell) - len(failed)} of {len(by_cell)} cells measured, of {len(cells(part))}"
+    missing = "; not " + ", ".join(f"{cell} ({said})" for cell, said in failed.items()) if failed else ""
+    return f"{judged(not failed, sum(map(len, by_cell.values())), part)}: {head}{missing}"
 
 
 def shortfall(here: Sequence[Result]) -> str:
@@ -450,7 +461,7 @@ def slopes_told(found: Sequence[Result]) -> str:
         return NOT_YET
     size, steps = (slope.interval[0] for slope in plane.slopes_D)
     holds = min(size, steps) > TARGET_SLOPE
-    return f"**{'holds' if holds else 'fails'}**: lower ends {size:+.1f} (parameters) and {steps:+.1f} (steps)"
+    return f"{judged(holds, plane.num_runs, 'ladder')}: lower ends {size:+.1f} (parameters) and {steps:+.1f} (steps)"
 
 
 def referees_told(found: Sequence[Result]) -> str:
@@ -460,9 +471,13 @@ def referees_told(found: Sequence[Result]) -> str:
         return NOT_YET
     winning = {name: d for name, d in ahead.items() if d >= 0}
     if winning:
-        return "**fails**: behind " + ", ".join(f"{name} by {d:.1f} points" for name, d in winning.items())
+        return f"{judged(False, len(found), 'referees')}: behind " + ", ".join(
+            f"{name} by {d:.1f} points" for name, d in winning.items()
+        )
     nearest = max(ahead, key=ahead.__getitem__)
-    return f"**holds**: ahead of {len(ahead)}, of the best, {nearest}, by {-ahead[nearest]:.1f} points"
+    whole = len(ahead) == len(REFEREES)
+    told_so = judged(True, len(found) if whole else 0, "referees")
+    return f"{told_so}: ahead of {len(ahead)}, of the best, {nearest}, by {-ahead[nearest]:.1f} points"
 
 
 def cost_told(found: Sequence[Result]) -> str:
@@ -470,21 +485,22 @@ def cost_told(found: Sequence[Result]) -> str:
     spent = of_method(found, DEFAULT, "evaluations")
     if not spent:
         return NOT_YET
-    return f"**{'holds' if median(spent) <= TARGET_EVALUATIONS else 'fails'}**: {told(spent, 1)}"
+    return f"{judged(median(spent) <= TARGET_EVALUATIONS, len(spent), 'ladder')}: {told(spent, 1)}"
 
 
 def promise_told(found: Sequence[Result]) -> str:
     """Return whether verdicts over random splits keep their promise."""
     here = [*decided(found, "latest"), *decided(found, "twin")]
     accepted = [s for s in here if s["status"] == "accepted"]
-    judged = [s for s in here if s["interval"] is not None]
+    with_intervals = [s for s in here if s["interval"] is not None]
     if not here:
         return NOT_YET
-    false, held = sum(s["true_gain"] <= 0 for s in accepted), sum(map(covers, judged))
-    holds = false <= 0.025 * len(accepted) and proportion_interval(held, len(judged))[1] >= 0.95
+    false, held = sum(s["true_gain"] <= 0 for s in accepted), sum(map(covers, with_intervals))
+    holds = false <= 0.025 * len(accepted) and proportion_interval(held, len(with_intervals))[1] >= 0.95
     return (
-        f"**{'holds' if holds else 'fails'}**: {false} of {len(accepted)} accepted without a true gain; "
-        f"{held} of {len(judged)} intervals hold the true gain"
+        f"{judged(holds, whole_runs(found, 'latest', 'twin'), 'verdicts')}: {false} of {len(accepted)} accepted "
+        f"without a true gain; "
+        f"{held} of {len(with_intervals)} intervals hold the true gain"
     )
 
 
@@ -494,7 +510,13 @@ def noise_told(found: Sequence[Result]) -> str:
     if not here:
         return NOT_YET
     num = sum(s["status"] == "accepted" for s in here)
-    return f"**{'holds' if not num else 'fails'}**: {num} of {len(here)}"
+    return f"{judged(not num, whole_runs(found, 'noise'), 'verdicts')}: {num} of {len(here)}"
+
+
+def whole_runs(found: Sequence[Result], *kinds: str) -> int:
+    """Return on how many runs all searches of these kinds have run."""
+    wanted = {"latest": SPLITS_A_RUN // 2, "twin": SPLITS_A_RUN // 2, "noise": NOISES_A_RUN}
+    return sum(all(len(r.get(kind, [])) >= wanted[kind] for kind in kinds) for r in found)
 
 
 if __name__ == "__main__":

@@ -213,6 +213,26 @@ def test_the_page_says_what_has_not_run(home: Path, monkeypatch: pytest.MonkeyPa
     assert empty.count(report.NOT_YET) > 20
 
 
+def test_a_claim_is_judged_once_all_its_runs_are_measured() -> None:
+    """Goes red if a page says that a claim holds while runs are missing, or that it does where one cell falls short."""
+
+    def measured(run: Run, share: float) -> dict[str, object]:
+        losses = dict.fromkeys(NUM_BATCHES, 2.0 - share / 1000)
+        return {
+            "run": {"cell": run.cell, "seed": run.seed},
+            "latest": dict.fromkeys(NUM_BATCHES, 2.0),
+            "twin": dict.fromkeys(NUM_BATCHES, 1.9),
+            "methods": {DEFAULT: {"losses": losses}},
+        }
+
+    ladder = protocol.runs("ladder")
+    assert report.cells_told([measured(run, 96) for run in ladder], "ladder").startswith("**holds**")
+    assert report.cells_told([measured(run, 96) for run in ladder[1:]], "ladder").startswith("open")
+    short = [measured(run, 90 if run.model == "3M" else 96) for run in ladder]
+    assert report.cells_told(short, "ladder").startswith("**fails**")
+    assert "3M, 1,000 steps (90.0 %)" in report.cells_told(short, "ladder")
+
+
 def test_the_committed_page_is_of_the_committed_results() -> None:
     """Goes red if a figure on the page was changed by hand, or results were committed without their page."""
     assert report.PAGE.read_text() == report.page({part: report.results(part) for part in PARTS})
