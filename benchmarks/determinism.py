@@ -1,7 +1,7 @@
 """Whether equal seeds find equal merges: the artifacts of two equal runs, on one rank and on two, by their SHA-256.
 
-python -m benchmarks.determinism                                         this Python
-python -m benchmarks.determinism --out benchmarks/determinism.json       adds this Python to the file; `make determinism`
+python -m benchmarks.determinism                                       this Python
+python -m benchmarks.determinism --out benchmarks/determinism.json     adds it to the file; `make determinism`
 
 A run's trials (coordinates, coefficients and values) and the bytes of its tensors count; its identity and its clock do
 not. Each run has a process of its own.

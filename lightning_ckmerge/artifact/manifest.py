@@ -152,7 +152,7 @@ def _validator() -> Any:
 def with_whole_numbers(schema: dict[str, Any]) -> Any:
     """Return a validator for which 2.0 is no integer, as it is none to Python."""
     whole = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda checker, value: type(value) is int)
-    return validators.extend(Draft202012Validator, type_checker=whole)(schema)
+    return validators.extend(Draft202012Validator, type_checker=whole)(schema)  # type: ignore[no-untyped-call]
 
 
 def _verdict(verdict: Verdict, winner: Scored) -> dict[str, Any]:

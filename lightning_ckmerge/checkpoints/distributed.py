@@ -166,7 +166,8 @@ def _read_metadata(path: Path) -> Metadata:
         raise _unreadable(path, error) from error
     # A shard's path is data too: it must not leave the directory.
     for stored in metadata.storage_data.values():
-        if "/" in stored.relative_path or not inside(path, stored.relative_path).is_file():
+        shard = inside(path, stored.relative_path)
+        if shard.parent != path or (shard.exists() and not shard.is_file()):
             raise ArtifactError(
                 f"the files of a checkpoint must lie inside it, got {stored.relative_path!r} in {path}. Restore it "
                 "from a copy."
