@@ -18,7 +18,7 @@ from lightning_ckmerge.artifact.standing import read_standing
 from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.checks import TORCH_SUFFIXES
 from lightning_ckmerge.core.wording import listed
-from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.errors import ArtifactError, ConfigError
 from lightning_ckmerge.tensorfiles.durable import file_record
 from lightning_ckmerge.tensorfiles.untrusted import inside, parse_json, read_json
 from lightning_ckmerge.tensorfiles.writer import WEIGHTS_NAME
@@ -63,7 +63,8 @@ class Artifact:
 
         Args:
             path: The artifact's directory, a run's ``best``, or the run's ``dirpath``, which stands for its best; where
-                several runs share it, for that of the run that began last (``dirpath/run=1`` names the first).
+                several runs share it, for that of the newest, which began or was resumed last (``dirpath/run=1`` names
+                the first).
             verify: Compare each file's SHA-256. Sizes, names and the manifest's schema are checked in any case.
 
         Raises:
@@ -218,8 +219,8 @@ def load_merged(
 
     Args:
         source: An artifact, its directory, a run's ``best``, or the run's ``dirpath``, which stands for its best: of
-            several runs in it, for that of the one that began last, and a warning says how to name another. Also
-            the directory or the ``.safetensors`` file that ``ckmerge merge`` wrote.
+            several runs in it, for that of the newest, which began or was resumed last, and a warning says how to name
+            another. Also the directory or the ``.safetensors`` file that ``ckmerge merge`` wrote.
         model: The LightningModule that was trained, or one with the same ``state_dict`` names.
         strict: Refuse missing and unexpected names. Otherwise matching tensors are loaded, and a warning lists the
             others; no name in common, or another shape, is refused in any case.
@@ -227,10 +228,16 @@ def load_merged(
 
     Raises:
         ArtifactError: There is no artifact, it is damaged, it holds no weights, or they do not fit the model.
+        ConfigError: The model is something else.
     """
     # As above: reviewing artifacts needs no torch.
+    from torch import nn
+
     from lightning_ckmerge.core.adapters import fits, give_ranks
 
+    if not isinstance(model, nn.Module):
+        found = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ConfigError(f"`model` must be a module, got {found}. Build it as it was for training.")
     if isinstance(source, (Artifact, MergedFiles)):
         artifact = source
     else:

@@ -206,8 +206,13 @@ class ArtifactStore:
         return path
 
     def _ranked(self, like: Manifest) -> list[Artifact]:
-        """Return the artifacts of one run and metric that hold weights, best first; of equals the older."""
+        """Return the artifacts of one run and metric that hold weights, best first.
+
+        Of equals the older comes first, or the newer where that is kept anyway: a search that is done again.
+        """
         found = [a for a in self._found() if a.has_weights and _measured(a.manifest) == _measured(like)]
+        if self.keeps_newest:
+            found.reverse()
         return sorted(found, key=lambda a: self._rank(a.manifest, like))
 
     def _found(self) -> Iterator[Artifact]:

@@ -163,7 +163,7 @@ def open_sources(paths: Sequence[Path], key: str | None = None) -> list[Source]:
     """Open checkpoints in the order given.
 
     A directory that is no checkpoint stands for the checkpoints that lie in it, oldest first; of those with equal steps
-    one is taken, since Lightning keeps copies of the last.
+    one is taken, since Lightning keeps copies of the last; they must hold the same weights.
 
     Args:
         paths: Checkpoints, and directories of them.
@@ -191,7 +191,8 @@ def run_sources(paths: Sequence[Path], key: str | None = None, last: int | None 
         last: Use the newest so many.
 
     Raises:
-        ArtifactError: One of them does not tell its step, or there are fewer than two.
+        ArtifactError: One of them does not tell its step, two of one step hold different weights, or there are fewer
+            than two.
     """
     opened = open_sources(paths, key)
     for source in opened:
@@ -220,8 +221,24 @@ def _distinct(sources: Iterable[Source]) -> list[Source]:
     """Return one source a step; sources without a step stay."""
     by_step: dict[int | Path, Source] = {}
     for source in sources:
-        by_step.setdefault(source.path if source.step is None else source.step, source)
+        first = by_step.setdefault(source.path if source.step is None else source.step, source)
+        if first is not source and (name := _difference(first, source)):
+            raise ArtifactError(
+                f"checkpoints of one step must hold the same weights, got {first.path} and {source.path}, both of step "
+                f"{source.step}, which differ in {name}. Name the checkpoints of one run."
+            )
     return list(by_step.values())
+
+
+def _difference(one: Source, other: Source) -> str | None:
+    """Return the first name that stands for other bits in the one than in the other."""
+    from lightning_ckmerge.core.layout import raw_bytes
+
+    names = () if one.path.resolve() == other.path.resolve() else sorted(one.specs.keys() & other.specs.keys())
+    for name in names:
+        if one.specs[name] != other.specs[name] or raw_bytes(one.weights[name]) != raw_bytes(other.weights[name]):
+            return name
+    return None
 
 
 def _looks_like_one(path: Path) -> bool:

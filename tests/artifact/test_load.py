@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_ckmerge.artifact.load import Artifact, load_merged
-from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.errors import ArtifactError, ConfigError
 from tests.support.outcomes import Publish, TiedModel, tensors_of
 
 
@@ -76,6 +76,12 @@ def test_tied_weights_come_apart_without_loss(publish: Publish) -> None:
     load_merged(publish(weights=tensors_of(trained)), model)
     assert torch.equal(model.head.weight, trained.head.weight)
     assert torch.equal(model.wte.weight, trained.head.weight)
+
+
+@pytest.mark.parametrize(("model", "found"), [(TiedModel, "the class TiedModel"), ({}, "a dict"), (None, "a NoneType")])
+def test_what_is_no_module_is_refused(publish: Publish, model: Any, found: str) -> None:
+    with pytest.raises(ConfigError, match=f"`model` must be a module, got {found}. Build it"):
+        load_merged(publish(), model)
 
 
 class Renamed(TiedModel):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_ckmerge.checkpoints.formats import find_sources, open_source
+from lightning_ckmerge.checkpoints.formats import find_sources, open_source, run_sources
 from lightning_ckmerge.core.layout import tensor_spec
 from lightning_ckmerge.errors import ArtifactError
 from tests.support.checkpoints import STEPS, WRITERS, model_at, write_all, write_distributed, write_hub, write_lightning
@@ -126,6 +126,17 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
             open_source(tmp_path / name)
     with pytest.raises(ArtifactError, match=r"`torch.save` wrote"):
         open_source(tmp_path / "a.ckpt")
+
+
+def test_checkpoints_of_one_step_hold_the_same_weights(tmp_path: Path) -> None:
+    """Lightning keeps copies of the last, which are no other weights; those of another run are."""
+    paths = [write_lightning(tmp_path / f"step={step}.ckpt", step) for step in (10, 20)]
+    copy = write_lightning(tmp_path / "last.ckpt", 20, epoch=1)
+    assert [s.path for s in run_sources([*paths, copy])] == paths
+    other = write_lightning(tmp_path / "other" / "step=20.ckpt", 30, global_step=20)
+    message = f"hold the same weights, got {paths[1]} and {other}, both of step 20, which differ in head.weight. Name"
+    with pytest.raises(ArtifactError, match=message):
+        run_sources([*paths, other])
 
 
 def test_a_directory_of_checkpoints_is_sorted_by_steps(tmp_path: Path) -> None:

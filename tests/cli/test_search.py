@@ -285,7 +285,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_other_checkpoints_have_a_place_of_their_own(checkpoints: Path, tmp_path: Path) -> None:
     """Be their names equal. Goes red if a search takes another's place, or returns an accepted merge without weights.
 
-    The evaluation is given as a mapping, as the callback takes it.
+    The same search done again takes the place of its first artifact. The evaluation is given as a mapping, as the
+    callback takes it.
     """
     others = tmp_path / "others"
     others.mkdir()
@@ -306,7 +307,7 @@ def test_other_checkpoints_have_a_place_of_their_own(checkpoints: Path, tmp_path
         )
 
     first = search(checkpoints)
-    kept = contents(first.path)
+    merged = contents(first.path)
     second, again = search(others), search(checkpoints)
     assert first.manifest["verdict"]["status"] == again.manifest["verdict"]["status"] == "accepted"
     assert [a.path.parent for a in (first, second, again)] == [
@@ -315,9 +316,30 @@ def test_other_checkpoints_have_a_place_of_their_own(checkpoints: Path, tmp_path
         tmp_path / "merges",
     ]
     assert again.has_weights
-    assert contents(first.path) == kept
+    assert contents(again.path) == merged
+    assert [p.resolve() for p in (tmp_path / "merges").glob("step=*")] == [again.path]
+    assert (tmp_path / "merges" / "best").resolve() == again.path
     load_merged(again, Wandering())
     assert num_trials(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "loaders", "message"),
+    [
+        (Wandering, None, "`module` must be a LightningModule, got the class Wandering"),
+        (torch.nn.Linear(1, 1), None, "`module` must be a LightningModule, got a Linear"),
+        (Wandering(), PointsData(), "`val_dataloaders` must be loaders, .*, got a PointsData"),
+        (Wandering(), PointsData, "`val_dataloaders` must be loaders, .*, got the class PointsData"),
+    ],
+)
+def test_a_module_and_loaders_are_demanded(
+    checkpoints: Path, tmp_path: Path, module: Any, loaders: Any, message: str
+) -> None:
+    loaders = loaders or PointsData().val_dataloader()
+    options: Any = {"dirpath": tmp_path / "merges", "trainer": {"accelerator": "cpu"}}
+    with pytest.raises(ConfigError, match=message):
+        search_checkpoints(module, loaders, checkpoints, **options)
+    assert not list((tmp_path / "merges").glob("step=*"))
 
 
 @pytest.mark.parametrize(

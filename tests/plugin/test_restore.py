@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
+import configparser
 import contextlib
 import decimal
+import hashlib
 import io
 import itertools
 import multiprocessing
@@ -103,6 +106,11 @@ class Speed(Enum):
 FAST: Any = Speed.FAST
 
 
+def count_up_record(record: Any) -> int:
+    record["n"] += 1
+    return int(record["n"])
+
+
 def count_up_item(items: Any) -> int:
     items[1] += 1
     return int(items[1])
@@ -157,6 +165,10 @@ def cases() -> dict[str, tuple[Any, Callable[[], Any]]]:
     stream, text, switched = io.BytesIO(b"abcdef"), io.StringIO("abcdef"), np.zeros(2)
     context: ContextVar[int] = ContextVar("context", default=0)
     weak = weakref.WeakKeyDictionary({linear: 0})
+    rounding, decoder = decimal.Context(prec=9), codecs.getincrementaldecoder("utf-8")("replace")
+    options, view = configparser.ConfigParser(), memoryview(bytearray(b"abc"))
+    options["a"] = {"n": "0"}
+    record = np.zeros(1, dtype=[("n", "i4")])[0]
     rows: list[Any] = [[i, [i], {"a": [i]}] for i in range(1000)]
 
     def switch() -> bool:
@@ -166,6 +178,10 @@ def cases() -> dict[str, tuple[Any, Callable[[], Any]]]:
     def count_weakly() -> int:
         weak[linear] += 1
         return weak[linear]
+
+    def count_in_options() -> int:
+        options["a"]["n"] = str(options.getint("a", "n") + 1)
+        return options.getint("a", "n")
 
     def append(stream: Any, more: Any) -> Any:
         stream.seek(0, 2)
@@ -195,6 +211,11 @@ def cases() -> dict[str, tuple[Any, Callable[[], Any]]]:
         "contents of a StringIO": ([text], lambda: append(text, "x")),
         "global generator": (UsesGlobals(), lambda: UsesGlobals().draw()),
         "context variable": ([context], lambda: context.set(context.get() + 1) and context.get()),
+        "decimal context": ([rounding], lambda: count_up(rounding, "prec")),
+        "codec": ([decoder], lambda: decoder.decode(b"\xe2")),
+        "options": ([options], count_in_options),
+        "memory view": ([view], lambda: count_up_item(view)),
+        "structured number": ([record], lambda: count_up_record(record)),
         "flag of an array": ([switched], switch),
         "weak keys": ([weak], count_weakly),
         "list in a long list": (rows, lambda: grow(rows[700][1])),
@@ -316,6 +337,14 @@ def test_what_cannot_be_moved_back_is_named(make: Callable[[], Any], num_steps: 
     next(holder.stream)
     memory.put_back()
     assert any(where.startswith("it.stream") for where in memory.changed())
+
+
+def test_a_hash_that_has_been_updated_is_named() -> None:
+    digest = hashlib.sha256()
+    memory = remember([digest])
+    digest.update(b"x")
+    memory.put_back()
+    assert memory.changed() == ["it[0]"]
 
 
 def test_a_generator_of_the_operating_system_is_left_alone() -> None:

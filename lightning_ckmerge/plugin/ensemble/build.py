@@ -37,7 +37,7 @@ from lightning_ckmerge.plugin.ensemble.predicting import (
     read_prediction,
 )
 from lightning_ckmerge.plugin.evaluate.scorer import CandidateScorer
-from lightning_ckmerge.plugin.offline.scoring import at_train_start, make_trainer, training_data
+from lightning_ckmerge.plugin.offline.scoring import at_train_start, data_of, make_trainer
 from lightning_ckmerge.plugin.offline.search import OfflineSearch
 from lightning_ckmerge.plugin.progress import harmless
 from lightning_ckmerge.report.ensemble import render_ensemble_html
@@ -181,12 +181,12 @@ def build_ensemble(
         buffer=BufferConfig(snapshot="point"),
         on_error="raise",
     )
+    data = data_of(module, train_dataloaders, val_dataloaders, settings.evaluation)
     material = find_material(source, module, latest=latest, key=key, last=last)
-    data = {"train_dataloaders": training_data(module, train_dataloaders, settings.evaluation)}
     return make_ensemble(
         make_trainer(trainer),
         module,
-        {**data, "val_dataloaders": val_dataloaders},
+        data,
         settings,
         material,
         config,

@@ -40,7 +40,7 @@ from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.core.spaces import Interval, Space
 from lightning_ckmerge.errors import ArtifactError, CkmergeError, ConfigError, SearchError
 from lightning_ckmerge.plugin.evaluate.scorer import CandidateScorer
-from lightning_ckmerge.plugin.offline.scoring import CheckpointScoring, at_train_start, make_trainer, training_data
+from lightning_ckmerge.plugin.offline.scoring import CheckpointScoring, at_train_start, data_of, make_trainer
 from lightning_ckmerge.plugin.publish.reports import write_account_page
 from lightning_ckmerge.studies.account import figures
 from lightning_ckmerge.studies.account.agreement import compare, labels_of
@@ -191,11 +191,11 @@ def explain(
         predict=predict,
         on_forecast=on_forecast,
     )
-    data = {"train_dataloaders": training_data(module, train_dataloaders, evaluation)}
+    data = data_of(module, train_dataloaders, val_dataloaders, evaluation)
     return explain_artifact(
         make_trainer(trainer),
         module,
-        {**data, "val_dataloaders": val_dataloaders},
+        data,
         settings,
         opened,
         open_sources([Path(path) for path in given], key) if given else [],

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, Generic, TypeVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader
 
@@ -88,20 +88,38 @@ def make_trainer(arguments: Mapping[str, Any] | None) -> Trainer:
     return trainer
 
 
-def training_data(module: LightningModule, given: Any, evaluation: EvaluationConfig) -> Any:
-    """Return training loaders: ``fit`` wants some, though no step is taken.
+def data_of(module: LightningModule, training: Any, validation: Any, evaluation: EvaluationConfig) -> dict[str, Any]:
+    """Return loaders by the names that ``fit`` takes them by. It wants some for training, though no step is taken.
+
+    Args:
+        module: The LightningModule.
+        training: Loaders as ``fit`` takes them, or ``None``.
+        validation: Loaders as ``fit`` takes them, or ``None``: the module's own.
+        evaluation: On what candidates are scored.
 
     Raises:
-        ConfigError: They are needed, and there are none.
+        ConfigError: The module or the loaders are something else, or loaders are needed and there are none.
     """
-    if given is not None or is_overridden("train_dataloader", module):
-        return given
-    if evaluation.recalibrate_batches:
-        raise ConfigError(
-            "`evaluation.recalibrate_batches` needs training data, got neither `train_dataloaders` nor a module with "
-            "`train_dataloader`. Pass the loader, or leave it at 0."
-        )
-    return DataLoader([0])  # type: ignore[arg-type]
+    if not isinstance(module, LightningModule):
+        raise ConfigError(f"`module` must be a LightningModule, got {_kind(module)}. Build it as it was for training.")
+    for name, loaders in (("train_dataloaders", training), ("val_dataloaders", validation)):
+        if isinstance(loaders, (LightningDataModule, type)):
+            raise ConfigError(
+                f"`{name}` must be loaders, as `Trainer.fit` takes them, got {_kind(loaders)}. Pass what a "
+                "data module's method returns, after its `prepare_data()` and `setup('fit')`."
+            )
+    if training is None and not is_overridden("train_dataloader", module):
+        if evaluation.recalibrate_batches:
+            raise ConfigError(
+                "`evaluation.recalibrate_batches` needs training data, got neither `train_dataloaders` nor a module "
+                "with `train_dataloader`. Pass the loader, or leave it at 0."
+            )
+        training = DataLoader([0])  # type: ignore[arg-type]
+    return {"train_dataloaders": training, "val_dataloaders": validation}
+
+
+def _kind(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
 class CheckpointScoring:

@@ -23,7 +23,7 @@ from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.errors import ConfigError
 from lightning_ckmerge.plugin.dirpath import find_fault, root_of
 from lightning_ckmerge.plugin.evaluate.scorer import CandidateScorer
-from lightning_ckmerge.plugin.offline.scoring import CheckpointScoring, at_train_start, make_trainer, training_data
+from lightning_ckmerge.plugin.offline.scoring import CheckpointScoring, at_train_start, data_of, make_trainer
 from lightning_ckmerge.plugin.offline.search import find_sources
 from lightning_ckmerge.report.study import render_study_html
 from lightning_ckmerge.search.problem import Half
@@ -96,12 +96,12 @@ def study_checkpoints(
         on_error="raise",
     )
     sources = find_sources(paths, key, last)
-    data = {"train_dataloaders": training_data(module, train_dataloaders, settings.evaluation)}
+    data = data_of(module, train_dataloaders, val_dataloaders, settings.evaluation)
     made = make_trainer(trainer)
     return study_sources(
         made,
         module,
-        {**data, "val_dataloaders": val_dataloaders},
+        data,
         settings,
         sources,
         root_of(made, dirpath),

@@ -6,6 +6,7 @@ of somebody's own class: neither ``__eq__`` nor ``__setattr__`` nor ``__iter__``
 
 from __future__ import annotations
 
+import decimal
 import operator
 from array import array
 from collections import OrderedDict, deque
@@ -451,6 +452,18 @@ def class_of(where: str, target: Any) -> Setting:
 def attribute(where: str, target: Any, name: str) -> Setting:
     """Keep what an attribute refers to."""
     return Setting(where, lambda: getattr(target, name), lambda value: setattr(target, name, value))
+
+
+def decimal_settings(context: decimal.Context) -> dict[str, Any]:
+    """Return a decimal context's settings, with the signals that it has met and those that it traps."""
+    settings = {name: getattr(context, name) for name in ("prec", "rounding", "Emin", "Emax", "capitals", "clamp")}
+    return {**settings, "flags": dict(context.flags), "traps": dict(context.traps)}
+
+
+def set_decimal_settings(context: decimal.Context, saved: dict[str, Any]) -> None:
+    """Give a decimal context the settings that it had."""
+    for name, value in saved.items():
+        setattr(context, name, value)
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -57,8 +57,10 @@ STATEFUL: tuple[Any, ...] = (
 STATEFUL += (Distribution, SynchronizedBase)
 # A class of one's own may build on theirs, and hold state of its own.
 OPEN_TO_HEIRS = {"torch", "numpy"}
-# Of the standard library, what holds other people's state.
-OPEN_STDLIB = {"__main__", "argparse", "collections", "queue", "types", "weakref", "_weakrefset"}
+# Of the standard library, whatever holds data, and neither files nor threads nor connections.
+OPEN_STDLIB = {"__main__", "_weakrefset", "argparse", "codecs", "collections", "configparser", "contextlib"}
+OPEN_STDLIB |= {"difflib", "email", "encodings", "graphlib", "html", "queue", "sched", "string", "textwrap", "types"}
+OPEN_STDLIB |= {"weakref"}
 ATOMS: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type(...), range, slice, type, Enum)
 ATOMS += (torch.dtype, torch.device, torch.Size, torch.layout, ModuleType)
 

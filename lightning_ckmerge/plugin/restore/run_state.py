@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_ckmerge.plugin.restore.kept import Attributes, Setting, attribute
+from lightning_ckmerge.plugin.restore.kept import Attributes, Setting, attribute, decimal_settings, set_decimal_settings
 from lightning_ckmerge.plugin.restore.saved_state import Allowance, SavedState
 
 # Set by handlers of signals, which may arrive at any time.
@@ -31,16 +31,6 @@ LOOPS = (
 )
 # A forward pass without gradients tells DDP to skip the next broadcast of buffers.
 DDP_FLAGS = ("require_forward_param_sync", "require_backward_grad_sync")
-
-
-def _decimal_settings() -> dict[str, Any]:
-    context = decimal.getcontext()
-    return {name: getattr(context, name) for name in ("prec", "rounding", "Emin", "Emax", "capitals", "clamp")}
-
-
-def _set_decimal_settings(saved: dict[str, Any]) -> None:
-    for name, value in saved.items():
-        setattr(decimal.getcontext(), name, value)
 
 
 def _set_environment(saved: dict[str, str]) -> None:
@@ -70,7 +60,10 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
         lambda: {"mode": torch.is_anomaly_enabled(), "check_nan": torch.is_anomaly_check_nan_enabled()},
         lambda saved: torch.autograd.set_detect_anomaly(**saved),
     ),
-    "the decimal context": (_decimal_settings, _set_decimal_settings),
+    "the decimal context": (
+        lambda: decimal_settings(decimal.getcontext()),
+        lambda saved: set_decimal_settings(decimal.getcontext(), saved),
+    ),
     "os.environ": (lambda: dict(os.environ), _set_environment),
     "NumPy's handling of errors": (np.geterr, lambda saved: np.seterr(**saved)),
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import decimal
+import hashlib
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -45,7 +47,9 @@ from lightning_ckmerge.plugin.restore.kept import (
     cell,
     class_of,
     components,
+    decimal_settings,
     is_plain,
+    set_decimal_settings,
     slot,
 )
 from lightning_ckmerge.plugin.restore.randomness import GENERATORS
@@ -75,6 +79,7 @@ BUILT_IN = (Tensor, np.ndarray, *CONTAINERS)
 STATE = (*BUILT_IN, *GENERATORS, bytearray, array, nn.Module, FunctionType, MethodType, partial)
 # Of ctypes, as in a value that processes share.
 CTYPES = (ctypes._SimpleCData, ctypes.Array, ctypes.Structure)
+HASHES = (type(hashlib.sha256()), type(hashlib.blake2b()), type(hashlib.blake2s()))
 # These are looked at last.
 DATA = (Dataset, DataLoader, Sampler)
 NUMBERS = (bool, int, float, str)
@@ -295,6 +300,11 @@ class SavedState:
             kept = Setting(where, value.get, value.set)
             self.kept.append(kept)
             self.take(kept.value, where, allowance, depth + 1)
+        elif issubclass(cls, decimal.Context):
+            read, write = partial(decimal_settings, value), partial(set_decimal_settings, value)
+            self.kept.append(Setting(where, read, write))
+        elif issubclass(cls, HASHES):
+            self.kept.append(Watched(where, value.digest))
         elif is_iterator(cls):
             self.kept.append(Position(where, value))
             self._lent[id(value)] = value
@@ -483,6 +493,10 @@ def _parts(value: Any, cls: type) -> list[tuple[Any, Any]]:
         items = enumerate(np.asarray(value).ravel().tolist())
     elif issubclass(cls, partial):
         items = [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
+    elif issubclass(cls, memoryview):
+        items = [("obj", value.obj)]
+    elif issubclass(cls, np.void):  # of a structured array
+        items = [("base", value.base)]
     elif issubclass(cls, (MethodType, MethodWrapperType, BuiltinMethodType)):
         items = [("__self__", value.__self__)]
     elif issubclass(cls, FunctionType):
