@@ -571,6 +571,21 @@ def begin(path: Path) -> SearchStudy:
     return study
 
 
+def test_texts_of_a_stranger_do_not_drive_the_terminal(publish: Publish) -> None:
+    """Escape sequences were printed as they came."""
+    path = publish(weights=tensors_of(TiedModel())).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    told = {**manifest["verdict"], "sentence": "\x1b]0;owned\x07\x9b2J", "warnings": ["\x1b[2J"]}
+    (path / "manifest.json").write_text(json.dumps({**manifest, "verdict": told, "monitor": "\x1b[1m"}))
+    record = json.loads((path.parent / "timeline.jsonl").read_text().splitlines()[0])
+    hostile_record = {**record, "status": "skipped", "reason": "\x1b[2J", "artifact": None}
+    (path.parent / "timeline.jsonl").write_text(json.dumps(hostile_record) + "\n")
+    for arguments in (["show", str(path)], ["list", str(path.parent)], ["verify", str(path)]):
+        output = CliRunner().invoke(app, arguments).output
+        assert output.strip()
+        assert not any((ord(c) < 32 and c != "\n") or 127 <= ord(c) < 160 for c in output)
+
+
 def test_verify_vouches_for_no_artifact_that_lists_nothing(publish: Publish) -> None:
     """It said 0 of a manifest whose files are empty, and of files that no manifest lists."""
     path = publish(weights=tensors_of(TiedModel())).path

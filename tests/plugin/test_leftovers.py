@@ -11,14 +11,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 from lightning_ckmerge import load_merged
-from tests.support.models import Points, points_loader
 from tests.support.trainers import make_merge, make_trainer
 from tests.support.warnings import only_expected
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the system tells open files in /proc")
 STEPS = 12
+OPTIONS: dict[str, Any] = {"num_sanity_val_steps": 0, "limit_val_batches": 4, "check_val_every_n_epoch": 10**6}
 
 
 class Ends(pl.Callback):
@@ -32,15 +36,28 @@ class Ends(pl.Callback):
             raise self.error("the end")
 
 
-class Module(Points):
-    """Its validation fails in a search, on request."""
+class Module(pl.LightningModule):
+    """Learns the next of eight symbols; its validation fails on request."""
 
-    fails: type[BaseException] | None = None
+    def __init__(self, fails: type[BaseException] | None = None) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8))
+        self.fails = fails
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return cross_entropy(self.net(batch), (batch + 1) % 8)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         if self.fails is not None:
             raise self.fails("no such batch")
-        return super().validation_step(batch, batch_idx)
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def loader() -> DataLoader[Any]:
+    return DataLoader(torch.arange(64) % 8, batch_size=8)  # type: ignore[arg-type]
 
 
 def open_below(root: Path) -> list[str]:
@@ -65,13 +82,11 @@ def test_fit_leaves_no_thread_and_no_open_file(
     before = set(threading.enumerate())
     ends = Ends(error, in_search)
     merge = make_merge(dirpath=tmp_path / "merges", on_error="warn", every_n_train_steps=4)
-    trainer = make_trainer(tmp_path, ends, merge, max_steps=STEPS, num_sanity_val_steps=0, limit_val_batches=4)
-    module = Module()
-    module.fails = error if in_search else None
-    trainer.check_val_every_n_epoch = 10**6
+    trainer = make_trainer(tmp_path, ends, merge, max_steps=STEPS, **OPTIONS)
+    module = Module(error if in_search else None)
     try:
         with only_expected(".*"):
-            trainer.fit(module, points_loader(), points_loader())
+            trainer.fit(module, loader(), loader())
     except (RuntimeError, KeyboardInterrupt, SystemExit):
         assert error is not None
     assert list((tmp_path / "merges").glob("step=*")) != [] or in_search
@@ -83,10 +98,8 @@ def test_fit_leaves_no_thread_and_no_open_file(
 @linux
 def test_a_loaded_artifact_is_let_go_of(tmp_path: Path) -> None:
     merge = make_merge(dirpath=tmp_path / "merges", every_n_train_steps=4)
-    trainer = make_trainer(tmp_path, merge, max_steps=STEPS, num_sanity_val_steps=0, limit_val_batches=4)
-    trainer.fit(Module(), points_loader(), points_loader())
+    trainer = make_trainer(tmp_path, merge, max_steps=STEPS, **OPTIONS)
+    trainer.fit(Module(), loader(), loader())
     artifact = next(p for p in sorted((tmp_path / "merges").glob("step=*")) if (p / "model.safetensors").is_file())
-    model = Module()
-    load_merged(artifact, model)
+    load_merged(artifact, Module())
     assert open_below(tmp_path) == []
-    model.state_dict()
