@@ -11,7 +11,7 @@ VERSION_TESTS := tests/plugin/test_private_names.py tests/plugin/test_lifecycle.
 	tests/checkpoints tests/cli/test_verify.py tests/cli/test_merge.py tests/fuzz tests/test_public_names.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-fsdp2 examples test test-oldest test-newest fuzz soak determinism check docs clean
+.PHONY: help demo demo-fsdp2 examples test test-oldest test-newest crash fuzz soak determinism check docs clean
 
 help:  ## Show these lines.
 	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ soak: $(READY)  ## 2,000 searches in one process: whether memory, files, threads
 determinism: $(READY)  ## Equal runs on one rank and on two, compared by hashes; PYTHON=python3.12 with a clean .venv for another.
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.determinism --out benchmarks/determinism.json
 
+crash: $(READY)  ## Kill runs at more than 200 points, single ones and one of two ranks, and write docs/crashes.json (half an hour).
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash --points 204 --again 0.7 --rank-points 22 --stops 2 --out docs/crashes.json
+
 check: $(READY)  ## Format, lint, types, layers, public names, and the examples in docstrings.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -63,7 +66,7 @@ clean:  ## Remove the virtual environment, the caches and the built documentatio
 # Installed again only when a requirement changed.
 $(READY): pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[adapters,cli,examples,test,dev,loggers]'
+	$(BIN)/python -m pip install --quiet --constraint tests/constraints.txt --editable '.[adapters,cli,examples,test,dev,loggers,referees]'
 	touch $@
 
 .venv-oldest/.ready: pyproject.toml tests/constraints-oldest.txt

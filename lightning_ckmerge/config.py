@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,9 +27,11 @@ SnapshotKind = Literal["mean", "point"]
 StorageKind = Literal["disk", "cpu", "device"]
 BufferDtype = Literal["float32", "bfloat16", "float16"]
 ArtifactFormat = Literal["safetensors", "ckpt", "hf"]
-AtLowRate = Literal["skip", "search"]
+AtLowRate = Literal["tail", "skip", "search"]
 Refine = Literal["gradient"]
 AdapterMerge = Literal["factors", "products"]
+# Of a search after a decay.
+TAIL_TRIALS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,9 @@ class BufferConfig:
         storage: ``disk``: safetensors files, written behind training, which survive a restart. ``cpu``: host
             memory. ``device``: memory of the weights' device.
         dtype: Precision of the stored snapshots. ``None``: float32 for means, the weights' own for points.
+        dirpath: Local directory for whatever lies on disk while artifacts go to a URL: snapshots, the study, and the
+            artifacts until they have been uploaded. ``None``: ``ckmerge`` under ``default_root_dir``, or under the
+            working directory where that is a URL, too.
         bucket_size: Most extra memory that a merge takes while ranks that hold the model whole (DDP) send each other
             their shares of it, such as ``"64MB"``.
     """
@@ -59,6 +64,7 @@ class BufferConfig:
     update_every_n_steps: int = 3
     storage: StorageKind = "disk"
     dtype: BufferDtype | None = None
+    dirpath: str | Path | None = None
     bucket_size: str = "64MB"
 
     def __post_init__(self) -> None:
@@ -99,7 +105,7 @@ class SearchConfig:
 
     Args:
         space: ``grouped``, ``decay``, ``pairwise`` (the paper's, needs ``point`` snapshots), ``window``, ``simplex``,
-            ``affine`` or ``auto``; or a ``Space`` object.
+            ``affine``, ``auto`` or ``tail``; or a ``Space`` object.
         n_trials: Candidates proposed by the sampler, anchors not counted; at least 1.
         anchors: Known merges that are scored first, after the latest weights, the last search's optimum and the
             space's own first point: ``ema``, ``uniform``, ``wsm-linear``, ``wsm-minus-sqrt``; and, which cost an
@@ -120,9 +126,10 @@ class SearchConfig:
         max_fraction_of_training: Share of the training time so far that all searches together may take, in (0, 1]; a
             run counts as at least 200 s long, which makes 10 s of 5 %. Searches before the last one leave half of
             the rest for it. ``None``: no such limit.
-        at_low_lr: Whether to run a scheduled search, the last one too, while the learning rate is still rising, or has
-            fallen below 10 % of its peak over the buffer's snapshots, so that merging would gain little: ``skip`` or
-            ``search``.
+        at_low_lr: What to do while the learning rate is still rising, or has fallen below 10 % of its peak over the
+            buffer's snapshots, so that merging would gain little. ``tail``: leave scheduled searches out while it
+            rises; once it has fallen, search near the latest weights only, in the space of that name, with few
+            trials. ``skip``: leave out both, the last search too. ``search``: search as ever.
         constraints: Other logged metrics that may not get worse than the latest weights' by more than stated.
         storage: Optuna storage URL; ``None``: a journal file beside the artifacts.
     """
@@ -137,7 +144,7 @@ class SearchConfig:
     refine: Refine | None = None
     timeout_s: float | None = None
     max_fraction_of_training: float | None = 0.05
-    at_low_lr: AtLowRate = "skip"
+    at_low_lr: AtLowRate = "tail"
     constraints: list[Constraint] = field(default_factory=list)
     storage: str | None = None
 
@@ -308,6 +315,11 @@ class MergeSettings:
                 '`apply` "on_train_end" would give the module\'s LoRA layers another rank, got `artifact.adapters` '
                 '"products". Use "factors", or load the artifact after training.'
             )
+
+    def after_decay(self) -> MergeSettings:
+        """Return these settings for a search near the latest weights: in `tail`, with few candidates."""
+        few = min(self.search.n_trials, TAIL_TRIALS)
+        return replace(self, search=replace(self.search, space="tail", n_trials=few, anchors=[], refine=None))
 
     @property
     def monitors(self) -> list[str]:

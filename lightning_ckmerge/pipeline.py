@@ -264,6 +264,8 @@ def _warnings(job: SearchJob, search: Search, winner: Scored) -> list[str]:
         found.append(f"The search stopped {search.stopped_early}.")
     if not job.scorer.can_confirm():
         found.append(ONE_BATCH)
+    if winner is search.latest and job.space.must_be_certain:
+        found.append("So near the latest weights, a merge must be better for certain on the search half, too.")
     return found
 
 

@@ -37,7 +37,7 @@ WRONG = [
     (SearchConfig, "timeout_s", math.nan, "`search.timeout_s > 0`"),
     (SearchConfig, "max_fraction_of_training", 0.0, "`0 < search.max_fraction_of_training <= 1`"),
     (SearchConfig, "max_fraction_of_training", 1.5, "`0 < search.max_fraction_of_training <= 1`"),
-    (SearchConfig, "at_low_lr", "warn", "`search.at_low_lr` must be one of skip, search"),
+    (SearchConfig, "at_low_lr", "warn", "`search.at_low_lr` must be one of tail, skip, search"),
     (EvaluationConfig, "limit_batches", 1, "`evaluation.limit_batches >= 2`"),
     (EvaluationConfig, "limit_batches", 0.0, "`0 < evaluation.limit_batches <= 1`"),
     (EvaluationConfig, "limit_batches", 2.0, "`0 < evaluation.limit_batches <= 1`"),
@@ -107,7 +107,7 @@ def test_a_wrong_constraint_is_refused(wrong: dict[str, Any], rule: str) -> None
 def test_every_argument_with_a_range_is_tested() -> None:
     """Goes red when one is added without a wrong value for it here."""
     free = {(SearchConfig, n) for n in ("sampler", "terminator", "constraints", "storage")}
-    free |= {(EvaluationConfig, n) for n in ("dataloader", "staged")}
+    free |= {(BufferConfig, "dirpath"), *((EvaluationConfig, n) for n in ("dataloader", "staged"))}
     arguments = {(c, f.name) for c in CONFIGS for f in dataclasses.fields(c)}
     assert arguments - {(c, n) for c, n, _, _ in WRONG} == free
 

@@ -53,6 +53,7 @@ PLUGIN_ROWS = {
 }
 MAX_DOORS = 16
 HOMES = {
+    "fsspec": {"artifact"},
     "jinja2": {"report"},
     "jsonschema": {"artifact"},
     "lightning": {"plugin"},

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 
 import torch
-from gpt import GPT
 from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.nn.utils import parameters_to_vector
@@ -96,7 +95,7 @@ def _newest_means(case: Case) -> list[tuple[int, Tensor]]:
     return [(segment.num_steps, weights_P) for segment, weights_P in means][-1 - NUM_SNAPSHOTS : -1]
 
 
-def _fisher_diagonal(model: GPT, batches: Sequence[Tensor]) -> Tensor:
+def _fisher_diagonal(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     """The mean square of each parameter's gradient over windows, as a vector ``(P,)``."""
     windows = torch.cat(list(batches))
     parameters = list(model.parameters())
@@ -109,7 +108,7 @@ def _fisher_diagonal(model: GPT, batches: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _grams(model: GPT, names: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
+def _grams(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
     """The inner products ``(I, I)`` of each named layer's inputs, in float64."""
     grams: dict[str, Tensor] = {}
 

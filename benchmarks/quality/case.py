@@ -9,20 +9,20 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from gpt import GPT
 from optuna.samplers import BaseSampler
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
-from benchmarks.quality.data import CONTEXT, eval_batches, train_batches
+from benchmarks.quality.data import CONTEXT, Corpus, eval_batches, train_batches
 from lightning_ckmerge.buffer.retention import Drop, decide, pooled
 from lightning_ckmerge.config import DEFAULT_ANCHORS, AnchorName, SearchConfig
 from lightning_ckmerge.core.merge_plan import MergePlan
@@ -42,7 +42,6 @@ NUM_TRIALS = 16
 DEFAULT_STOPPING = Stopping(min_gain_left=SearchConfig().min_gain_left)
 # A pair of checkpoints this many segments apart: of 1, 3, 5, 10 and 20 the best at lam = 0.5 on a run of 500 steps.
 PAIR_SPACING = 3
-SPLITS = ("search", "confirm", "test", "other")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,26 +52,79 @@ class Snapshots:
     weights_KP: Tensor
 
 
+class Task(Protocol):
+    """A model and the batches by which its merges are judged."""
+
+    def model(self) -> nn.Module:
+        """Return the model, with any weights."""
+
+    def batches(self) -> dict[str, list[Any]]:
+        """Return the batches of each split, ``search`` and ``confirm`` among them."""
+
+    def load(self, model: nn.Module, weights_P: Tensor) -> None:
+        """Put weights into the model, ready to be scored."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the mean loss of a batch."""
+
+
+@dataclass(frozen=True)
+class Bytes(Task):
+    """A GPT over bytes, of a million parameters unless its run says another shape."""
+
+    corpus: Corpus
+    shape: Mapping[str, int] = field(default_factory=dict)
+
+    def model(self) -> nn.Module:
+        return GPT(context=CONTEXT, **self.shape)
+
+    def batches(self) -> dict[str, list[Any]]:
+        return eval_batches(self.corpus)
+
+    def load(self, model: nn.Module, weights_P: Tensor) -> None:
+        vector_to_parameters(weights_P, model.parameters())
+
+    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
 class Case:
     """One trained run.
 
     Args:
         directory: Where its files lie.
+        task: Its model and data; those of ``benchmarks.quality`` by default.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, task: Task | None = None) -> None:
         self.about: dict[str, Any] = json.loads((directory / "run.json").read_text())
-        files = (load_file(directory / f"{name}.safetensors") for name in ("trail", "branch", "further"))
-        self._trail, self._branch, self.further = files
+        self._trail, self._branch, self.further = self._read(directory)
+        # The newest points, up to the run's end.
         self.latest_P: Tensor = self._trail["points_MP"][-1]
-        self.branch_P: Tensor = self._branch["points_MP"][-1]
-        self.batches = eval_batches(self.about["corpus"])
-        self.model = GPT(context=CONTEXT)
+        if self._branch:
+            self.branch_P: Tensor = self._branch["points_MP"][-1]
+        self.task = task or Bytes(self.about["corpus"], self.about.get("model", {}))
+        self.batches = self.task.batches()
+        self.model = self.task.model()
+
+    @staticmethod
+    def _read(directory: Path) -> list[dict[str, Tensor]]:
+        return [load_file(directory / f"{name}.safetensors") for name in ("trail", "branch", "further")]
 
     @cached_property
     def buffer(self) -> Snapshots:
         """What a geometric buffer of means holds at the end, and the latest weights."""
         return self.buffer_after(self.num_segments)
+
+    @property
+    def points_MP(self) -> Tensor:
+        """The newest points that were kept, up to the run's end."""
+        return self._trail["points_MP"]
+
+    @property
+    def has_twin(self) -> bool:
+        """Whether a copy of the run was decayed."""
+        return bool(self._branch)
 
     @property
     def num_segments(self) -> int:
@@ -81,8 +133,8 @@ class Case:
 
     def buffer_after(self, num_segments: int) -> Snapshots:
         """Return what it holds after so many segments of the run."""
-        means_MP, points_MP = (self._trail[name][:num_segments] for name in ("means_MP", "points_MP"))
-        return _buffer(means_MP, points_MP[-1], self.about["segment_steps"])
+        latest_P = self._trail["points_MP"][num_segments - self.num_segments - 1]
+        return _buffer(self._trail["means_MP"][:num_segments], latest_P, self.about["segment_steps"])
 
     @cached_property
     def window(self) -> Snapshots:
@@ -101,7 +153,7 @@ class Case:
     def pair(self) -> Snapshots:
         """The latest weights, and the point some segments before them."""
         points_MP, steps = self._trail["points_MP"], self.about["segment_steps"]
-        end, length = len(points_MP) * steps, PAIR_SPACING * steps
+        end, length = self.num_segments * steps, PAIR_SPACING * steps
         segments = [Segment(kind="point", first_step=last - length + 1, last_step=last) for last in (end - length, end)]
         return Snapshots(segments_K=tuple(segments), weights_KP=points_MP[[-1 - PAIR_SPACING, -1]])
 
@@ -109,9 +161,9 @@ class Case:
         """Return batches ``(N, T + 1)`` of the training files."""
         return train_batches(self.about["corpus"], num_batches)
 
-    def load(self, weights_P: Tensor) -> GPT:
+    def load(self, weights_P: Tensor) -> nn.Module:
         """Return the model, with these weights."""
-        vector_to_parameters(weights_P, self.model.parameters())
+        self.task.load(self.model, weights_P)
         return self.model
 
     def mix(self, weights_KP: Tensor, c: Coefficients, group_of: Mapping[str, str]) -> Tensor:
@@ -124,12 +176,11 @@ class Case:
 
     @torch.no_grad()
     def score(self, weights_P: Tensor, split: str, keep_going: KeepGoing | None = None) -> Score:
-        """Return the mean loss in nats a byte."""
+        """Return the mean loss, of bytes in nats a byte."""
         model = self.load(weights_P)
         values_B: list[float] = []
         for batch in self.batches[split]:
-            logits = model(batch[:, :-1])
-            values_B.append(float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())))
+            values_B.append(float(self.task.loss(model, batch)))
             if keep_going is not None and not keep_going(values_B, [1.0] * len(values_B)):
                 break
         return Score(
@@ -146,7 +197,7 @@ class Case:
         names, parameters = zip(*model.named_parameters(), strict=True)
         gradients = [torch.zeros_like(p) for p in parameters]
         for batch in batches:
-            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()) / len(batches)
+            loss = self.task.loss(model, batch) / len(batches)
             torch._foreach_add_(gradients, torch.autograd.grad(loss, parameters))
         sources_KN = [
             [part.view_as(p) for part, p in zip(w_P.split([p.numel() for p in parameters]), parameters, strict=True)]
@@ -157,7 +208,7 @@ class Case:
 
     def losses(self, weights_P: Tensor) -> dict[str, float]:
         """Return the loss on every split."""
-        return {split: self.score(weights_P, split).value for split in SPLITS}
+        return {split: self.score(weights_P, split).value for split in self.batches}
 
 
 @dataclass(frozen=True, kw_only=True)

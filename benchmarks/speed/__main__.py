@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed import PAGE, RESULTS, gpu, merging, offline, searching, standing, starting, training
+from benchmarks.speed import PAGE, RESULTS, gpu, merging, offline, searching, standing, starting, training, uploading
 from benchmarks.speed.rounds import Row
 
 GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
@@ -23,6 +23,7 @@ GROUPS: dict[str, Callable[[], Iterator[Row]]] = {
     "search": searching.measure,
     "standstill": standing.measure,
     "offline": offline.measure,
+    "upload": uploading.measure,
     "import": starting.measure,
 }
 BEGIN, END = "<!-- measured -->", "<!-- end -->"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lightning_ckmerge.artifact.remote import fetch_pending, local_copy, pending_sizes
 from lightning_ckmerge.artifact.runs import BEST_NAME, POINTER_NAME, find_run, is_first, run_of, tell_choice
 from lightning_ckmerge.artifact.standing import read_standing
 from lightning_ckmerge.artifact.timeline import read_timeline
@@ -64,13 +65,13 @@ class Artifact:
         Args:
             path: The artifact's directory, a run's ``best``, or the run's ``dirpath``, which stands for its best; where
                 several runs share it, for that of the newest, which began or was resumed last (``dirpath/run=1`` names
-                the first).
+                the first). Or the URL of one: its files are copied to a cache, without ``verify`` the small ones alone.
             verify: Compare each file's SHA-256. Sizes, names and the manifest's schema are checked in any case.
 
         Raises:
             ArtifactError: There is no artifact, or it is damaged.
         """
-        directory = locate(Path(path)).resolve()
+        directory = locate(local_copy(path)).resolve()
         artifact = cls(directory, read_manifest(directory))
         artifact.check_files(verify=verify)
         return artifact
@@ -110,17 +111,22 @@ class Artifact:
         # Reviewing artifacts needs no torch, which takes seconds to import.
         from lightning_ckmerge.tensorfiles.reader import StoredWeights
 
+        fetch_pending(self.path)
         names = sorted(name for name in self.manifest["files"] if WEIGHTS_NAME.fullmatch(name))
         return StoredWeights([inside(self.path, name) for name in names])
 
     def check_files(self, *, verify: bool = True) -> None:
         """Raise ``ArtifactError`` unless every listed file lies inside the directory, whole; ``verify`` hashes them."""
+        if verify:
+            fetch_pending(self.path)
+        pending = pending_sizes(self.path)
         for name, recorded in self.manifest["files"].items():
             path = inside(self.path, name)
-            if not path.is_file():
+            size = path.stat().st_size if path.is_file() else pending.get(name)
+            if size is None:
                 found: object = "no such file"
-            elif path.stat().st_size != recorded["bytes"]:
-                found = f"{path.stat().st_size} bytes instead of {recorded['bytes']}"
+            elif size != recorded["bytes"]:
+                found = f"{size} bytes instead of {recorded['bytes']}"
             elif verify and file_record(path) != recorded:
                 found = "another SHA-256"
             else:
@@ -220,7 +226,7 @@ def load_merged(
     Args:
         source: An artifact, its directory, a run's ``best``, or the run's ``dirpath``, which stands for its best: of
             several runs in it, for that of the newest, which began or was resumed last, and a warning says how to name
-            another. Also the directory or the ``.safetensors`` file that ``ckmerge merge`` wrote.
+            another. Or the URL of one. Also the directory or the ``.safetensors`` file that ``ckmerge merge`` wrote.
         model: The LightningModule that was trained, or one with the same ``state_dict`` names.
         strict: Refuse missing and unexpected names. Otherwise matching tensors are loaded, and a warning lists the
             others; no name in common, or another shape, is refused in any case.
@@ -241,8 +247,9 @@ def load_merged(
     if isinstance(source, (Artifact, MergedFiles)):
         artifact = source
     else:
-        artifact = _opened(Path(source), verify)
-        if choice := tell_choice(Path(source)):
+        path = local_copy(source)
+        artifact = _opened(path, verify)
+        if choice := tell_choice(path):
             warnings.warn(choice, stacklevel=2)
     if isinstance(artifact, Artifact) and (caveat := artifact.caveat):
         warnings.warn(f"Newer weights beat {artifact.path}, the best artifact of its run. {caveat}", stacklevel=2)

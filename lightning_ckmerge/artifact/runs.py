@@ -65,13 +65,18 @@ class Place:
         dirpath: Its directory.
         run_id: Its own, which a run that branches off a living one does not share.
         source: Directory of the snapshots that its checkpoint names; ``None``: there are none to be found.
+        file_id: Starts the names of its snapshots, those of its checkpoint included; ``None``: these keep their names.
+            Only where the lock is sure does no other process write under them.
         notes: Messages for people.
+        url: Where its artifacts are uploaded to; ``None``: nowhere.
     """
 
     dirpath: Path
     run_id: str
     source: Path | None
+    file_id: str | None = None
     notes: tuple[str, ...] = ()
+    url: str | None = None
 
 
 class Claim:
@@ -96,13 +101,15 @@ class Claim:
             assert run_id is not None
             shared = home.parent if LATER_RUN.fullmatch(home.name) else home
             notes = [] if base == shared else [f"This run continues in {home}."]
-            self.place = Place(dirpath=home, run_id=run_id, source=home, notes=(*notes, *_others(shared, home)))
+            notes += _others(shared, home)
+            file_id = None if self._lock is not None and self._lock.is_sure else _new_id()
+            self.place = Place(dirpath=home, run_id=run_id, source=home, file_id=file_id, notes=tuple(notes))
             return
         alive = home is not None and is_alive(home)
-        own_id = uuid.uuid4().hex[:8] if run_id is None or alive else run_id
+        own_id = _new_id() if run_id is None or alive else run_id
         dirpath = self._take_free(base, own_id)
         notes = [*_reasons(base, dirpath, home, run_id, alive=alive), *_others(base, dirpath)]
-        self.place = Place(dirpath=dirpath, run_id=own_id, source=home, notes=tuple(notes))
+        self.place = Place(dirpath=dirpath, run_id=own_id, source=home, file_id=own_id, notes=tuple(notes))
 
     def release(self) -> None:
         """Let others have the directory."""
@@ -209,11 +216,19 @@ def read_run(dirpath: Path) -> RunRecord | None:
         return RunRecord(run_id="", started=0.0, resumable=True)
 
 
-def keep_snapshots(dirpath: Path) -> None:
-    """Note that a checkpoint names the run's snapshots from now on."""
+def keep_snapshots(dirpath: Path, run_id: str | None = None) -> None:
+    """Note that a checkpoint names the run's snapshots from now on.
+
+    Args:
+        dirpath: The run's directory.
+        run_id: Of the run that writes there, which makes up for a record that has vanished; ``None``: leave it at that.
+    """
     record = read_run(dirpath)
+    if record is None and run_id is not None:
+        record = RunRecord(run_id=run_id, started=time.time(), resumable=False)
     if record is not None and not record.resumable:
         with contextlib.suppress(OSError):  # a full disk has lost the snapshots too
+            dirpath.mkdir(parents=True, exist_ok=True)
             _write(dirpath, replace(record, resumable=True))
 
 
@@ -277,6 +292,10 @@ def _runs(dirpath: Path) -> list[Path]:
     except OSError:
         later = []
     return [dirpath, *sorted(later, key=lambda p: int(p.name.partition("=")[2]))]
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex[:8]
 
 
 def _places(base: Path) -> Iterator[Path]:

@@ -113,9 +113,10 @@ class Archive:
 
     def release(self) -> None:
         """Delete the retired files that the last state does not need."""
-        for name in self._retired - self._saved_names:
-            self._delete(name)
+        due = self._retired - self._saved_names
         self._retired &= self._saved_names
+        for name in due:
+            self._delete(name)
 
     def reopen(self, state: BufferState, *, usable: bool) -> None:
         """Take over the files of an earlier process. Files that its state does not name go with the next ``release``.
@@ -168,7 +169,11 @@ class Archive:
         try:
             self._storage.delete(name)
         except OSError as error:
-            self._warnings.append(f"The buffer must be able to delete its files, got {error}. Remove {name} yourself.")
+            self._retired.add(name)
+            self._warnings.append(
+                f"The buffer must be able to delete its files, got {error}. It tries again after the next checkpoint; "
+                f"remove {name} yourself if it stays."
+            )
 
 
 def lost(*segments: Segment) -> str:

@@ -174,6 +174,7 @@ class NewRank:
         stored: The layout of its snapshots.
         accumulator: The layout of its segment in progress.
         shapes: Every tensor of the model, by name, with its whole shape.
+        file_id: Starts the names of its files; ``None``: the old ones are nobody else's, and lead to it.
     """
 
     rank: int
@@ -182,6 +183,7 @@ class NewRank:
     stored: TensorLayout
     accumulator: TensorLayout
     shapes: Shapes
+    file_id: str | None = None
 
 
 def reshard(states: Sequence[BufferState], dirpaths: Sequence[Path], new: NewRank) -> tuple[BufferState, list[str]]:
@@ -194,7 +196,7 @@ def reshard(states: Sequence[BufferState], dirpaths: Sequence[Path], new: NewRan
     """
     first, warnings = states[0], list[str]()
     # The same after a second attempt, and no old file's name.
-    run_id = hashlib.sha256(f"{first.run_id} on {new.world_size}".encode()).hexdigest()[:8]
+    run_id = new.file_id or hashlib.sha256(f"{first.run_id} on {new.world_size}".encode()).hexdigest()[:8]
     entries = []
     for entry in first.entries:
         olds = [next((e.stored for e in s.entries if e.segment == entry.segment), None) for s in states]

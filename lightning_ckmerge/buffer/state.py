@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lightning_ckmerge.buffer.storage import Stored
@@ -81,7 +81,18 @@ class BufferState:
     @property
     def names(self) -> frozenset[str]:
         """The files that it needs."""
-        return frozenset([e.stored.name for e in self.entries] + ([self.file.name] if self.file else []))
+        return frozenset(self.names_in_order)
+
+    @property
+    def names_in_order(self) -> list[str]:
+        """The same: the kept snapshots, oldest first, and the segment in progress."""
+        return [e.stored.name for e in self.entries] + ([self.file.name] if self.file else [])
+
+    def renamed(self, run_id: str) -> BufferState:
+        """Return the state of a buffer with the same files under names of its own."""
+        entries = [replace(e, stored=e.stored.renamed(self.run_id, run_id)) for e in self.entries]
+        file = self.file.renamed(self.run_id, run_id) if self.file else None
+        return replace(self, run_id=run_id, entries=tuple(entries), file=file)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as dictionaries, lists, strings and numbers."""

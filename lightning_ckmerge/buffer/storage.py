@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,10 @@ class Stored:
     name: str
     num_bytes: int
     sha256: str | None
+
+    def renamed(self, old_id: str, new_id: str) -> Stored:
+        """Return the same snapshot under a name that starts with another buffer's number."""
+        return replace(self, name=new_id + self.name.removeprefix(old_id))
 
 
 class Storage(Protocol):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lightning_ckmerge.cli.console import console, print_json, progress, tell_choice
-from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out
+from lightning_ckmerge.cli.options import Json, Key, MaxShardSize, Out, local
 from lightning_ckmerge.tensorfiles.durable import require_absent
 
 if TYPE_CHECKING:
@@ -21,7 +21,12 @@ NUM_LISTED = 5
 
 def export(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="An artifact, a run's `best`, or any checkpoint that merge reads.")
+        Path,
+        typer.Argument(
+            metavar="SOURCE",
+            parser=local,
+            help="An artifact, a run's `best`, or any checkpoint that merge reads; or the URL of an artifact.",
+        ),
     ],
     out: Out,
     to: Annotated[Literal["hf"], typer.Option("--to", help="Hugging Face, for `from_pretrained`.")] = "hf",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lightning_ckmerge.cli.console import console, print_json, status_text, table, tell_choice, verdict_text
-from lightning_ckmerge.cli.options import ArtifactPath, Json, RunPath
+from lightning_ckmerge.cli.options import ArtifactPath, Json, RunPath, local
 
 LISTED = ("step", "monitor", "mode", "status", "gain", "interval", "winner", "artifact")
 SEARCH_HEADER = ("step", "verdict", "gain over latest, 95 % interval", "value", "took", "artifact", "holds")
@@ -90,7 +90,9 @@ def show(artifact: ArtifactPath, as_json: Json = False) -> None:
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact, or the callback's dirpath.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", parser=local, help="An artifact, or the callback's dirpath, or its URL.")
+    ],
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
     as_json: Json = False,
 ) -> None:

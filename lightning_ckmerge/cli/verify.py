@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lightning_ckmerge.cli.console import FOUND, console, hash_files, print_json, progress, table, tell_choice
-from lightning_ckmerge.cli.options import Json, Key
+from lightning_ckmerge.cli.options import Json, Key, local
 
 if TYPE_CHECKING:
     from lightning_ckmerge.artifact.ensembles import EnsembleArtifact
@@ -26,7 +26,8 @@ def verify(
         Path,
         typer.Argument(
             metavar="ARTIFACT",
-            help="An artifact (step=...), a run's `best`, a run, for its best, or an ensemble's directory.",
+            parser=local,
+            help="An artifact (step=...), a run's `best`, a run, for its best, or an ensemble's directory; or a URL.",
         ),
     ],
     rebuild: Annotated[
@@ -57,6 +58,7 @@ def verify(
     from lightning_ckmerge.artifact.ensembles import is_ensemble
     from lightning_ckmerge.artifact.load import Artifact, locate
     from lightning_ckmerge.artifact.manifest import read_manifest
+    from lightning_ckmerge.artifact.remote import fetch_pending
 
     if is_ensemble(artifact):
         if rebuild:
@@ -64,6 +66,7 @@ def verify(
         _verify_ensemble(artifact, as_json)
         return
     path = locate(artifact).resolve()
+    fetch_pending(path)
     opened = Artifact(path, read_manifest(path))
     files = _check_files(opened)
     found: dict[str, Any] = {"artifact": str(path), "files": files, **tell_choice(artifact, as_json=as_json)}

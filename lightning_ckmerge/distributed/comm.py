@@ -7,9 +7,11 @@ same message. So no rank waits for one that is gone.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch.distributed as dist
@@ -89,7 +91,7 @@ class Ranks:
     def __init__(self) -> None:
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self._group = dist.new_group(backend="gloo") if dist.is_gloo_available() else None
+        self._group = dist.new_group(backend="gloo", timeout=_timeout()) if dist.is_gloo_available() else None
 
     def exchange(self, value: T) -> list[T]:
         """Return every rank's value, by rank. Values are pickled between the ranks of one run."""
@@ -116,6 +118,15 @@ class Ranks:
         messages: list[Any] = [None] * self.world_size
         dist.all_gather_object(messages, message, group=self._group)
         return messages
+
+
+def _timeout() -> timedelta | None:
+    """How long the run's own collectives wait for a rank that hangs: a new group would wait half an hour."""
+    group: Any = dist.group.WORLD
+    with contextlib.suppress(Exception):  # torch's own default, where it does not tell
+        timeout: timedelta = group._get_backend(group._device_types[0]).options._timeout
+        return timeout
+    return None
 
 
 def _is_known(error: BaseException | None) -> bool:

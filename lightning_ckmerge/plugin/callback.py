@@ -25,7 +25,13 @@ from lightning_ckmerge.config import (
 from lightning_ckmerge.core.objectives import Mode, make_objectives
 from lightning_ckmerge.distributed.comm import connect, together
 from lightning_ckmerge.errors import CkmergeError, ConfigError, UnsupportedError, explain
-from lightning_ckmerge.plugin.dirpath import ClaimedDirpath, SpawnedDirpath, find_fault, resolve_dirpath
+from lightning_ckmerge.plugin.dirpath import (
+    ClaimedDirpath,
+    Destination,
+    SpawnedDirpath,
+    find_destination_fault,
+    resolve_dirpath,
+)
 from lightning_ckmerge.plugin.evaluate.lightning_loop import directions, logged_names
 from lightning_ckmerge.plugin.evaluate.validation import require_logged
 from lightning_ckmerge.plugin.evaluate.weight_gradients import loss_of
@@ -110,7 +116,7 @@ class CheckpointMergeCallback(Callback):
         self._space_name = self.settings.space_name  # Lightning reads `state_key` at each hook
         self._run: MergeRun | None = None
         self._claimed: ClaimedDirpath | None = None
-        self._shared_dirpath: Path | None = None
+        self._destination: Destination | None = None
         self._resolved_dirpath: Path | None = None
         self._spawned = SpawnedDirpath()
         self._state: dict[str, Any] | None = None
@@ -146,11 +152,12 @@ class CheckpointMergeCallback(Callback):
         if stage != "fit":
             return
         _check_served(trainer, self.settings.search)
-        dirpath = _usable_dirpath(trainer, self.settings.dirpath)
+        destination = _usable_destination(trainer, self.settings)
         others = [c for c in _merge_callbacks(trainer) if c is not self]
-        if any(other._shared_dirpath == dirpath for other in others):
-            raise ConfigError(f"each merge callback needs a `dirpath` of its own, got {dirpath} twice. Name another.")
-        self._shared_dirpath, self._resolved_dirpath = dirpath, None
+        if any(other._destination == destination for other in others):
+            place = destination.url or destination.dirpath
+            raise ConfigError(f"each merge callback needs a `dirpath` of its own, got {place} twice. Name another.")
+        self._destination, self._resolved_dirpath = destination, None
         self._run, self._state, self._monitor_seen = None, None, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -158,9 +165,9 @@ class CheckpointMergeCallback(Callback):
         if getattr(trainer, "fast_dev_run", False):
             rank_zero_info("lightning-ckmerge does nothing in a fast_dev_run: there is no trail of weights to merge.")
             return
-        assert self._shared_dirpath is not None
+        assert self._destination is not None
         state = self._state or self._left_off(trainer)
-        self._claimed = ClaimedDirpath(trainer, self._shared_dirpath, state, moves=self.settings.dirpath is not None)
+        self._claimed = ClaimedDirpath(trainer, self._destination, state, moves=self.settings.dirpath is not None)
         self._resolved_dirpath = self._claimed.place.dirpath
         if trainer.local_rank == 0:
             self._spawned.leave(self._resolved_dirpath)
@@ -301,10 +308,11 @@ def _merge_callbacks(trainer: Trainer) -> list[CheckpointMergeCallback]:
     return [c for c in callbacks if isinstance(c, CheckpointMergeCallback)]
 
 
-def _usable_dirpath(trainer: Trainer, dirpath: str | Path | None) -> Path:
-    """Return the directory, the same on all ranks; raise, on all of them, unless rank 0 can write to it."""
+def _usable_destination(trainer: Trainer, settings: MergeSettings) -> Destination:
+    """Return where artifacts go, the same on all ranks; raise, on all of them, unless rank 0 can write there."""
     # Loggers of several ranks may count several versions.
-    resolved: Path = trainer.strategy.broadcast(resolve_dirpath(trainer, dirpath))
-    if fault := trainer.strategy.broadcast(find_fault(resolved) if trainer.is_global_zero else None):
+    found = resolve_dirpath(trainer, settings.dirpath, settings.buffer.dirpath)
+    destination: Destination = trainer.strategy.broadcast(found)
+    if fault := trainer.strategy.broadcast(find_destination_fault(destination) if trainer.is_global_zero else None):
         raise ConfigError(fault)
-    return resolved
+    return destination

@@ -1,57 +1,102 @@
-"""Where a run's artifacts go, whether they can, and where they are for a process that only launched the run."""
+"""Where a run's artifacts go, whether they can, and where they are for a process that only launched the run.
+
+What is to go to a URL is written to a local directory first, which is the run's own as any other is.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import os
 import re
 import tempfile
 import uuid
 import weakref
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lightning_ckmerge.artifact.remote import as_url, is_url
 from lightning_ckmerge.artifact.runs import Claim, Place, likely
+from lightning_ckmerge.artifact.upload import bring_back, claim_url, find_remote_fault
 from lightning_ckmerge.errors import ConfigError, explain
 
-# `Path` makes `s3:/` of `s3://`. One letter before the colon is a drive.
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:[:/]")
 # About as long as a rank's file names below it, so that a path that barely fits is found out now.
 PROBE_NAME = f".ckmerge-probe-{'0' * 64}"
 
 
-def resolve_dirpath(trainer: Trainer, dirpath: str | Path | None) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Destination:
+    """Where the artifacts of a run go.
+
+    Args:
+        dirpath: The local directory.
+        url: Where they are uploaded to from there; ``None``: nowhere.
+    """
+
+    dirpath: Path
+    url: str | None = None
+
+
+def resolve_dirpath(trainer: Trainer, dirpath: str | Path | None, staging: str | Path | None = None) -> Destination:
     """Return where the artifacts of a run go, if the directory is its own.
+
+    Args:
+        trainer: The Trainer.
+        dirpath: As the callback's: a path or a URL, or ``None``.
+        staging: As ``buffer.dirpath``.
+
+    Raises:
+        ConfigError: ``staging`` is a URL, or there is none to go to from there.
+    """
+    root = root_of(trainer, dirpath)
+    if dirpath is None:
+        parts = ["merges"]
+        if trainer.loggers:  # as ModelCheckpoint does: beside its `checkpoints`
+            logger = trainer.loggers[0]
+            version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+            parts = [str(logger.name), version, "merges"]
+        root = f"{root}/{'/'.join(parts)}" if isinstance(root, str) else root.joinpath(*parts)
+    return _destination(trainer, root, staging)
+
+
+def root_destination(trainer: Trainer, dirpath: str | Path | None, staging: str | Path | None) -> Destination:
+    """Return what ``resolve_dirpath`` does, or the parent of a default one; no logger is asked to start its run."""
+    return _destination(trainer, root_of(trainer, dirpath), staging)
+
+
+def root_of(trainer: Trainer, dirpath: str | Path | None) -> Path | str:
+    """Return ``dirpath``, or the parent of the default one; no logger is asked to start its run. A URL is a string."""
+    if dirpath is None:
+        logger = trainer.loggers[0] if trainer.loggers else None
+        saves = logger is not None and logger.save_dir is not None
+        dirpath = logger.save_dir if logger is not None and saves else trainer.default_root_dir
+    assert dirpath is not None
+    return as_url(dirpath) if is_url(dirpath) else Path(os.path.abspath(Path(dirpath).expanduser()))
+
+
+def local_root_of(trainer: Trainer, dirpath: str | Path | None) -> Path:
+    """Return what ``root_of`` does.
 
     Raises:
         ConfigError: It is a URL.
     """
     root = root_of(trainer, dirpath)
-    if dirpath is not None:
-        return root
-    if not trainer.loggers:
-        return root / "merges"
-    # As ModelCheckpoint does: beside its `checkpoints`.
-    logger = trainer.loggers[0]
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return root / str(logger.name) / version / "merges"
+    if isinstance(root, str):
+        raise ConfigError(
+            f"`dirpath` must be a local path here, got the URL {root!r}. Set it to a local or mounted path, and copy "
+            "the artifacts from there."
+        )
+    return root
 
 
-def root_of(trainer: Trainer, dirpath: str | Path | None) -> Path:
-    """Return ``dirpath``, or the parent of the default one; no logger is asked to start its run.
-
-    Raises:
-        ConfigError: It is a URL.
-    """
-    if dirpath is not None:
-        return _local("dirpath", dirpath)
-    logger = trainer.loggers[0] if trainer.loggers else None
-    if logger is not None and logger.save_dir is not None:
-        return _local(f"{type(logger).__name__}.save_dir", logger.save_dir)
-    return _local("default_root_dir", trainer.default_root_dir)
+def find_destination_fault(destination: Destination) -> str | None:
+    """Say why nothing can be written to a destination, by trying; nothing is left behind."""
+    fault = find_fault(destination.dirpath)
+    return fault if fault is not None or destination.url is None else find_remote_fault(destination.url)
 
 
 def find_fault(dirpath: Path) -> str | None:
@@ -85,13 +130,27 @@ def _claim(trainer: Trainer, base: Path, state: dict[str, Any] | None, *, moves:
     return Claim(base, state["run_id"], likely(Path(state["dirpath"]), roots), moves=moves)
 
 
-def _local(name: str, path: str | os.PathLike[str]) -> Path:
-    if URL.match(os.fspath(path)):
+def _destination(trainer: Trainer, root: Path | str, staging: str | Path | None) -> Destination:
+    if isinstance(root, str):
+        return Destination(dirpath=_staged(trainer, root, staging), url=root)
+    if staging is not None:
         raise ConfigError(
-            f"`{name}` must be a local path, got the URL {os.fspath(path)!r}. Set `dirpath` to a local or mounted "
-            "path, and copy the artifacts from there."
+            f"`buffer.dirpath` is for artifacts that go to a URL, got {os.fspath(staging)!r} and the local directory "
+            f"{root}. Leave it out, or let `dirpath` be a URL."
         )
-    return Path(os.path.abspath(Path(path).expanduser()))
+    return Destination(dirpath=root)
+
+
+def _staged(trainer: Trainer, url: str, staging: str | Path | None) -> Path:
+    """Return the local directory of what goes to a URL, the same for each ``fit``."""
+    if staging is not None and is_url(staging):
+        raise ConfigError(
+            f"`buffer.dirpath` must be a local path, got the URL {os.fspath(staging)!r}. Name a local disk."
+        )
+    root = trainer.default_root_dir
+    parent = Path(staging) if staging is not None else Path("." if is_url(root) else root) / "ckmerge"
+    name = re.sub(r"\W+", "-", url)[-60:].strip("-")
+    return Path(os.path.abspath(parent.expanduser() / f"{name}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"))
 
 
 class ClaimedDirpath:
@@ -99,7 +158,7 @@ class ClaimedDirpath:
 
     Args:
         trainer: The Trainer, before its first step.
-        base: As returned by ``resolve_dirpath``, on all ranks.
+        destination: As returned by ``resolve_dirpath``, on all ranks.
         state: The run's state in a checkpoint; ``None``: a new one.
         moves: Whether ``base`` was asked for, so that a run that has been elsewhere continues there.
 
@@ -110,15 +169,19 @@ class ClaimedDirpath:
         place: The directory, and where the run has been.
     """
 
-    def __init__(self, trainer: Trainer, base: Path, state: dict[str, Any] | None, *, moves: bool) -> None:
+    def __init__(
+        self, trainer: Trainer, destination: Destination, state: dict[str, Any] | None, *, moves: bool
+    ) -> None:
         self._claim: Claim | None = None
-        fault = None
+        found, fault = None, None
         if trainer.is_global_zero:
             try:
-                self._claim = _claim(trainer, base, state, moves=moves)
+                self._claim = _claim(trainer, destination.dirpath, state, moves=moves)
+                found = _with_url(self._claim.place, destination.url)
             except Exception as error:
-                fault = f"`dirpath` must be a directory that can be written to, got {base}: {explain(error)}."
-        found = None if self._claim is None else self._claim.place
+                self.end()
+                wanted = destination.url or destination.dirpath
+                fault = f"`dirpath` must be a directory that can be written to, got {wanted}: {explain(error)}."
         place, fault = trainer.strategy.broadcast((found, fault))
         if place is None:
             raise ConfigError(fault)
@@ -128,6 +191,16 @@ class ClaimedDirpath:
         """Let others have the directory."""
         if self._claim is not None:
             self._claim.release()
+
+
+def _with_url(place: Place, url: str | None) -> Place:
+    """Let a run have a directory of its own at the URL, too; what is there and has been lost here comes back."""
+    if url is None:
+        return place
+    own = claim_url(url, place.run_id)
+    came_back = bring_back(own, place.dirpath)
+    note = f"The artifacts of this run have been copied back from {own} to {place.dirpath}."
+    return replace(place, url=own, notes=(*place.notes, note) if came_back else place.notes)
 
 
 class SpawnedDirpath:

@@ -17,11 +17,12 @@ from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.config import BufferConfig, MergeSettings
 from lightning_ckmerge.core.layout import TensorLayout
+from lightning_ckmerge.core.spaces import Grouped
 from lightning_ckmerge.core.spaces.groups import describe_groups
 from lightning_ckmerge.core.wording import amount_told
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
 from lightning_ckmerge.plugin.clock import MIN_TRAINING_S
-from lightning_ckmerge.plugin.dirpath import find_fault, root_of
+from lightning_ckmerge.plugin.dirpath import Destination, find_destination_fault, root_destination
 from lightning_ckmerge.plugin.evaluate.halves import Split, length_of, limited
 from lightning_ckmerge.plugin.rank.model import RankModel
 from lightning_ckmerge.plugin.restore.paused_run import MAX_COPIED_BYTES
@@ -45,14 +46,14 @@ class Known:
         length: How long it is.
         val_batches: Validation batches of each loader on each rank, after ``limit_val_batches``, infinite for a loader
             without a length; ``None``: they cannot be counted.
-        dirpath: Where artifacts go.
+        destination: Where artifacts go.
         num_ranks: Ranks of the run.
         holders: Ranks over which the tensors of this process will still be dealt out.
     """
 
     length: RunLength
     val_batches: Sequence[float] | None
-    dirpath: Path
+    destination: Destination
     num_ranks: int
     holders: int = 1
 
@@ -82,6 +83,7 @@ class Plan:
         disk: Buffer and artifacts, over all ranks.
         free_disk: Free bytes where artifacts go.
         dirpath: Where artifacts go.
+        url: Where they are uploaded to from there.
         candidates: Candidates of a search.
         num_candidates: Most anchors and trials of a search.
         search_batches: Validation batches that a candidate is scored on, on each rank.
@@ -113,6 +115,7 @@ class Plan:
     disk: int
     free_disk: int | None
     dirpath: str
+    url: str | None
     candidates: str
     num_candidates: int
     search_batches: int | None = None
@@ -159,8 +162,9 @@ def make_plan(settings: MergeSettings, trainer: Trainer, model: RankModel, known
         # The copy of everything that a rank holds, adapters' base included: whole where the model is replicated.
         search_memory=model.local_layout.num_bytes + settings.evaluation.cache_bytes,
         disk=buffer_disk * known.num_ranks + _num_models(settings) * model_bytes,
-        free_disk=_free_disk(known.dirpath),
-        dirpath=str(known.dirpath),
+        free_disk=_free_disk(known.destination.dirpath),
+        dirpath=str(known.destination.dirpath),
+        url=known.destination.url,
         candidates=f"up to {num_anchors} anchors and {settings.search.n_trials} trials"
         + (
             f", and a refinement by gradients that takes up to {MAX_EVALUATIONS} more" if settings.search.refine else ""
@@ -168,7 +172,7 @@ def make_plan(settings: MergeSettings, trainer: Trainer, model: RankModel, known
         num_candidates=num_anchors + settings.search.n_trials,
         num_confirmed=most_confirmed(of_front=settings.has_several),
         cap=settings.search.max_fraction_of_training,
-        groups=describe_groups(model.space.group_of) if model.space.group_of else None,
+        groups=_groups(model),
         adapters=_adapters(settings, model),
         left_out=", ".join(model.ownership.left_out) or None,
     )
@@ -199,6 +203,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
             f"at most {size(plan.search_memory)} of extra host memory, plus {size(MAX_COPIED_BYTES)} for other state",
         ),
         ("disk, buffer and artifacts", f"{size(plan.disk)}, {_free(plan)}, in {plan.dirpath}"),
+        ("uploads", plan.url and f"artifacts to {plan.url}, behind training"),
         ("searches", f"{searches}{plan.when}"),
         ("a search", f"space {plan.space}, {plan.candidates}"),
         ("groups", plan.groups),
@@ -237,6 +242,12 @@ def num_searches(settings: MergeSettings, length: RunLength) -> int | None:
         return None
     # A step that has been searched is not searched again.
     return int(total // every) + (settings.triggers.on_train_end and total % every > 0)
+
+
+def _groups(model: RankModel) -> str | None:
+    if model.space.group_of:
+        return describe_groups(model.space.group_of)
+    return "none found by name: all tensors share their coefficients" if isinstance(model.space, Grouped) else None
 
 
 def _when(settings: MergeSettings, total_steps: int | None) -> str:
@@ -415,11 +426,11 @@ def forecast(
     # Of several training loaders, shorter ones start again.
     length = run_length(trainer, max(train, default=math.inf), _steps_per_update(module, warnings))
     val = loaders.val
-    dirpath, fault = _directory(trainer, settings)
+    destination, fault = _directory(trainer, settings)
     known = Known(
         length=length,
         val_batches=None if val is None else [_batches_of(v, trainer.limit_val_batches, num_ranks) for v in val],
-        dirpath=dirpath,
+        destination=destination,
         num_ranks=num_ranks,
         holders=num_ranks,
     )
@@ -431,13 +442,13 @@ def forecast(
     return plan
 
 
-def _directory(trainer: Any, settings: MergeSettings) -> tuple[Path, str | None]:
-    """Return where artifacts go, or its parent and the reason why they cannot."""
+def _directory(trainer: Any, settings: MergeSettings) -> tuple[Destination, str | None]:
+    """Return where artifacts go, or its parent, and the reason why they cannot."""
     try:
-        dirpath = root_of(trainer, settings.dirpath)
+        destination = root_destination(trainer, settings.dirpath, settings.buffer.dirpath)
     except ConfigError as error:
-        return Path(trainer.default_root_dir), str(error)
-    return dirpath, find_fault(dirpath)
+        return Destination(dirpath=Path(trainer.default_root_dir)), str(error)
+    return destination, find_destination_fault(destination)
 
 
 def _loaders(module: LightningModule, datamodule: LightningDataModule | None, warnings: list[str]) -> Loaders:
@@ -525,10 +536,10 @@ def _faults_of_run(settings: MergeSettings, trainer: Any, known: Known) -> list[
 
 def _warnings_of_run(trainer: Any, known: Known) -> list[str]:
     found = []
-    if (known.dirpath / TIMELINE_NAME).is_file():
+    if (known.destination.dirpath / TIMELINE_NAME).is_file():
         found.append(
-            f"{known.dirpath} already holds a run. A new run writes to `run=2` or the next number below it; a resumed "
-            "run continues in its own directory."
+            f"{known.destination.dirpath} already holds a run. A new run writes to `run=2` or the next number below "
+            "it; a resumed run continues in its own directory."
         )
     if trainer.fast_dev_run:
         found.append("The callback does nothing in a `fast_dev_run`; this plan is for the run without it.")

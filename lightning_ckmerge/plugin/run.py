@@ -18,10 +18,12 @@ from lightning_ckmerge.artifact.standing import Standing
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.outcome import Score
+from lightning_ckmerge.core.spaces import Tail
 from lightning_ckmerge.distributed.comm import Comm, on_rank_zero
 from lightning_ckmerge.errors import FinalError, SkipError, TraceError, explain
 from lightning_ckmerge.pipeline import Scorer, SearchJob, run_search
 from lightning_ckmerge.plugin.clock import Clock, Curve
+from lightning_ckmerge.plugin.dirpath import Destination
 from lightning_ckmerge.plugin.evaluate.scorer import ScorerMaker
 from lightning_ckmerge.plugin.plan import Known, Plan, make_plan, render_plan
 from lightning_ckmerge.plugin.progress import OnScored, harmless, say, search_progress
@@ -79,7 +81,7 @@ class MergeRun:
         length = length_of_run(trainer)
         self._triggers = TriggerState(triggers=settings.triggers, total_steps=length.steps, step=trainer.global_step)
         state = state or {"training_s": 0.0, "searched_s": 0.0}
-        self._run_id = place.run_id
+        self._run_id, self._url = place.run_id, place.url
         self._clock = Clock(float(state["training_s"]), float(state["searched_s"]))
         self._buffer = RankBuffer(
             settings.buffer,
@@ -146,6 +148,7 @@ class MergeRun:
         self._last_artifact = None
         self._triggers.searched_step = self.step
         self._is_searching = True
+        start = time.monotonic()
         try:
             if not self._can_search():
                 return None
@@ -155,6 +158,9 @@ class MergeRun:
             raise
         finally:
             self._is_searching = False
+        if self._fault is not None and self._last_artifact is None:
+            reason = f"The search failed: {self._fault[1]}"
+            self._publisher.record_skip(self.step, reason, time.monotonic() - start, may_fail=True)
         self._conclude(f"No merge at step {self.step}")
         return self._last_artifact
 
@@ -217,6 +223,7 @@ class MergeRun:
         self._buffer.rolling.close()
         state = self._state()
         self._buffer.warn()
+        self._publisher.close()
         self._model.comm.close()
         return state
 
@@ -224,13 +231,14 @@ class MergeRun:
         """Finish writing, on this rank alone."""
         self._buffer.rolling.close()
         self._buffer.warn()
+        self._publisher.close()
         self._model.comm.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain data from which a later one goes on; no tensors. From now on, a checkpoint names snapshots."""
         state = self._state()
         if self._model.comm.rank == 0:
-            keep_snapshots(self.dirpath)
+            keep_snapshots(self.dirpath, self._run_id)
         return state
 
     def _state(self) -> dict[str, Any]:
@@ -325,7 +333,8 @@ class MergeRun:
     def _say_plan(self, length: RunLength) -> None:
         trainer = self._trainer
         batches = trainer.num_val_batches
-        known = Known(length=length, val_batches=batches, dirpath=self.dirpath, num_ranks=trainer.world_size)
+        destination = Destination(dirpath=self.dirpath, url=self._url)
+        known = Known(length=length, val_batches=batches, destination=destination, num_ranks=trainer.world_size)
         self.plan: Plan = make_plan(self.settings, trainer, self._model, known)
         say(trainer, render_plan(self.plan))
 
@@ -345,8 +354,9 @@ class MergeRun:
         """Search, unless the learning rate says that there is little to find."""
         if self._buffer_failed:
             return
-        objection = self._objection()
-        if objection is None or self.settings.search.at_low_lr == "search":
+        objection, is_decayed = self._objection()
+        asked = self.settings.search.at_low_lr
+        if objection is None or asked == "search" or (asked == "tail" and is_decayed):
             self.search()
             return
         self._triggers.searched_step = self.step
@@ -356,11 +366,12 @@ class MergeRun:
         say(self._trainer, f"No merge search at step {self.step}: {reason}")
         self._publisher.record_skip(self.step, reason, seconds)
 
-    def _objection(self) -> str | None:
-        """Why a search has little to find at this step."""
+    def _objection(self) -> tuple[str | None, bool]:
+        """Why a search has little to find at this step, and whether that is since the learning rate has decayed."""
         self._rates.record(self.step, rates_of(self._trainer.optimizers))
         first_step = self._buffer.rolling.first_step() or self.step
-        return self._model.comm.exchange(self._rates.objection(first_step))[0]
+        objection = self._rates.objection(first_step)
+        return self._model.comm.exchange((objection, objection is not None and not self._rates.is_rising))[0]
 
     def _search_and_publish(self) -> None:
         """Everything between two identical states of the run."""
@@ -399,13 +410,16 @@ class MergeRun:
         return self._buffer.snapshots()
 
     def _make_job(self, scorer: Scorer, on_scored: OnScored) -> SearchJob:
-        objection = self._objection()
+        objection, is_decayed = self._objection()
+        settings, space = self.settings, self._model.space
+        if is_decayed and settings.search.at_low_lr == "tail":
+            settings, space = settings.after_decay(), Tail()
         allowed_s, allowed_by = self._clock.allowance(self.settings.search, is_last=self._is_last)
         return SearchJob(
             name=f"{self._run_id}-step={self.step:09d}",
             step=self.step,
-            settings=self.settings,
-            space=self._model.space,
+            settings=settings,
+            space=space,
             scorer=scorer,
             allowed_s=allowed_s,
             allowed_by=allowed_by,

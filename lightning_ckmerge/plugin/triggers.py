@@ -80,13 +80,16 @@ class LearningRates:
 
     A group at a constant rate keeps a run high. Unknown rates count as high: a needless search costs minutes, a skipped
     one may cost the best model.
+
+    Attributes:
+        is_rising: Whether all of them rose at the last step.
     """
 
     def __init__(self) -> None:
         self.step = 0
         self._peaks: list[float] = []
         self._levels: list[tuple[int, float]] = []  # falling; each stands for the steps since the one before
-        self._is_rising = False
+        self.is_rising = False
 
     def record(self, step: int, rates: Sequence[float]) -> None:
         """Take in the rates after a step.
@@ -100,7 +103,7 @@ class LearningRates:
         before, self.step = self._peaks, step
         self._peaks = [max(pair) for pair in zip_longest(before, rates, fillvalue=0.0)]
         rises = [new > (1 + MIN_RISE) * old for new, old in zip(rates, before, strict=False) if new > 0]
-        self._is_rising = bool(rises) and all(rises)
+        self.is_rising = bool(rises) and all(rises)
         level = max((r / peak for r, peak in zip(rates, self._peaks, strict=False) if peak > 0), default=1.0)
         while self._levels and self._levels[-1][1] <= level:
             self._levels.pop()
@@ -114,7 +117,7 @@ class LearningRates:
         Args:
             first_step: The first step that the buffer's snapshots stand for; not less than before.
         """
-        if self._is_rising:
+        if self.is_rising:
             return "the learning rate is still warming up, so merging would gain little"
         self._levels = [(s, level) for s, level in self._levels if s >= first_step]
         if not self._levels or self._levels[-1][1] >= DECAYED_SHARE * self._levels[0][1]:
@@ -127,11 +130,11 @@ class LearningRates:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a resumed run."""
-        return {"step": self.step, "peaks": self._peaks, "levels": self._levels, "is_rising": self._is_rising}
+        return {"step": self.step, "peaks": self._peaks, "levels": self._levels, "is_rising": self.is_rising}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a state."""
-        self.step, self._is_rising = state["step"], state["is_rising"]
+        self.step, self.is_rising = state["step"], state["is_rising"]
         self._peaks, self._levels = list(state["peaks"]), [(step, level) for step, level in state["levels"]]
 
 

@@ -16,12 +16,14 @@ from lightning_ckmerge.errors import MonitorError, SearchError
 from lightning_ckmerge.search.anchors import candidate_at, is_known_merge, make_anchors, most_derived, next_anchor
 from lightning_ckmerge.search.pareto import knee, pareto_front, spread
 from lightning_ckmerge.search.problem import Evaluate, Problem
-from lightning_ckmerge.search.racing import MIN_PROMISE, Race
+from lightning_ckmerge.search.racing import MIN_PROMISE, Race, paired_difference
 from lightning_ckmerge.search.stopping import NEVER, Budget, Stopping
 from lightning_ckmerge.search.study import SearchStudy
 
 # Each merge of a front that is published costs a confirmation, and a model on the disk.
 MAX_SHOWN = 5
+# The best of eight that gain nothing is this far above 0 in one search of a hundred, and then is yet to be confirmed.
+CERTAIN_STANDARD_ERRORS = 3.0
 
 T = TypeVar("T")
 
@@ -128,8 +130,21 @@ class Search:
 
     @property
     def winner(self) -> Scored:
-        """The best of all on the search half; where several metrics are monitored, the knee of the front."""
-        return self._best([*self.anchors, *self.trials])
+        """The best of all on the search half; where several metrics are monitored, the knee of the front.
+
+        Where the space asks for certainty, it is the latest weights unless the best one is better by three standard
+        errors on the search half.
+        """
+        best, latest = self._leader, self.latest
+        if best is latest or self.problem.has_several or not self.problem.space.must_be_certain:
+            return best
+        ours, theirs = best.search, latest.search
+        if ours.values_B is None or ours.sizes_B is None or theirs.values_B is None:
+            return best
+        if len(ours.values_B) != len(theirs.values_B):
+            return latest
+        mean, standard_error = paired_difference(ours.values_B, theirs.values_B, ours.sizes_B)
+        return best if -self.problem.sign * mean > CERTAIN_STANDARD_ERRORS * standard_error else latest
 
     @property
     def front(self) -> list[Scored]:
@@ -162,6 +177,10 @@ class Search:
         # A candidate that was dropped late and scored to its end after all took more.
         return max(0, sum(full - t.search.num_batches for t in (*self.anchors, *self.trials)))
 
+    @property
+    def _leader(self) -> Scored:
+        return self._best([*self.anchors, *self.trials])
+
     def _best(self, candidates: Sequence[Scored], *, complete: bool = True) -> Scored:
         """The first of the best, so that the latest weights win a draw."""
         front = self._front(candidates, complete=complete)
@@ -180,8 +199,8 @@ class Search:
         """Score a near draw that was dropped to its end, if by its estimate it is the best: it may win after all."""
         loss = {id(t): self.problem.sign * t.search.value for t in (*self.anchors, *self.trials)}
         dropped = (t for t in (*self.anchors, *self.trials) if not t.search.complete and math.isfinite(loss[id(t)]))
-        best = min(dropped, key=lambda t: loss[id(t)], default=self.winner)
-        if loss[id(best)] >= loss[id(self.winner)] or self.agree(self._over_budget) is not None:
+        best = min(dropped, key=lambda t: loss[id(t)], default=self._leader)
+        if loss[id(best)] >= loss[id(self._leader)] or self.agree(self._over_budget) is not None:
             return
         score = self._evaluate(best.candidate, "trials", race=None)
         # The time before counts as well.
@@ -198,7 +217,7 @@ class Search:
         if reason is not None or not self.trials or self._opened.knows(f"trial-{len(self.trials)}"):
             # A known trial was asked for before an interruption: the search continued.
             return reason, False
-        gain = self.problem.sign * (self.latest.search.value - self.winner.search.value)
+        gain = self.problem.sign * (self.latest.search.value - self._leader.search.value)
         reason = self.stopping.reason(self._opened.study, num_trials=len(self.trials), gain=gain)
         return reason, reason is not None
 
@@ -267,9 +286,9 @@ class Search:
         # missed the only ones that log its metric. And a loser by one metric may be on the front by another.
         if not self.problem.staged or self.problem.constraints or self.problem.has_several:
             return None
-        if not self.anchors or self.winner.search.values_B is None:
+        if not self.anchors or self._leader.search.values_B is None:
             return None
-        sign, incumbent = self.problem.sign, self.winner.search
+        sign, incumbent = self.problem.sign, self._leader.search
         return Race(incumbent, sign, margin=min_promise * sign * (self.latest.search.value - incumbent.value))
 
     def _violations(self, score: Score) -> dict[str, float]:

@@ -73,10 +73,10 @@ class SearchStudy:
         self._pending: dict[str, optuna.Trial] = {}
         directions = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
         with quiet(), _readable(storage):
-            backend = open_storage(storage)
+            self._backend = open_storage(storage)
             self._study = optuna.create_study(
-                storage=backend,
-                study_name=self._name(backend, name, fingerprint),
+                storage=self._backend,
+                study_name=self._name(self._backend, name, fingerprint),
                 directions=[directions[o.mode] for o in objectives],
                 # Without a sampler Optuna would take up a stored study with TPE, whatever it was begun with.
                 sampler=copy.deepcopy(sampler),
@@ -155,8 +155,13 @@ class SearchStudy:
 
     def _clear(self) -> None:
         """A trial that was under way when the process died would count as pending for ever."""
-        for trial in self._study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
+        for trial in self._study.get_trials(states=(TrialState.RUNNING,)):
             self._study.tell(trial.number, state=TrialState.FAIL)
+        # One that waits cannot be told, and to ask for it would draw random numbers.
+        study_id = self._backend.get_study_id_from_name(self._study.study_name)
+        for trial in self._study.get_trials(states=(TrialState.WAITING,)):
+            trial_id = self._backend.get_trial_id_from_study_id_trial_number(study_id, trial.number)
+            self._backend.set_trial_state_values(trial_id, state=TrialState.FAIL)
 
     def _ask(self, name: str, fixed: Mapping[str, float] | None) -> optuna.Trial:
         # Validation hooks run without gradients, but a GP is fitted with them.
@@ -191,9 +196,80 @@ def open_storage(storage: Path | str) -> BaseStorage:
     if isinstance(storage, str):
         return _open_url(storage)
     storage.parent.mkdir(parents=True, exist_ok=True)
-    # An open-based lock works on file systems without links.
-    lock = JournalFileOpenLock(str(storage))
-    return JournalStorage(JournalFileBackend(str(storage), lock_obj=lock))
+    lock = _JournalLock(str(storage))
+    with _writable(storage):
+        _cut_unfinished_line(storage, lock)
+        return JournalStorage(_Journal(str(storage), lock_obj=lock))
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal, which says what it needs where it cannot be written."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append lines.
+
+        Raises:
+            SearchError: The disk refuses.
+        """
+        with _writable(self._file_path):
+            super().append_logs(logs)
+
+
+@contextlib.contextmanager
+def _writable(journal: Path | str) -> Iterator[None]:
+    """Say what a journal needs where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise SearchError(
+            f"a search's journal must be writable, got {type(error).__name__} for {journal}: {error}. Free some space "
+            "or fix the cause, and the next search writes again."
+        ) from error
+
+
+class _JournalLock(JournalFileOpenLock):
+    """Optuna's lock, which works on file systems without links, and which a dead process of this machine loses at once.
+
+    Optuna alone would wait 30 s for it, in the next search of a run that has died in a write.
+    """
+
+    def acquire(self) -> bool:
+        """Take the lock, and leave word who has it."""
+        if self._is_orphaned():
+            with contextlib.suppress(RuntimeError):  # another process was faster
+                self.release()
+        super().acquire()
+        with contextlib.suppress(OSError):  # of a full disk; then others wait, as Optuna does
+            Path(self._lock_file).write_text(f"{socket.gethostname()} {os.getpid()}", encoding="utf-8")
+        return True
+
+    def _is_orphaned(self) -> bool:
+        try:
+            host, pid = Path(self._lock_file).read_text(encoding="utf-8").split()
+            return host == socket.gethostname() and not _is_alive(int(pid))
+        except (OSError, ValueError):
+            return False
+
+
+def _cut_unfinished_line(journal: Path, lock: JournalFileOpenLock) -> None:
+    """Cut off the rest of a write that a full disk has ended: the next one would follow on its line, unreadable."""
+    if not _has_unfinished_line(journal):
+        return
+    lock.acquire()
+    try:
+        if _has_unfinished_line(journal):  # and nobody is writing it
+            with journal.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def _has_unfinished_line(journal: Path) -> bool:
+    if not journal.exists() or not journal.stat().st_size:
+        return False
+    with journal.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 @contextlib.contextmanager

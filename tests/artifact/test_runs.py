@@ -127,7 +127,7 @@ def living(tmp_path: Path) -> Iterator[tuple[Path, str, subprocess.Popen[str]]]:
     )
     assert process.stdout is not None
     yield tmp_path / "merges", process.stdout.readline().strip(), process
-    process.communicate("", timeout=60)
+    process.communicate("", timeout=600)
 
 
 def test_a_living_run_is_left_alone_and_a_dead_one_is_known(

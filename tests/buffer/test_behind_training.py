@@ -57,7 +57,7 @@ class SlowStorage(MemoryStorage):
     def write(self, name: str, layout: TensorLayout, blocks: Iterable[Tensor]) -> Stored:
         def slowly() -> Iterable[Tensor]:
             for block in blocks:
-                assert self.steps.acquire(timeout=60)
+                assert self.steps.acquire(timeout=600)
                 yield block
 
         return super().write(name, layout, slowly())

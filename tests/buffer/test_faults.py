@@ -82,7 +82,7 @@ FULL_DISK = """
 def test_a_full_disk_loses_one_snapshot(tmp_path: Path, layout: str) -> None:
     code = [sys.executable, "-c", textwrap.dedent(FULL_DISK), str(tmp_path), layout]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(code, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(code, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
 
 

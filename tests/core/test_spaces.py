@@ -25,6 +25,7 @@ from lightning_ckmerge.core.spaces import (
     Simplex,
     Space,
     SpaceName,
+    Tail,
     Window,
     exponential_kernel,
     kernel,
@@ -52,6 +53,7 @@ SPACES = [
     Grouped(space=Simplex(), along="w0", max_deviation=0.5).bind(NAMES),
     Auto(),
     Auto().bind(NAMES),
+    Tail(),
 ]
 spaces = pytest.mark.parametrize("space", SPACES, ids=lambda s: type(s).__name__)
 kernels = pytest.mark.parametrize("name", get_args(KernelName))
@@ -260,9 +262,23 @@ def test_a_space_has_a_name_or_is_an_object() -> None:
         "affine": Affine,
         "grouped": Grouped,
         "auto": Auto,
+        "tail": Tail,
     }
     space = Decay(ratio=2.0)
     assert make_space(space) is space
+
+
+@given(data=st.data())
+def test_a_tail_is_a_short_decay_that_begins_inside_its_ranges(data: st.DataObject) -> None:
+    segments_K = data.draw(runs())
+    (start,) = Tail().initial(segments_K)
+    for z_D in (start, data.draw(coordinates(Tail(), segments_K))):
+        assert Tail().coefficients(z_D, segments_K) == Decay().coefficients(z_D, segments_K)
+        # Much shorter than the window, unless that has hardly more than one segment.
+        newest = next(s.num_steps for s in reversed(segments_K) if s.num_steps)
+        assert z_D["tau"] <= max(0.15 * sum(s.num_steps for s in segments_K), newest, 2.0)
+        for name, interval in Tail().coordinates(segments_K).items():
+            assert interval.low <= z_D[name] <= interval.high
 
 
 @pytest.mark.parametrize(

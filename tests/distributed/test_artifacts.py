@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 import weakref
 from functools import partial
 from pathlib import Path
@@ -228,6 +229,22 @@ def test_merges_of_a_pareto_front_are_written_by_all_ranks(ranks: RankPool, tmp_
         built = rebuild(artifact, tmp_path / "merges" / "buffer")
         assert built.num_compared > 0
         assert not built.different
+
+
+def uploaded(strategy: str, root: str) -> list[str]:
+    merge = make_rank_merge(root, dirpath=f"file://{root}/remote")
+    run = fit(strategy, root, merge, model=partial(Classifier, norm=strategy == "ddp"), default_root_dir=root)
+    left = [t.name for t in threading.enumerate() if t.name == "ckmerge-upload"]
+    return [*left, str(run.trainer.global_step)]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_one_rank_uploads_what_all_have_written(ranks: RankPool, tmp_path: Path, strategy: str) -> None:
+    assert ranks.run(uploaded, strategy, str(tmp_path)) == [["12"], ["12"]]
+    (staged,) = (tmp_path / "ckmerge").iterdir()
+    local, remote = (Artifact.open(p / "step=000000012") for p in (staged, tmp_path / "remote"))
+    assert len(local.manifest["files"]) > 3
+    assert local.manifest == remote.manifest
 
 
 def applied(strategy: str, root: str) -> dict[str, Tensor]:

@@ -156,8 +156,11 @@ def test_training_goes_on_and_the_next_search_succeeds(
     assert not [p for p in merges.rglob("*") if p.name.startswith(".tmp-")]
     # What fails after the rename has been published all the same, and what a report cannot show, too.
     late = [i for i, stage in enumerate(stages) if stage in ("restoring", "report", "run report")]
-    steps = [record["step"] - FaultAtEachSearch.FIRST for record in read_timeline(merges)]
-    assert [i for i in steps if i >= 0] == [*late, len(stages)]
+    records = [(record["step"] - FaultAtEachSearch.FIRST, record) for record in read_timeline(merges)]
+    assert [i for i, record in records if i >= 0 and record["artifact"]] == [*late, len(stages)]
+    failed = {i: record["reason"] for i, record in records if i >= 0 and not record["artifact"]}
+    assert sorted(failed) == [i for i in range(len(stages)) if i not in late]
+    assert all("boom" in reason for reason in failed.values())
 
 
 def faults(rank: int, stages: list[str], root: str) -> dict[str, str]:
@@ -185,9 +188,12 @@ def test_all_ranks_raise(ranks: RankPool, tmp_path: Path) -> None:
 
 
 class FailsInValidation(Classifier):
-    """On rank 1, in the first or last batch of a search; metrics are reduced over ranks after the last."""
+    """On rank 1, in the first or last batch of a search; metrics are reduced over ranks after the last.
 
-    def __init__(self, failing_batch: int) -> None:
+    Where no batch fails, rank 1 logs its loss under another name.
+    """
+
+    def __init__(self, failing_batch: int | None) -> None:
         super().__init__()
         self.failing_batch = failing_batch
         self.accuracy = BinaryAccuracy()
@@ -196,12 +202,18 @@ class FailsInValidation(Classifier):
         super().validation_step(batch, batch_idx)
         self.accuracy(self.net(batch[0]).argmax(1), batch[1])
         self.log("val_accuracy", self.accuracy)
+        if self.failing_batch is None:
+            return
         # The run itself validates at step 12 only.
         if self.global_rank == 1 and self.trainer.global_step == 6 and batch_idx == self.failing_batch:
             raise BoomError("boom")
 
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        is_other = self.failing_batch is None and self.global_rank == 1 and self.trainer.global_step == 6
+        super().log("other" if is_other and name == "val_loss" else name, *args, **kwargs)
 
-def in_validation(failing_batch: int, root: str) -> bool:
+
+def in_validation(failing_batch: int | None, root: str) -> bool:
     model = partial(FailsInValidation, failing_batch)
     found = fit("ddp", root, merge_for(root, "warn"), model=model, val_check_interval=1.0, expected=TOLD)
     baseline = fit_plain("ddp", root, model=model, val_check_interval=1.0)
@@ -211,7 +223,15 @@ def in_validation(failing_batch: int, root: str) -> bool:
 @pytest.mark.parametrize("failing_batch", [0, 5])
 def test_a_validation_step_fails(ranks: RankPool, tmp_path: Path, failing_batch: int) -> None:
     assert ranks.run(in_validation, failing_batch, str(tmp_path)) == [True, True]
-    assert [r["step"] for r in read_timeline(tmp_path / "merges")] == [12]
+    failed, _ = records = read_timeline(tmp_path / "merges")
+    assert [r["step"] for r in records] == [6, 12]
+    assert failed["status"] == "skipped"
+    assert "rank 1 failed: BoomError: boom" in failed["reason"]
+
+
+def test_another_metric_on_one_rank_keeps_nobody_waiting(ranks: RankPool, tmp_path: Path) -> None:
+    assert ranks.run(in_validation, None, str(tmp_path)) == [True, True]
+    assert [r["step"] for r in read_timeline(tmp_path / "merges")] == [6, 12]
 
 
 def with_lost_snapshot(root: str) -> bool:

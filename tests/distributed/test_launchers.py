@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_launching_process_finds_the_best_artifact(tmp_path: Path, strategy: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.support.launch", strategy, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("steps", "best")))
     # A spawned or forked run leaves no step count behind, but its artifacts.

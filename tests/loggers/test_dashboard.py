@@ -20,7 +20,7 @@ from tests.support.trainers import make_merge, manifests
 from tests.support.waiting import wait_until
 
 ATTEMPTS = 3
-TIMEOUT_S = 60
+TIMEOUT_S = 600
 
 
 @contextmanager

@@ -211,11 +211,11 @@ def test_a_search_waits_until_another_thread_has_saved(tmp_path: Path) -> None:
 
     class SearchesAgain(pl.Callback):
         def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            assert saving.wait(60)
+            assert saving.wait(600)
             merge_callbacks(trainer)[0].search_now()
 
     def save() -> None:
-        assert go.wait(60)
+        assert go.wait(600)
         Keeps.trainer.save_checkpoint(tmp_path / "thread.ckpt")
 
     def outside(module: Interrupted) -> None:

@@ -174,3 +174,16 @@ def test_the_text_tells_of_the_last_search(tmp_path: Path) -> None:
     plan = forecast(callback.settings, trainer, Tiny(), PointsData())
     assert "searches                    2: every 400 steps and at the end" in render_plan(plan)
     assert plan.interval == 400
+
+
+def test_the_text_tells_of_names_that_set_no_groups_apart(tmp_path: Path) -> None:
+    trainer, _ = make(tmp_path, {"max_steps": 600}, {})
+    plans = {
+        space: forecast(
+            CheckpointMergeCallback(search=SearchConfig(space=space)).settings, trainer, Tiny(), PointsData()
+        )
+        for space in ("grouped", "decay")
+    }
+    assert plans["grouped"].groups is not None
+    assert plans["grouped"].groups.startswith("none found")
+    assert plans["decay"].groups is None

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_ckmerge import SearchConfig
+from lightning_ckmerge.config import TAIL_TRIALS
 from lightning_ckmerge.plugin.triggers import LearningRates, rates_of
 from tests.support.bitwise import Case, fit, merges_dir
 from tests.support.models import TinyGPT, TwoOptimizers, tokens_loader
@@ -155,7 +156,8 @@ def test_the_search_after_a_decay_is_skipped_and_what_is_applied_beats_the_final
     options: dict[str, Any] = {"mode": "max", "check_mode": False, "apply": "on_train_end"}
     options["every_n_train_steps"] = NUM_STEPS // 2
     plain = fit(run_of(decay), tmp_path / "plain")
-    merge = make_merge(**options, search_on_train_end=True)
+    skipping = SearchConfig(n_trials=NUM_TRIALS, max_fraction_of_training=None, at_low_lr="skip")
+    merge = make_merge(**options, search=skipping, search_on_train_end=True)
     merged = fit(run_of(decay), tmp_path / "merged", [merge])
     assert [(m["step"], m["verdict"]["status"]) for m in manifests(merges_dir(merged))] == [
         (NUM_STEPS // 2, "accepted")
@@ -187,6 +189,27 @@ def test_it_searches_after_a_decay_where_that_is_asked_for(tmp_path: Path) -> No
         (manifest,) = manifests(tmp_path / name)
         assert manifest["step"] == NUM_STEPS
         assert manifest["verdict"]["warnings"][0].startswith("The learning rate has decayed to 0 % of its peak")
+
+
+def test_after_a_decay_a_search_is_short_and_near_the_latest_weights(tmp_path: Path) -> None:
+    """Whatever space, anchors and refinement the ordinary search has; and so it is for the user's own call."""
+    search = SearchConfig(n_trials=NUM_TRIALS + TAIL_TRIALS, max_fraction_of_training=None, refine="gradient")
+
+    class AtLastStep(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == NUM_STEPS:
+                by_call.search_now()
+
+    options: dict[str, Any] = {"search": search}
+    by_schedule = make_merge(**options, every_n_train_steps=NUM_STEPS // 2, dirpath=tmp_path / "a")
+    by_call = make_merge(**options, every_n_train_steps=1000, dirpath=tmp_path / "b")
+    fit(run_of(decay), tmp_path, [by_schedule, by_call, AtLastStep()])
+    ordinary, *tails = [*manifests(tmp_path / "a"), *manifests(tmp_path / "b")]
+    assert (ordinary["space"], len(tails)) == ("grouped", 2)
+    for manifest in tails:
+        assert (manifest["step"], manifest["space"]) == (NUM_STEPS, "tail")
+        assert len(manifest["trials"]) <= TAIL_TRIALS
+        assert [a["name"] for a in manifest["anchors"]] == ["latest", "initial-0"]
 
 
 def test_searches_begin_after_the_warm_up(tmp_path: Path) -> None:

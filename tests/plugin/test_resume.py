@@ -30,7 +30,7 @@ def start(root: Path, **options: Any) -> BaseProcess:
 
 
 def wait(process: BaseProcess, code: int = 0) -> None:
-    process.join(240)
+    process.join(600)
     assert process.exitcode == code, "its traceback is on stderr"
 
 

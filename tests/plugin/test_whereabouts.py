@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger
 
 from lightning_ckmerge import CheckpointMergeCallback
 from lightning_ckmerge.artifact.manifest import build_manifest
@@ -27,11 +26,12 @@ UNUSABLE: dict[str, Arguments] = {
     "a path too long": lambda root: (root / "/".join(["x" * 250] * 20), {}),
     "a NUL": lambda root: (f"{root}/a\0b", {}),
     "no file system for files": lambda _: (Path("/proc/merges"), {}),
-    "URL": lambda _: ("s3://bucket/run", {}),
-    "URL as path": lambda _: (Path("gs://bucket/run"), {}),
-    "chained URL": lambda _: ("simplecache::s3://bucket/run", {}),
-    "root is a URL": lambda _: (None, {"default_root_dir": "s3://bucket/run"}),
-    "logger at a URL": lambda _: (None, {"logger": CSVLogger("memory://run", version=0)}),
+    "URL of no known kind": lambda _: ("nosuch://bucket/run", {}),
+    "URL as path": lambda _: (Path("nosuch://bucket/run"), {}),
+    "URL below a file": lambda root: (f"file://{root}/file/merges", {}),
+    "root is a URL": lambda root: (None, {"default_root_dir": f"file://{root}/file"}),
+    "URL for what must be local": lambda _: ("memory://run", {"buffer": {"dirpath": "memory://run"}}),
+    "URL not given": lambda root: (root / "merges", {"buffer": {"dirpath": root}}),
 }
 
 
@@ -42,7 +42,7 @@ def test_an_unusable_directory_is_an_error_before_training_that_leaves_nothing(
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     dirpath, options = UNUSABLE[name](tmp_path)
-    merge = CheckpointMergeCallback(dirpath=dirpath)
+    merge = CheckpointMergeCallback(dirpath=dirpath, buffer=options.pop("buffer", {}))
     trainer = make_trainer(None, merge, **{"max_steps": 1, **options})
     with pytest.raises(ConfigError, match="URL" if "URL" in name else "must be a directory that can be written to"):
         trainer.fit(Classifier(), points_loader(train=True), points_loader(train=False))

@@ -14,7 +14,7 @@ from lightning_ckmerge.config import AnchorName
 from lightning_ckmerge.core.coefficient_schedules import Schedule
 from lightning_ckmerge.core.outcome import Candidate, Score, Scored
 from lightning_ckmerge.core.segments import Segment
-from lightning_ckmerge.core.spaces import Auto, Decay, Pairwise, Simplex, Space, Window
+from lightning_ckmerge.core.spaces import Auto, Decay, Pairwise, Simplex, Space, Tail, Window
 from lightning_ckmerge.search.anchors import make_anchors, most_anchors, next_anchor
 from tests.support.segments import coordinates, means, runs, with_latest
 
@@ -26,6 +26,7 @@ SPACES = [
     Window(),
     Simplex(),
     Auto(),
+    Tail(),
 ]
 NAMES: tuple[AnchorName, ...] = get_args(AnchorName)
 names_of_anchors = st.permutations(NAMES).flatmap(lambda all: st.integers(0, len(all)).map(lambda n: all[:n]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lightning_ckmerge.config import AnchorName, Constraint
 from lightning_ckmerge.core.outcome import Score, Scored
-from lightning_ckmerge.core.spaces import Decay, Pairwise, Window
+from lightning_ckmerge.core.spaces import Decay, Pairwise, Space, Tail, Window
 from lightning_ckmerge.errors import MonitorError, SearchError
 from lightning_ckmerge.search import engine
 from lightning_ckmerge.search.problem import Half, KeepGoing
@@ -367,3 +368,30 @@ def test_only_what_the_verdict_needs_is_confirmed(journal: Path) -> None:
     assert confirmed == [search.latest, search.best_anchor, search.winner]
     assert len({t.confirm.values_B for t in confirmed if t.confirm}) == 3
     assert search.seconds.keys() == {"anchors", "trials", "confirm"}
+
+
+def won(journal: Path, space: Space, seed: int, gain: float) -> bool:
+    """Whether any of a few merges, each better by ``gain`` standard deviations of a batch, beats the latest weights."""
+
+    def evaluate(c_K: Sequence[float], half: Half, keep_going: KeepGoing | None = None) -> Score:
+        draws = random.Random(repr((seed, half, tuple(c_K))))
+        values_B: list[float] = []
+        while len(values_B) < 32:
+            values_B.append(draws.gauss(0 if c_K[-1] == 1 else -gain, 1))
+            if keep_going is not None and not keep_going(values_B, [1.0] * len(values_B)):
+                break
+        mean, num = math.fsum(values_B) / len(values_B), len(values_B)
+        sizes_B = (1.0,) * num
+        return Score(value=mean, values_B=tuple(values_B), sizes_B=sizes_B, num_batches=num, complete=num == 32)
+
+    search = make_search(evaluate, journal, name=str(seed), space=space, anchors=(), n_trials=3)
+    search.run()
+    return search.winner is not search.latest
+
+
+def test_a_tail_must_be_better_for_certain(journal: Path) -> None:
+    """The best of four that gain nothing seems to gain more often than not; of noise alone none may win."""
+    seeds = range(12)
+    assert sum(won(journal.with_name("decay"), Decay(), seed, gain=0.0) for seed in seeds) > 6
+    assert sum(won(journal.with_name("tail"), Tail(), seed, gain=0.0) for seed in seeds) == 0
+    assert all(won(journal.with_name("clear"), Tail(), seed, gain=3.0) for seed in seeds[:4])

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import random
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -183,3 +188,39 @@ def test_nothing_outside_the_search_changes(journal: Path, capfd: pytest.Capture
     assert torch.get_num_threads() == num_threads
     assert optuna.logging.get_verbosity() == optuna.logging.INFO
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_line_that_a_full_disk_cut_short_costs_that_line_alone(journal: Path) -> None:
+    """Goes red if the next write follows on the unfinished line: from then on no study of the run can be read."""
+    open_study(journal, "a").begin("latest", {"x": 0.5})
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":4,"worker_id"')
+    for fingerprint in ("b", "c"):
+        open_study(journal, fingerprint).begin("latest", {"x": 0.5})
+    assert study_names(journal) == ["search", "search-v1", "search-v2"]
+
+
+def test_the_lock_of_a_dead_process_is_taken_at_once(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goes red if a run that died in a write to the journal waits for itself: 30 s in Optuna."""
+
+    def wait(seconds: float) -> None:
+        raise AssertionError(f"it waits {seconds} s")
+
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    lock = journal.with_name("study.journal.lock")
+    lock.write_text(f"{socket.gethostname()} {dead.pid}")
+    monkeypatch.setattr(time, "sleep", wait)
+    open_study(journal).begin("latest", {"x": 0.5})
+    assert not lock.exists()
+    lock.write_text(f"{socket.gethostname()} {os.getpid()}")
+    with pytest.raises(AssertionError, match="it waits"):
+        open_study(journal, "b")
+
+
+def test_an_anchor_that_waited_when_the_process_died_is_not_asked_for_in_anothers_place(journal: Path) -> None:
+    """Goes red if the study cannot be opened again, for Optuna tells no trial that waits, or if it comes as a trial."""
+    open_study(journal).study.enqueue_trial({"x": 0.5})
+    again = open_study(journal)
+    assert [t.state.name for t in again.study.trials] == ["FAIL"]
+    assert again.begin("trial-0")[0] == open_study(journal.with_name("other")).begin("trial-0")[0]

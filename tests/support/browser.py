@@ -14,7 +14,7 @@ import aiohttp
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0")
-TIMEOUT_S = 60
+TIMEOUT_S = 600
 
 
 def find_browser() -> str | None:

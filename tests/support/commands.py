@@ -37,5 +37,5 @@ def ckmerge_process(*args: object, cwd: Path | None = None) -> subprocess.Comple
         capture_output=True,
         text=True,
         cwd=cwd,
-        timeout=120,
+        timeout=600,
     )

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT_S = 240
+TIMEOUT_S = 600
 # What the others may take to fail in their turn.
-GRACE_S = 10
+GRACE_S = 120
 
 
 def forkserver() -> Any:

@@ -15,9 +15,10 @@ from lightning_ckmerge.core.spaces.kernels import (
     power_kernel,
 )
 from lightning_ckmerge.core.spaces.mixtures import Affine, Simplex
+from lightning_ckmerge.core.spaces.tail import Tail
 from lightning_ckmerge.core.spaces.windows import Pairwise, Window
 
-SpaceName = Literal["grouped", "decay", "pairwise", "window", "simplex", "affine", "auto"]
+SpaceName = Literal["grouped", "decay", "pairwise", "window", "simplex", "affine", "auto", "tail"]
 
 __all__ = [
     "Affine",
@@ -31,6 +32,7 @@ __all__ = [
     "Simplex",
     "Space",
     "SpaceName",
+    "Tail",
     "Window",
     "exponential_kernel",
     "kernel",
@@ -55,4 +57,5 @@ SPACES: dict[SpaceName, type[Space]] = {
     "simplex": Simplex,
     "affine": Affine,
     "auto": Auto,
+    "tail": Tail,
 }

@@ -35,6 +35,9 @@ class Space(ABC):
 
     # The kind of snapshots that the space is meant for; ``None``: either.
     snapshot: Literal["mean", "point"] | None = None
+    # Whether the latest weights win unless another candidate is better for certain: where there is little to gain, the
+    # best of a few is too often one that only seems so.
+    must_be_certain: bool = False
 
     @abstractmethod
     def coordinates(self, segments_K: Sequence[Segment]) -> dict[str, Interval]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_ckmerge.config import EvaluationConfig
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.distributed.comm import Comm
-from lightning_ckmerge.errors import ConfigError, MonitorError
+from lightning_ckmerge.errors import ConfigError, MonitorError, SearchError
 from lightning_ckmerge.plugin.evaluate.batch_cache import BatchCache, Randomness
 from lightning_ckmerge.plugin.evaluate.batch_values import BatchRecorder
 from lightning_ckmerge.plugin.evaluate.candidate import Candidate
@@ -83,6 +83,7 @@ class Validation:
         self._can_confirm = all(comm.exchange(max(limits) > 1 and any(s.num_batches("confirm") != 0 for s in halves)))
         self._splits = halves if self._can_confirm else [replace(s, fraction=0.0) for s in halves]
         self._batch_means: bool | None = None
+        self._num_read: dict[Half, int] = {}
         self._cache = BatchCache(config.cache_bytes, randomness)
 
     @property
@@ -104,6 +105,7 @@ class Validation:
         Raises:
             MonitorError: Validation does not log the metric.
             ConfigError: It logs a metric that speaks against its ``mode``.
+            SearchError: It ended before the batches did.
         """
         parts = [s.part(half) for s in self._splits]
         batches = self._cache.wrap(half, [p.batches for p in parts])
@@ -112,6 +114,8 @@ class Validation:
         recorder = BatchRecorder(self._monitors, [p.padding for p in parts], keep_going, self._comm)
         logged = self._evaluate(batches, recorder, self._combined)
         metrics = recorder.finish(logged)
+        if not recorder.stopped:
+            self._require_as_many(half, recorder.num_batches)
         self._check_modes(recorder.higher_is_better)
         values = self._monitored(metrics)
         if self._batch_means is None:
@@ -222,6 +226,15 @@ class Validation:
         self, parts: Sequence[Iterable[Any]], recorder: BatchRecorder, like: Any, **options: Callable[..., Any]
     ) -> dict[str, float]:
         return evaluate(self._trainer, self._callback, parts, recorder, like, self._candidate, **options)
+
+    def _require_as_many(self, half: Half, num_batches: int) -> None:
+        """Raise unless a candidate has been scored on as many batches as the one before: fewer may be easier ones."""
+        expected = self._num_read.setdefault(half, num_batches)
+        if num_batches != expected:
+            raise SearchError(
+                f"all candidates must be scored on the same batches, got {num_batches} of one and {expected} of "
+                "another. Loaders must yield as many each time, and `validation_step` must not raise `StopIteration`."
+            )
 
     def _run_in_blocks(self, parts: Sequence[Iterable[Any]], keep_going: KeepGoing | None) -> Score:
         """A metric over all batches at once has no paired values: score it on blocks of batches instead."""

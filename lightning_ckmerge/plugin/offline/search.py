@@ -21,7 +21,7 @@ from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.errors import ArtifactError, ConfigError
 from lightning_ckmerge.pipeline import Scorer, SearchJob, join_search, run_search
-from lightning_ckmerge.plugin.dirpath import find_fault, root_of
+from lightning_ckmerge.plugin.dirpath import find_fault, local_root_of
 from lightning_ckmerge.plugin.offline.scoring import CheckpointScoring, at_train_start, data_of, make_trainer
 from lightning_ckmerge.plugin.progress import OnScored, say
 from lightning_ckmerge.plugin.publish.publisher import Publisher
@@ -92,7 +92,7 @@ def search_checkpoints(
     sources = find_sources(paths, key, last)
     made = make_trainer(trainer)
     data = data_of(module, train_dataloaders, val_dataloaders, settings.evaluation)
-    found = search_sources(made, module, data, settings, sources, root_of(made, dirpath))
+    found = search_sources(made, module, data, settings, sources, local_root_of(made, dirpath))
     assert isinstance(found, Artifact)
     return found
 

@@ -21,7 +21,7 @@ from lightning_ckmerge.core.geometry import measure_geometry
 from lightning_ckmerge.core.objectives import Mode, make_objectives
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.errors import ConfigError
-from lightning_ckmerge.plugin.dirpath import find_fault, root_of
+from lightning_ckmerge.plugin.dirpath import find_fault, local_root_of
 from lightning_ckmerge.plugin.evaluate.scorer import CandidateScorer
 from lightning_ckmerge.plugin.offline.scoring import CheckpointScoring, at_train_start, data_of, make_trainer
 from lightning_ckmerge.plugin.offline.search import find_sources
@@ -104,7 +104,7 @@ def study_checkpoints(
         data,
         settings,
         sources,
-        root_of(made, dirpath),
+        local_root_of(made, dirpath),
         max_evaluations=max_evaluations,
         on_planned=lambda plan, num_known: rank_zero_info(planned(plan, num_known)),
     )

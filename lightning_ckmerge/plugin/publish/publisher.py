@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ckmerge.artifact.history import history_of
 from lightning_ckmerge.artifact.load import Artifact, best_target
@@ -18,6 +19,7 @@ from lightning_ckmerge.artifact.publish import ArtifactStore, Extra
 from lightning_ckmerge.artifact.runs import Place
 from lightning_ckmerge.artifact.standing import Standing, read_standing, write_standing
 from lightning_ckmerge.artifact.timeline import Validated, skip_record
+from lightning_ckmerge.artifact.upload import Uploader
 from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.outcome import SearchOutcome
@@ -80,6 +82,11 @@ class Publisher:
             max_shard_size=parse_size(config.max_shard_size),
             keeps_newest=keeps_newest,
         )
+        self._uploader = None
+        if self._comm.rank == 0 and place.url is not None:
+            warn = partial(say, trainer, tell=rank_zero_warn)
+            self._uploader = Uploader(place.dirpath, place.url, warn)
+            self._uploader.sync()
         if self._comm.rank == 0 and place.source == place.dirpath:
             with contextlib.suppress(CkmergeError, OSError):  # the next accepted merge tries again
                 self._store.show_best(place.run_id, objective.monitor)
@@ -151,14 +158,24 @@ class Publisher:
         if self._comm.rank == 0:
             with harmless("The run's report", self._trainer):
                 write_run_report(self._dirpath, history_of(self._dirpath))
+            self._upload()
 
-    def record_skip(self, step: int, reason: str, seconds: float) -> None:
-        """Enter a search that did not take place, or was given up, into the run's history."""
+    def record_skip(self, step: int, reason: str, seconds: float, *, may_fail: bool = False) -> None:
+        """Enter a search that did not take place, or was given up, into the run's history.
+
+        Args:
+            step: When it was due.
+            reason: Why there is no merge.
+            seconds: The time that it took anyway.
+            may_fail: Say nothing if it cannot be written: the fault that is to be recorded may be the disk's.
+        """
         if self._comm.rank == 0:
-            with harmless("The record of a skipped search", self._trainer):
+            guard = contextlib.suppress(Exception) if may_fail else harmless("A skipped search's record", self._trainer)
+            with guard:
                 record = skip_record(step, self._monitor, self._store.mode, reason, seconds)
                 self._store.append_skip({**record, "run_id": self._run_id})
                 write_run_report(self._dirpath, history_of(self._dirpath))
+            self._upload()
 
     def sum_up(self) -> None:
         """Announce the findings of the run's searches."""
@@ -166,6 +183,16 @@ class Publisher:
             with harmless("The summary of the run's searches", self._trainer):
                 if text := summarize_run(self._dirpath):
                     say(self._trainer, text)
+
+    def close(self) -> None:
+        """Wait for uploads. On rank 0, which has them."""
+        if self._uploader is not None:
+            self._uploader.close()
+            self._uploader = None
+
+    def _upload(self) -> None:
+        if self._uploader is not None:
+            self._uploader.sync()
 
     def _manifest(self, outcome: SearchOutcome) -> Manifest:
         manifest = {

@@ -73,7 +73,7 @@ class RankBuffer:
             model.layout,
             storage,
             device=device,
-            run_id=place.run_id,
+            run_id=place.file_id or place.run_id,
             segment_steps=finest_segment(config, total_steps),
             double_segments=config.every_n_train_steps is None and total_steps is None,
         )

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_ckmerge.buffer.storage import DiskStorage
 from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.distributed.comm import Comm
 from lightning_ckmerge.distributed.ownership import Ownership
+from lightning_ckmerge.errors import SnapshotError
 
 
 def buffer_dirpath(dirpath: Path, rank: int, world_size: int) -> Path:
@@ -41,7 +42,8 @@ def resume_buffer(
 ) -> tuple[Leftovers, list[str]]:
     """Restore the old ranks' states; their files are used as they are if each rank has the same part as before.
 
-    Files elsewhere are linked or copied, and left alone there.
+    Files elsewhere are linked or copied, and left alone there. So are those that another living process may count on,
+    until a newer checkpoint does without them.
 
     Args:
         buffer: A new one.
@@ -62,11 +64,14 @@ def resume_buffer(
     usable = buffer.config.storage == "disk" and all(s.durable and s.snapshot == buffer.config.snapshot for s in old)
     dirpath, source = place.dirpath, place.source or place.dirpath
     if list(layouts) == now or not usable:
-        if usable and source != dirpath:
-            own = [buffer_dirpath(path, comm.rank, comm.world_size) for path in (source, dirpath)]
-            _bring(old[comm.rank].names, *own)
-        buffer.load_state_dict(states[comm.rank if list(layouts) == now else 0])
-        return Leftovers([], ""), []
+        before = old[comm.rank if list(layouts) == now else 0]
+        state = before if place.file_id is None else before.renamed(place.file_id)
+        own = [buffer_dirpath(path, comm.rank, comm.world_size) for path in (source, dirpath)]
+        if usable and state is not before:
+            _bring(dict(zip(before.names_in_order, state.names_in_order, strict=True)), *own)
+        buffer.load_state_dict(state.to_dict())
+        is_outdated = source == dirpath and state.run_id != before.run_id
+        return Leftovers(own[:1] if is_outdated else [], before.run_id), []
     dirpaths = [buffer_dirpath(source, rank, len(old)) for rank in range(len(old))]
     new = NewRank(
         rank=comm.rank,
@@ -75,6 +80,7 @@ def resume_buffer(
         stored=buffer.stored_layout,
         accumulator=buffer.accumulator_layout,
         shapes=ownership.shapes,
+        file_id=place.file_id,
     )
     state, warnings = reshard(old, dirpaths, new)
     buffer.load_state_dict(state.to_dict())
@@ -111,17 +117,17 @@ class Leftovers:
                 storage.dirpath.rmdir()  # unless others' files are in it
 
 
-def _bring(names: Iterable[str], source: Path, target: Path) -> None:
-    """Link or copy snapshots. The buffer tells of those that are not there."""
+def _bring(names: Mapping[str, str], source: Path, target: Path) -> None:
+    """Link or copy snapshots, from old names to new ones. The buffer tells of those that are not there."""
     old, new = DiskStorage(source), DiskStorage(target)
-    for name in names:
-        with contextlib.suppress(OSError):
+    for old_name, new_name in names.items():
+        with contextlib.suppress(OSError, SnapshotError):
             target.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(old.path(name), new.path(name))
+                os.link(old.path(old_name), new.path(new_name))
             except FileExistsError:
                 continue
             except OSError:  # another file system, or one without links
-                staged = target / f"{name}.tmp"
-                shutil.copyfile(old.path(name), staged)
-                staged.replace(new.path(name))
+                staged = target / f"{new_name}.tmp"
+                shutil.copyfile(old.path(old_name), staged)
+                staged.replace(new.path(new_name))
