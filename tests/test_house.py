@@ -85,6 +85,13 @@ HOMES = {
 }
 # They read checkpoints of others: `torch.load(weights_only=True)`, and metadata by an unpickler with a list of classes.
 RESTRICTED_READERS = {"checkpoints/distributed.py", "checkpoints/formats.py"}
+# The one reader of others' JSON, schemas that come with the package, and a copy of what this process holds.
+READERS_OF_JSON = {
+    "tensorfiles/untrusted.py",
+    "artifact/manifest.py",
+    "artifact/ensembles.py",
+    "plugin/rank/peft_adapters.py",
+}
 MAX_HOOK_LINES = 15
 
 modules = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -274,3 +281,14 @@ def test_nothing_is_unpickled(path: Path) -> None:
     else:
         assert not picklers
         assert not loads
+
+
+@modules
+def test_nothing_that_a_file_brings_is_run(path: Path) -> None:
+    """No ``eval``, no ``exec``, no ``compile``; YAML by ``safe_load`` alone; JSON and names by one reader."""
+    calls = [n for n in ast.walk(parse(path)) if isinstance(n, ast.Call)]
+    named = {ast.unparse(c.func) for c in calls}
+    assert not named & {"eval", "exec", "compile", "builtins.eval", "builtins.exec", "marshal.loads", "marshal.load"}
+    assert not named & {"yaml.load", "yaml.full_load", "yaml.unsafe_load", "pickle.Unpickler", "runpy.run_path"}
+    if path.relative_to(ROOT).as_posix() not in READERS_OF_JSON:
+        assert not named & {"json.load", "json.loads"}, "read it by `tensorfiles.untrusted`"

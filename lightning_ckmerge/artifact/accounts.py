@@ -14,11 +14,14 @@ from typing import Any
 from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
 from lightning_ckmerge.errors import ArtifactError
 from lightning_ckmerge.tensorfiles.durable import replace_text
+from lightning_ckmerge.tensorfiles.untrusted import read_json
 
 ACCOUNT_NAME = "explain.json"
 PAGE_NAME = "explain.html"
 SCHEMA_VERSION = 1
 NEEDED = {"schema_version", "manifest_sha256", "complete", "monitor", "mode", "figures", "left_out", "points"}
+
+KINDS: dict[str, type] = {"manifest_sha256": str, "monitor": str, "figures": dict, "left_out": object, "points": object}
 
 Account = dict[str, Any]
 
@@ -45,11 +48,13 @@ def read_account(artifact: Path) -> Account | None:
     if not path.is_file():
         return None
     try:
-        account = json.loads(path.read_text(encoding="utf-8"))
+        account = read_json(path)
         missing = sorted(NEEDED - account.keys())
+        if not all(isinstance(account[key], kind) for key, kind in KINDS.items() if key in account):
+            raise ValueError("an entry of another type")
         if missing or account["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"no {missing[0]}" if missing else f"schema version {account['schema_version']}")
-    except (ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise ArtifactError(
             f"an account must be the {ACCOUNT_NAME} that `ckmerge explain` writes, got {path}: {error}. Remove it, and "
             "explain the artifact again."

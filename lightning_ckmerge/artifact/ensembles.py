@@ -18,13 +18,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
 from lightning_ckmerge.artifact.load import Artifact
-from lightning_ckmerge.artifact.manifest import Manifest, software
+from lightning_ckmerge.artifact.manifest import Manifest, software, with_whole_numbers
 from lightning_ckmerge.errors import ArtifactError
-from lightning_ckmerge.tensorfiles.durable import FileRecord, file_record, inside, new_directory
+from lightning_ckmerge.tensorfiles.durable import FileRecord, file_record, new_directory
+from lightning_ckmerge.tensorfiles.untrusted import inside, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,7 +169,7 @@ class _StateWeights:
 def _read(directory: Path) -> Manifest:
     path = directory / ENSEMBLE_NAME
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"an ensemble must be a directory with a readable {ENSEMBLE_NAME}, got {directory}: {error}. Name the "
@@ -200,9 +200,9 @@ def _weights_files(manifest: Manifest, member: Mapping[str, Any]) -> list[str]:
 
 
 @cache
-def _validator() -> Draft202012Validator:
+def _validator() -> Any:
     schema = resources.files("lightning_ckmerge.artifact").joinpath("ensemble.schema.json").read_text(encoding="utf-8")
-    return Draft202012Validator(json.loads(schema))
+    return with_whole_numbers(json.loads(schema))
 
 
 def _finite(node: Any) -> Any:

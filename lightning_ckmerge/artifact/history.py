@@ -12,11 +12,8 @@ from lightning_ckmerge.artifact.load import best_target
 from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
 from lightning_ckmerge.artifact.runs import find_run
 from lightning_ckmerge.artifact.standing import Standing, read_standing
-from lightning_ckmerge.artifact.timeline import SKIPPED, TIMELINE_NAME, no_searches, read_timeline
-from lightning_ckmerge.errors import ArtifactError
-from lightning_ckmerge.tensorfiles.durable import inside
-
-NEEDED = {"step", "monitor", "mode", "gain", "interval", "winner", "values", "artifact", "cost", "validation"}
+from lightning_ckmerge.artifact.timeline import SKIPPED, check_whole, no_searches, read_timeline
+from lightning_ckmerge.tensorfiles.untrusted import inside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +59,9 @@ def history_of(dirpath: Path) -> History:
             str(dirpath),
             "Name the callback's `dirpath`, which is `merges/` in the logger's directory unless it was set.",
         )
-    for number, record in enumerate(timeline, start=1):
-        if missing := sorted(NEEDED - record.keys()):
-            raise ArtifactError(
-                f"a record of a search must be whole, got line {number} of {dirpath / TIMELINE_NAME} without "
-                f"{', '.join(missing)}. Read it with the version of lightning-ckmerge that wrote it."
-            )
+    check_whole(dirpath, timeline)
     timeline = [record for record in timeline if record.get("run_id") == timeline[-1].get("run_id")]
-    names = {record["artifact"] for record in timeline if record["status"] != SKIPPED}
+    names = {r["artifact"] for r in timeline if r["status"] != SKIPPED and r["artifact"] is not None}
     target = best_target(dirpath)
     if target is not None and target.name not in names:
         target = None  # another run's, which shares the directory

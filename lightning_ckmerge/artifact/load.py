@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
@@ -21,7 +20,8 @@ from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.checks import TORCH_SUFFIXES
 from lightning_ckmerge.core.wording import listed
 from lightning_ckmerge.errors import ArtifactError, ConfigError
-from lightning_ckmerge.tensorfiles.durable import file_record, inside
+from lightning_ckmerge.tensorfiles.durable import file_record
+from lightning_ckmerge.tensorfiles.untrusted import inside, parse_json, read_json
 from lightning_ckmerge.tensorfiles.writer import WEIGHTS_NAME
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ RECIPE_NAME = "recipe.json"
 RECIPE_KEY = "ckmerge_recipe"  # in a file's header
 COLOURS = {"accepted": "#17713f", "rejected": "#b3261e"}
 OPEN = "#8a5a00"
+SMALL_BYTES = 1 << 16
 # It takes the notebook's own letters and background, dark or light.
 CARD = """\
 <div style="border:1px solid #8886;border-radius:8px;padding:.6em 1em;max-width:46em">
@@ -179,11 +180,21 @@ def _opened(path: Path, verify: bool) -> Artifact | MergedFiles:
     if (path / MANIFEST_NAME).is_file() or not recipe.is_file():
         return Artifact.open(path, verify=verify)
     try:
-        manifest = json.loads(recipe.read_text(encoding="utf-8"))
-        Artifact(path, {"files": manifest["files"]}).check_files(verify=verify)
-    except (ValueError, TypeError, KeyError) as error:
+        manifest = _recipe(read_json(recipe, allow_nan=True))
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"a merge's {RECIPE_NAME} must list its files, got {recipe}. Merge again.") from error
+    Artifact(path, manifest).check_files(verify=verify)
     return MergedFiles(path.resolve(), manifest)
+
+
+def _recipe(value: Any) -> Manifest:
+    """Return a merge's recipe, whose files are listed as a manifest lists them; else raise ``ValueError``."""
+    if not isinstance(value, dict) or not isinstance(value.get("files"), dict):
+        raise ValueError("it lists no files")
+    for record in value["files"].values():
+        if not isinstance(record, dict) or record.keys() != {"bytes", "sha256"}:
+            raise ValueError("a file has bytes and sha256")
+    return value
 
 
 def _recipe_of(path: Path) -> Manifest:
@@ -191,7 +202,7 @@ def _recipe_of(path: Path) -> Manifest:
     from lightning_ckmerge.tensorfiles.reader import read_metadata
 
     try:
-        recipe = json.loads(read_metadata(path).get(RECIPE_KEY, "{}"))
+        recipe = parse_json(read_metadata(path).get(RECIPE_KEY, "{}"), allow_nan=True)
     except ValueError as error:
         raise ArtifactError(f"a merge's header must hold its recipe, got {path}. Merge again.") from error
     return recipe if isinstance(recipe, dict) else {}
@@ -293,8 +304,8 @@ def best_target(dirpath: Path) -> Path | None:
     if not pointer.is_file():
         return None
     try:
-        return inside(dirpath, json.loads(pointer.read_text(encoding="utf-8"))["artifact"]).resolve()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return inside(dirpath, read_json(pointer, max_bytes=SMALL_BYTES)["artifact"]).resolve()
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArtifactError(
             f'{pointer} must read {{"artifact": NAME}}. Name the artifact by its own directory.'
         ) from error

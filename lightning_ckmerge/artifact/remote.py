@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,8 @@ from typing import Any
 from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
 from lightning_ckmerge.artifact.runs import BEST_NAME, POINTER_NAME
 from lightning_ckmerge.errors import ArtifactError
-from lightning_ckmerge.tensorfiles.durable import inside, replace_json, replacing, temporary
+from lightning_ckmerge.tensorfiles.durable import replace_json, replacing, temporary
+from lightning_ckmerge.tensorfiles.untrusted import inside, read_json
 
 # `Path` makes `s3:/` of `s3://`. One letter before the colon is a drive.
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:[:/]")
@@ -168,7 +168,9 @@ def _pending(directory: Path) -> tuple[Path, dict[str, Any]]:
     """Return the copy that a directory lies in, and its record of what has not been copied."""
     for base in (directory, *directory.parents[:MAX_PARENTS]):
         with contextlib.suppress(OSError, ValueError):
-            return base, json.loads((base / PENDING_NAME).read_text(encoding="utf-8"))
+            found = read_json(base / PENDING_NAME)
+            if isinstance(found, dict):
+                return base, found
     return directory, {}
 
 

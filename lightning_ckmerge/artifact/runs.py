@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import sys
@@ -23,6 +22,7 @@ from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
 from lightning_ckmerge.checks import TORCH_SUFFIXES
 from lightning_ckmerge.core.wording import and_more
 from lightning_ckmerge.tensorfiles.durable import replace_json
+from lightning_ckmerge.tensorfiles.untrusted import read_json
 
 if sys.platform == "win32":
     import msvcrt
@@ -38,6 +38,7 @@ LATER_RUN = re.compile(r"run=([2-9]|[1-9]\d+)")
 PUBLISHED = (TIMELINE_NAME, BEST_NAME, POINTER_NAME)
 # Runs that are listed where none was named.
 NUM_HELPED = 5
+SMALL_BYTES = 1 << 16
 HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
@@ -205,13 +206,13 @@ def is_alive(dirpath: Path) -> bool:
 def read_run(dirpath: Path) -> RunRecord | None:
     """Return the record of a directory's run; ``None`` without one. A damaged record is an unknown run's."""
     try:
-        record = json.loads((dirpath / RUN_NAME).read_text(encoding="utf-8"))
+        record = read_json(dirpath / RUN_NAME, max_bytes=SMALL_BYTES)
         return RunRecord(
             run_id=str(record["run_id"]), started=float(record["started"]), resumable=bool(record["resumable"])
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return RunRecord(run_id="", started=0.0, resumable=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,8 +9,10 @@ from pathlib import Path
 from lightning_ckmerge.core.objectives import Mode, sign_of
 from lightning_ckmerge.core.wording import change_told
 from lightning_ckmerge.tensorfiles.durable import replace_json
+from lightning_ckmerge.tensorfiles.untrusted import read_json
 
 STANDING_NAME = "standing.json"
+SMALL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +71,12 @@ def write_standing(dirpath: Path, standing: Standing | None) -> None:
 def read_standing(dirpath: Path) -> Standing | None:
     """Return how a run stands; ``None`` where that is not known, or the file is damaged."""
     try:
-        found = json.loads((dirpath / STANDING_NAME).read_text(encoding="utf-8"))
+        found = read_json(dirpath / STANDING_NAME, max_bytes=SMALL_BYTES)
         interval = found.pop("interval")
         standing = Standing(**found, interval=None if interval is None else (float(interval[0]), float(interval[1])))
         numbers = (standing.step, standing.value, standing.best_step, standing.best_value)
         texts = (standing.run_id, standing.monitor, standing.mode, standing.best)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
     is_sound = all(isinstance(n, (int, float)) for n in numbers) and all(isinstance(t, str) for t in texts)
     return standing if is_sound else None

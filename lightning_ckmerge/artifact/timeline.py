@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_ckmerge.artifact.manifest import Manifest
 from lightning_ckmerge.core.objectives import Mode
 from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.tensorfiles.untrusted import parse_json, read_bytes
 
 TIMELINE_NAME = "timeline.jsonl"
 
 SKIPPED = "skipped"
+# A hundred thousand searches.
+MAX_TIMELINE_BYTES = 512 << 20
 
 Validated = tuple[int, float]
+Kind = Callable[[Any], bool]
+NEEDED = {"step", "monitor", "mode", "gain", "interval", "winner", "values", "artifact", "cost", "validation"}
 
 
 def no_searches(dirpath: str, remedy: str) -> ArtifactError:
@@ -105,19 +110,86 @@ def read_timeline(dirpath: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     path = Path(dirpath) / TIMELINE_NAME
     try:
-        lines = path.read_bytes().split(b"\n")[:-1]
+        lines = read_bytes(path, max_bytes=MAX_TIMELINE_BYTES).split(b"\n")[:-1]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except ValueError as error:
+        raise ArtifactError(
+            f"a timeline must be a file of one line a search, got {path}: {error}. Restore it from a copy, or remove "
+            "it: the artifacts hold the same figures."
+        ) from error
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise _bad_line(path, number, line) from error
-        if not isinstance(record, dict) or "status" not in record:
+        if not _is_record(record):
             raise _bad_line(path, number, line)
         records.append(record)
     return records
+
+
+def check_whole(dirpath: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ``ArtifactError`` unless each of a run's records has all that a list or a page shows."""
+    for number, record in enumerate(records, start=1):
+        if missing := sorted(NEEDED - record.keys()):
+            raise ArtifactError(
+                f"a record of a search must be whole, got line {number} of {dirpath / TIMELINE_NAME} without "
+                f"{', '.join(missing)}. Read it with the version of lightning-ckmerge that wrote it."
+            )
+
+
+def _is_record(record: Any) -> bool:
+    """Whether each entry that a record has is of the kind that it must be."""
+    if not isinstance(record, dict) or not isinstance(record.get("status"), str):
+        return False
+    return all(is_kind(record[key]) for key, is_kind in KINDS.items() if key in record)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _or_none(is_kind: Kind) -> Kind:
+    return lambda value: value is None or is_kind(value)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+
+
+def _is_cost(value: Any) -> bool:
+    if not isinstance(value, dict) or not _or_none(_is_number)(value.get("share_of_training")):
+        return False
+    seconds = value.get("seconds")
+    return isinstance(seconds, dict) and all(map(_is_number, seconds.values()))
+
+
+KINDS: dict[str, Kind] = {
+    "run_id": _or_none(_is_text),
+    "step": _is_count,
+    "monitor": _is_text,
+    "mode": lambda value: value in ("min", "max"),
+    "reason": _or_none(_is_text),
+    "gain": _or_none(_is_number),
+    "interval": _or_none(_is_pair),
+    "equivalent_steps": _or_none(_is_number),
+    "winner": _or_none(_is_text),
+    "best_anchor": _or_none(_is_text),
+    "values": lambda value: isinstance(value, dict) and all(map(_or_none(_is_number), value.values())),
+    "artifact": _or_none(_is_text),
+    "cost": _is_cost,
+    "validation": lambda value: isinstance(value, list) and all(map(_is_pair, value)),
+}
 
 
 def _bad_line(path: Path, number: int, line: bytes) -> ArtifactError:

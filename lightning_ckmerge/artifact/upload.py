@@ -21,6 +21,7 @@ from lightning_ckmerge.artifact.standing import STANDING_NAME
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
 from lightning_ckmerge.errors import explain
 from lightning_ckmerge.tensorfiles.durable import list_files
+from lightning_ckmerge.tensorfiles.untrusted import parse_json
 
 # Beside artifacts; each is replaced as a whole.
 RUN_FILES = (TIMELINE_NAME, STANDING_NAME, "report.html", "report.md", "study.journal", RUN_NAME)
@@ -69,7 +70,7 @@ def claim_url(url: str, run_id: str) -> str:
 def _owner(fs: Any, place: str) -> str | None:
     """Return the run that a directory belongs to; of an unknown one, an empty name; ``None``: nobody's."""
     try:
-        return str(json.loads(fs.cat_file(f"{place}/{RUN_NAME}"))["run_id"])
+        return str(parse_json(fs.cat_file(f"{place}/{RUN_NAME}"))["run_id"])
     except FileNotFoundError:
         return "" if fs.exists(f"{place}/{TIMELINE_NAME}") else None
     except (ValueError, TypeError, KeyError):

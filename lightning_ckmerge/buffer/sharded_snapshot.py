@@ -71,7 +71,12 @@ class SnapshotParts:
     def dtype(self, name: str) -> torch.dtype:
         """Return the precision in which a tensor is stored."""
         part = self._parts[name][0]
-        return DTYPES[self._files[part.rank].get_slice(part.key).get_dtype()]
+        found = self._files[part.rank].get_slice(part.key).get_dtype()
+        if found not in DTYPES:
+            raise SnapshotError(
+                f"a snapshot's tensors must be of a dtype that is written here, got {found} for {name!r}."
+            )
+        return DTYPES[found]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the least shape that holds all of a tensor's parts.
@@ -104,6 +109,8 @@ class SnapshotParts:
         Raises:
             SnapshotError: They do not cover it, are of another precision, or a file is damaged.
         """
+        if sum(part.box.numel for part in self._parts[name]) < box.numel:  # a name may claim any place
+            raise SnapshotError(f"a snapshot's files must hold all of a tensor, got a part of {name!r}.")
         result = torch.empty(box.shape, dtype=dtype)
         missing = torch.ones(box.shape, dtype=torch.bool)
         for part in self._parts[name]:
@@ -149,6 +156,8 @@ def _flat(box: Box, shape: Sequence[int]) -> Box | None:
 
 def _open(path: Path) -> Any:
     try:
+        if not path.is_file():
+            raise OSError("no such file")  # a pipe's end may never come
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise SnapshotError(f"a snapshot's file must be readable, got {error} for {path}.") from error

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lightning_ckmerge.buffer.storage import Stored
 from lightning_ckmerge.config import SnapshotKind
@@ -105,15 +106,41 @@ class BufferState:
             SnapshotError: This is not the state of a buffer.
         """
         try:
-            entries = [Entry(segment=Segment(**e["segment"]), stored=Stored(**e["stored"])) for e in state["entries"]]
-            file = Stored(**state["file"]) if state["file"] else None
-            progress = Progress(**state["progress"])
-            result = cls(**{**state, "entries": tuple(entries), "progress": progress, "file": file})
+            entries = tuple(
+                Entry(segment=_made(Segment, e["segment"]), stored=_made(Stored, e["stored"])) for e in state["entries"]
+            )
+            file = _made(Stored, state["file"]) if state["file"] else None
+            progress = _made(Progress, state["progress"])
+            result = _made(cls, {**state, "entries": entries, "progress": progress, "file": file})
             if not re.fullmatch("[0-9a-f]{8}", result.run_id):
                 raise ValueError(f"run_id {result.run_id!r}")
-        except (KeyError, TypeError, ValueError, AssertionError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RecursionError) as error:
             raise SnapshotError(
-                f"a buffer's state must come from `state_dict`, got {type(error).__name__}: {error}. "
+                f"a buffer's state must come from `state_dict`, got {type(error).__name__}: {str(error)[:200]}. "
                 "Resume from a checkpoint that this version of the package wrote."
             ) from error
         return result
+
+
+M = TypeVar("M")
+
+
+def _made(kind: type[M], fields: Mapping[str, Any]) -> M:
+    """Return an object whose fields are as annotated: a checkpoint may hold anything in their place."""
+    hints = get_type_hints(kind)
+    for name, value in fields.items():
+        options = get_args(hints[name]) if get_origin(hints[name]) in (Union, types.UnionType) else (hints[name],)
+        if not any(_is_a(value, option) for option in options):
+            raise TypeError(f"{kind.__name__}.{name} is a {type(value).__name__}")
+    return kind(**fields)
+
+
+def _is_a(value: object, option: Any) -> bool:
+    if get_origin(option) is Literal:
+        return isinstance(value, str) and value in get_args(option)
+    # A bool is an int to Python alone.
+    return (
+        type(value) is int and abs(value) < 1 << 63
+        if option is int
+        else isinstance(value, get_origin(option) or option)
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -17,12 +16,14 @@ from torch import Tensor
 from lightning_ckmerge.core.layout import Flats, TensorLayout, raw_bytes, tensor_spec
 from lightning_ckmerge.errors import SnapshotError
 from lightning_ckmerge.tensorfiles.durable import file_record, replacing
+from lightning_ckmerge.tensorfiles.reader import MAX_HEADER_BYTES
+from lightning_ckmerge.tensorfiles.untrusted import parse_json
 from lightning_ckmerge.tensorfiles.writer import HashedFile, encode_header
 
 # A multiple of every itemsize, and a cache line: mapped tensors are aligned as allocated ones are.
 ALIGNMENT = 64
 
-FILE_NAME = re.compile(r"[0-9a-f]{8}-\d{9,}-\d{9,}-(?:mean|point|open|latest)\.safetensors(?:\.tmp)?")
+FILE_NAME = re.compile(r"[0-9a-f]{8}-[0-9]{9,18}-[0-9]{9,18}-(?:mean|point|open|latest)\.safetensors(?:\.tmp)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ class DiskStorage:
                 check_file(path, layout, stored.sha256)
                 self._known[stored.name] = _identity(status)
             return map_file(path, layout)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a ValueError for a file that is too short
             raise SnapshotError(
                 f"a snapshot's file must be readable, got {error} for {path.name}. Leave {self.dirpath} to the run."
             ) from error
@@ -213,7 +214,7 @@ def check_file(path: Path, layout: TensorLayout, sha256: str) -> None:
         found = file.read(len(expected))
         if found != expected:
             file.seek(0)
-            entries = _entries(file.read(8 + int.from_bytes(found[:8], "little")))
+            entries = _entries(file.read(8 + min(int.from_bytes(found[:8], "little"), MAX_HEADER_BYTES)))
             raise SnapshotError(
                 f"a snapshot must hold the model's tensors, got {path.name}, which differs in "
                 f"{_first_difference(entries, _entries(expected))}. "
@@ -243,8 +244,11 @@ def header_bytes(layout: TensorLayout) -> bytes:
 
 
 def _entries(header: bytes) -> dict[str, Any]:
-    entries: dict[str, Any] = json.loads(header[8:])
-    return entries
+    try:
+        entries = parse_json(header[8:])
+    except ValueError:
+        return {}
+    return entries if isinstance(entries, dict) else {}
 
 
 def _first_difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
@@ -258,4 +262,4 @@ def _first_difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
 
 def _described(entry: dict[str, Any] | None) -> str:
     """Return a header entry's dtype and shape."""
-    return f"{entry.get('dtype')} {entry.get('shape')}" if entry else "nothing"
+    return f"{entry.get('dtype')} {entry.get('shape')}" if isinstance(entry, dict) else "nothing"

@@ -6,7 +6,6 @@ PyTorch is imported only where a format needs it.
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,8 +17,9 @@ from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
 from lightning_ckmerge.checks import TORCH_SUFFIXES
 from lightning_ckmerge.core.specs import TensorSpec
 from lightning_ckmerge.errors import ArtifactError
-from lightning_ckmerge.tensorfiles.durable import FileRecord, inside
+from lightning_ckmerge.tensorfiles.durable import FileRecord
 from lightning_ckmerge.tensorfiles.reader import METADATA_NAME, StoredWeights
+from lightning_ckmerge.tensorfiles.untrusted import inside, read_json
 from lightning_ckmerge.tensorfiles.writer import INDEX_NAME, SINGLE_NAME, WEIGHTS_NAME
 
 if TYPE_CHECKING:
@@ -263,10 +263,10 @@ def read_torch(path: Path) -> Any:
             "`save_weights_only=True` and plain hyperparameters, or write its `state_dict` to safetensors where you "
             "trust the file."
         ) from error
-    except (OSError, RuntimeError, EOFError) as error:
+    except Exception as error:  # whatever damage makes of the parts that are read first
         raise ArtifactError(
             f"a checkpoint must be a file that `torch.save` wrote (torch 1.6 or newer), got {path}: "
-            f"{str(error).splitlines()[0]}. Restore it from a copy."
+            f"{next(iter(str(error).splitlines()), type(error).__name__)}. Restore it from a copy."
         ) from error
 
 
@@ -300,10 +300,14 @@ def _entry(content: Any, key: str | None, path: Path) -> Mapping[str, Any]:
         keys = [key] if key else [LIGHTNING_KEYS[0]]
         for name in keys:
             if isinstance(content.get(name), Mapping):
-                return {str(n): t for n, t in content[name].items()}
+                return {n: t for n, t in content[name].items() if isinstance(n, str)}
         if key is None and any(isinstance(t, torch.Tensor) for t in content.values()):
-            return {str(n): t for n, t in content.items()}
-    entries = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
+            return {n: t for n, t in content.items() if isinstance(n, str)}
+    entries = (
+        ", ".join(k for k in content if isinstance(k, str))[:200]
+        if isinstance(content, Mapping)
+        else type(content).__name__
+    )
     raise ArtifactError(
         f"a checkpoint must hold its weights under {key or LIGHTNING_KEYS[0]!r}, got {entries} in {path}. "
         "Name the entry with `--key`."
@@ -348,7 +352,7 @@ def _lightning_step(meta: Path) -> int | None:
 
     try:
         content = torch.load(meta, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, RuntimeError, EOFError):  # its contents need code: the name must do
+    except Exception:  # its contents need code, or are damaged: the name must do
         content = None
     step = content.get("global_step") if isinstance(content, Mapping) else None
     return step if isinstance(step, int) else _named_step(meta.parent)
@@ -357,12 +361,12 @@ def _lightning_step(meta: Path) -> int | None:
 def _shards(directory: Path) -> list[Path]:
     index = directory / INDEX_NAME
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [inside(directory, name) for name in names]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        names = sorted(set(read_json(index, allow_nan=True)["weight_map"].values()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArtifactError(
             f"an index must map tensors to files under `weight_map`, got {index}. Restore it from a copy."
         ) from error
+    return [inside(directory, name) for name in names]
 
 
 def _named_step(path: Path) -> int | None:

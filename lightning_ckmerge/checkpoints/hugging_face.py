@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_ckmerge.core.specs import TensorSpec
 from lightning_ckmerge.core.wording import listed
 from lightning_ckmerge.errors import ArtifactError
-from lightning_ckmerge.tensorfiles.durable import FileRecord, inside
+from lightning_ckmerge.tensorfiles.durable import FileRecord
+from lightning_ckmerge.tensorfiles.untrusted import inside
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -23,11 +24,14 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
 FOUND = 1
 FAILED = 2
 # Off a terminal lines are for `grep`: they do not wrap.
 WIDTH_OF_FILES = 400
+# All but tabs and line feeds, with the second half of Latin-1's.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 STATUS_STYLES = {"accepted": "bold green", "rejected": "bold red", "unconfirmed": "bold yellow"}
 
 
@@ -42,7 +46,23 @@ def console() -> Console:
     """Return standard output for people."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else WIDTH_OF_FILES, highlight=False, markup=False, emoji=False)
+    class PlainConsole(Console):
+        """Shows a stranger's texts without their control characters."""
+
+        def render_str(self, text: str, **kwargs: Any) -> Text:
+            return super().render_str(printable(text), **kwargs)
+
+    width = None if sys.stdout.isatty() else WIDTH_OF_FILES
+    return PlainConsole(width=width, highlight=False, markup=False, emoji=False)
+
+
+def printable(text: str) -> str:
+    """Return a text without the characters that move a terminal's cursor, change its title or type for its user.
+
+    >>> printable("better\\x1b[2J by 3 %")
+    'better\ufffd[2J by 3 %'
+    """
+    return CONTROL.sub("\ufffd", text)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> Table:
@@ -68,7 +88,7 @@ def status_text(status: str) -> Any:
     """Return a verdict's status in its colour."""
     from rich.text import Text
 
-    return Text(status, style=STATUS_STYLES.get(status.lower(), ""))
+    return Text(printable(status), style=STATUS_STYLES.get(status.lower(), ""))
 
 
 def verdict_text(verdict: Mapping[str, Any]) -> Any:
@@ -81,7 +101,7 @@ def verdict_text(verdict: Mapping[str, Any]) -> Any:
     rest = verdict["sentence"].removeprefix(f"{verdict['status'].capitalize()}: ")
     if rest.startswith("Merging "):
         rest = f"m{rest[1:]}"
-    return Text.assemble(status_text(verdict["status"].capitalize()), ": ", rest)
+    return Text.assemble(status_text(verdict["status"].capitalize()), ": ", printable(rest))
 
 
 def print_json(value: object) -> None:
@@ -168,7 +188,7 @@ def tell_choice(path: Path, *, as_json: bool) -> dict[str, str]:
 
 def fail(message: str, kind: str, *, as_json: bool = False) -> typer.Exit:
     """Print an error in one line, for programs also as JSON on standard output, and return the command's exit."""
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     typer.echo(f"error: {line}", err=True)
     if as_json:
         print_json({"ok": False, "error": {"type": kind, "message": line}})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,7 +171,7 @@ def _find_model(source: Source, config_dir: Path, prefix: str | None) -> tuple[s
     expected = expected_tensors(config_dir)
     if expected is None:
         if prefix is None:
-            named = json.loads((config_dir / CONFIG_NAME).read_text(encoding="utf-8")).get("architectures")
+            named = _read_mapping(config_dir / CONFIG_NAME).get("architectures")
             raise ConfigError(
                 f"`architectures` in {config_dir / CONFIG_NAME} must name a model of an installed transformers, got "
                 f"{named}. Install it, correct the entry, or pass --prefix, such as `model.`"
@@ -188,6 +187,19 @@ def _find_model(source: Source, config_dir: Path, prefix: str | None) -> tuple[s
     return found, expected.kept
 
 
+def _read_mapping(path: Path) -> dict[str, Any]:
+    from lightning_ckmerge.errors import ArtifactError
+    from lightning_ckmerge.tensorfiles.untrusted import read_json
+
+    try:
+        found = read_json(path, allow_nan=True)
+    except ValueError as error:
+        raise ArtifactError(f"{path.name} must be JSON, got {path}: {error}. Restore it from a copy.") from error
+    if not isinstance(found, dict):
+        raise ArtifactError(f"{path.name} must hold a mapping, got {type(found).__name__} in {path}. Restore it.")
+    return found
+
+
 def _card(source: Source) -> str:
     from lightning_ckmerge.artifact.load import RECIPE_NAME
     from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, read_manifest
@@ -196,5 +208,5 @@ def _card(source: Source) -> str:
     if (source.path / MANIFEST_NAME).is_file():
         return render_card(read_manifest(source.path))
     if (source.path / RECIPE_NAME).is_file():
-        return render_merge_card(json.loads((source.path / RECIPE_NAME).read_text(encoding="utf-8")))
+        return render_merge_card(_read_mapping(source.path / RECIPE_NAME))
     return render_source_card(source.path.name, source.step)

@@ -123,18 +123,21 @@ def _listed(name: Path, directory: Path) -> dict[str, Any]:
     """Return a run's searches, each with the state of its artifact, even if damaged."""
     from lightning_ckmerge.artifact.load import best_target
     from lightning_ckmerge.artifact.standing import read_standing
-    from lightning_ckmerge.artifact.timeline import read_timeline
+    from lightning_ckmerge.artifact.timeline import check_whole, read_timeline
+    from lightning_ckmerge.tensorfiles.untrusted import inside
 
     best, standing = best_target(directory), read_standing(directory)
+    timeline = read_timeline(directory) if directory.is_dir() else []
+    check_whole(directory, timeline)
     searches = [
         {
             **{key: record[key] for key in LISTED},
             "value": record["values"].get(record["winner"]),
             "seconds": sum(record["cost"]["seconds"].values()),
             "reason": record.get("reason"),
-            "holds": _holds(directory / record["artifact"]) if record["artifact"] else "nothing",
+            "holds": _holds(inside(directory, record["artifact"])) if record["artifact"] else "nothing",
         }
-        for record in (read_timeline(directory) if directory.is_dir() else [])
+        for record in timeline
     ]
     return {
         "run": str(name),

@@ -70,7 +70,8 @@ def verify(
     opened = Artifact(path, read_manifest(path))
     files = _check_files(opened)
     found: dict[str, Any] = {"artifact": str(path), "files": files, **tell_choice(artifact, as_json=as_json)}
-    is_sound = all(state == "ok" for state in files.values())
+    # A manifest that lists nothing vouches for nothing.
+    is_sound = bool(files) and all(state == "ok" for state in files.values())
     if rebuild and is_sound:
         found["rebuild"] = _rebuild(opened, latest, checkpoints, key)
         is_sound = found["rebuild"]["state"] == "equal"
@@ -123,8 +124,8 @@ def _verify_ensemble(path: Path, as_json: bool) -> None:
 
 
 def _check_files(artifact: Artifact | EnsembleArtifact) -> dict[str, str]:
-    """Return the state of each listed file: ``ok``, ``missing``, ``another size`` or ``another SHA-256``."""
-    from lightning_ckmerge.tensorfiles.durable import inside
+    """Return the state of each file: ``ok``, ``missing``, ``another size``, ``another SHA-256`` or ``not listed``."""
+    from lightning_ckmerge.tensorfiles.untrusted import inside
 
     listed = artifact.manifest["files"]
     paths = {name: inside(artifact.path, name) for name in listed}
@@ -138,7 +139,19 @@ def _check_files(artifact: Artifact | EnsembleArtifact) -> dict[str, str]:
             return "another size"
         return "ok" if hashed[paths[name]] == listed[name] else "another SHA-256"
 
-    return {name: state(name) for name in listed}
+    others = {name for name in _list_others(artifact.path) if name not in listed}
+    return {**{name: state(name) for name in listed}, **dict.fromkeys(sorted(others), "not listed")}
+
+
+def _list_others(directory: Path) -> list[str]:
+    """Return the files that a manifest should list; not those of the system, whose names begin with a dot."""
+    from lightning_ckmerge.artifact.accounts import ACCOUNT_NAME, PAGE_NAME
+    from lightning_ckmerge.artifact.ensembles import ENSEMBLE_NAME
+    from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
+
+    names = [p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_symlink() or not p.is_dir()]
+    known = (ACCOUNT_NAME, PAGE_NAME, ENSEMBLE_NAME, MANIFEST_NAME)
+    return [n for n in names if n not in known and not n.rpartition("/")[2].startswith(".")]
 
 
 def _rebuild(artifact: Artifact, latest: Path | None, checkpoints: Path | None, key: str | None) -> dict[str, Any]:
@@ -164,6 +177,10 @@ def _rebuild(artifact: Artifact, latest: Path | None, checkpoints: Path | None, 
 
 def _print_files(files: dict[str, str]) -> None:
     from rich.text import Text
+
+    if not files:
+        console().print("note: the manifest lists no files, so there is nothing that it vouches for.")
+        return
 
     rows = [(name, Text(state, style="" if state == "ok" else "bold red")) for name, state in files.items()]
     console().print(table(("file", "state"), rows))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lightning_ckmerge.errors import SnapshotError
 
 # A buffer's file names a part as `layer.weight[0:64,0:128]`, and a whole tensor as `layer.weight`.
-PART = re.compile(r"(?P<name>.*)\[(?P<ranges>\d+:\d+(?:,\d+:\d+)*)\]", flags=re.DOTALL)
+PART = re.compile(r"(?P<name>.*)\[(?P<ranges>[0-9]{1,18}:[0-9]{1,18}(?:,[0-9]{1,18}:[0-9]{1,18})*)\]", flags=re.DOTALL)
 # PyTorch's name, and bytes an element.
 TENSOR_TYPES = {
     "F64": ("float64", 8),

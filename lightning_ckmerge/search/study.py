@@ -34,7 +34,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.spaces import Interval
-from lightning_ckmerge.errors import ConfigError, SearchError
+from lightning_ckmerge.errors import CkmergeError, ConfigError, SearchError
 
 # Anchors in the space count as start-up trials: a search of `grouped` draws three random points, one of `decay` none.
 NUM_STARTUP_TRIALS = 4
@@ -72,7 +72,7 @@ class SearchStudy:
         self._distributions = {n: _distribution(i) for n, i in intervals.items()}
         self._pending: dict[str, optuna.Trial] = {}
         directions = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
-        with quiet():
+        with quiet(), _readable(storage):
             self._backend = open_storage(storage)
             self._study = optuna.create_study(
                 storage=self._backend,
@@ -105,7 +105,7 @@ class SearchStudy:
         """
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             if trial.user_attrs.get("name") == name:
-                return dict(trial.params), score_from(trial.user_attrs["score"])
+                return dict(trial.params), score_from(trial.user_attrs.get("score", {}))
         return dict(self._ask(name, fixed).params), None
 
     def tell(self, name: str, score: Score, violations: Mapping[str, float]) -> None:
@@ -125,7 +125,7 @@ class SearchStudy:
             return
         trial.set_user_attr("score", asdict(score))
         told = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        scores = [score_from(t.user_attrs["score"]).objectives for t in told]
+        scores = [score_from(t.user_attrs.get("score", {})).objectives for t in told]
         signs = [sign_of_direction(direction) for direction in self._study.directions]
         values = [
             sign * _finite(sign * own.value, [sign * other[i].value for other in scores])
@@ -279,6 +279,22 @@ def _has_unfinished_line(journal: Path) -> bool:
         return file.read() != b"\n"
 
 
+@contextlib.contextmanager
+def _readable(storage: Path | str) -> Iterator[None]:
+    """A journal is a file that others may have written to, and Optuna takes it for its own."""
+    try:
+        yield
+    except (CkmergeError, OSError):
+        raise
+    except Exception as error:
+        if isinstance(storage, str):
+            raise
+        raise SearchError(
+            f"a study must be a journal that Optuna wrote, got {type(error).__name__} for {storage}. Move the file "
+            "away: the next search begins a new one."
+        ) from error
+
+
 def _open_url(url: str) -> BaseStorage:
     for attempts_left in reversed(range(NUM_ATTEMPTS)):
         try:
@@ -318,9 +334,20 @@ def _finite(value: float, others: Sequence[float]) -> float:
 
 
 def score_from(stored: Mapping[str, object]) -> Score:
-    """Return the score that a trial keeps; JSON has no tuples, and no scores."""
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, Sequence) else v for k, v in stored.items()}
-    return Score(**{**values, "others": tuple(map(score_from, values.get("others", ())))})
+    """Return the score that a trial keeps; JSON has no tuples, and no scores.
+
+    Raises:
+        SearchError: It is none.
+    """
+    try:
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        values["value"] = float(values.get("value", ""))
+        return Score(**{**values, "others": tuple(map(score_from, values.get("others", ())))})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise SearchError(
+            f"a trial must keep the score that it was told, got {type(error).__name__} for one of the study's. Move "
+            "the journal away, or name another storage: the search begins anew."
+        ) from error
 
 
 def sign_of_direction(direction: StudyDirection) -> int:

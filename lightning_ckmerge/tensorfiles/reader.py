@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -13,11 +12,13 @@ from safetensors import SafetensorError, safe_open
 
 from lightning_ckmerge.core.specs import TENSOR_TYPES, TensorSpec
 from lightning_ckmerge.errors import ArtifactError
+from lightning_ckmerge.tensorfiles.untrusted import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 METADATA_NAME = ".metadata"  # of a distributed checkpoint
+MAX_HEADER_BYTES = 100_000_000  # as the library has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,14 @@ class StoredWeights(Mapping[str, "Tensor"]):
     def __getitem__(self, name: str) -> Tensor:
         kept = self._aliases.get(name, name)
         path = self._places[kept].path
-        if path not in self._mapped:
-            self._mapped[path] = safe_open(path, framework="pt")
-        tensor: Tensor = self._mapped[path].get_tensor(kept)
+        try:
+            if path not in self._mapped:
+                self._mapped[path] = safe_open(path, framework="pt")
+            tensor: Tensor = self._mapped[path].get_tensor(kept)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"a tensor must be readable, got {error} for {name!r} in {path}. Restore the file from a copy."
+            ) from error
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -119,18 +125,52 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _read_header(path)[0]
 
 
+def parse_header(data: bytes) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Return the texts and the tensors' entries in the header of a safetensors file, which may come from anyone.
+
+    Args:
+        data: The header alone: JSON, without the eight bytes that tell its length.
+
+    Raises:
+        ValueError: It is no header.
+
+    >>> parse_header(b'{"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}')
+    ({}, {'w': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}})
+    """
+    header = parse_json(data, max_bytes=MAX_HEADER_BYTES)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no mapping")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata are no texts")
+    for name, entry in header.items():
+        if not _is_entry(entry):
+            raise ValueError(f"the entry for {name[:80]!r} is none of a tensor")
+    return metadata, header
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return False
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    is_counted = all(type(n) is int and n >= 0 for n in numbers)
+    return isinstance(entry["dtype"], str) and is_counted and len(offsets) == 2 and offsets[0] <= offsets[1]
+
+
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, _Place]]:
     """Return a file's metadata, and the place of each of its tensors."""
     try:
+        if not path.is_file():
+            raise OSError("no such file")  # a pipe's end may never come
         # The library checks that tensors fill the file without gaps, but does not say where each of them is.
         with safe_open(path, framework="np"), path.open("rb") as file:
             num_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(num_bytes))
-    except (OSError, SafetensorError) as error:
+            metadata, header = parse_header(file.read(min(num_bytes, MAX_HEADER_BYTES + 1)))
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(
             f"weights must be safetensors, got {path}: {error}. Restore the file from a copy, or use another artifact."
         ) from error
-    metadata = header.pop("__metadata__", None) or {}
     places = {
         name: _Place(path=path, start=8 + num_bytes + entry["data_offsets"][0], entry=entry)
         for name, entry in header.items()

@@ -11,6 +11,7 @@ from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.search.problem import Half
 from lightning_ckmerge.studies.pilot.plan import Merge
 from lightning_ckmerge.tensorfiles.durable import replace_text
+from lightning_ckmerge.tensorfiles.untrusted import parse_json
 
 
 class Ledger:
@@ -31,8 +32,8 @@ class Ledger:
             self.clear()
             return
         for record in records[1:]:
-            if isinstance(record, dict) and {"key", "half", "score"} <= record.keys():
-                self._scores[f"{record['half']} {record['key']}"] = _score(record["score"])
+            if isinstance(record, dict) and (score := _score(record.get("score"))) is not None:
+                self._scores[f"{record.get('half')} {record.get('key')}"] = score
 
     def __len__(self) -> int:
         return len(self._scores)
@@ -63,7 +64,7 @@ class Ledger:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line, allow_nan=True)
     except ValueError:
         return None
 
@@ -77,10 +78,18 @@ def _told(score: Score) -> dict[str, Any]:
     }
 
 
-def _score(record: dict[str, Any]) -> Score:
-    values, sizes = record["values"], record["sizes"]
+def _score(record: Any) -> Score | None:
+    """Return the score; ``None`` where this is none: the merge is evaluated again."""
+    if not isinstance(record, dict):
+        return None
+    value, values, sizes = record.get("value"), record.get("values"), record.get("sizes")
+    lists = [[] if each is None else each for each in (values, sizes)]
+    if not all(isinstance(each, list) and all(isinstance(v, (int, float)) for v in each) for each in lists):
+        return None
+    if not isinstance(value, (int, float)) or not isinstance(record.get("num_batches"), int):
+        return None
     return Score(
-        value=record["value"],
+        value=value,
         values_B=tuple(values) if values is not None else None,
         sizes_B=tuple(sizes) if sizes is not None else None,
         num_batches=record["num_batches"],
