@@ -13,7 +13,7 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -143,7 +143,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         found = super().find_class(module, name)
         if not callable(found):
             return found
-        return type(name, (found,), {}) if dataclasses.is_dataclass(found) else functools.partial(found)
+        is_described = isinstance(found, type) and dataclasses.is_dataclass(found)
+        return type(name, (cast("type", found),), {}) if is_described else functools.partial(found)
 
 
 def _read_metadata(path: Path) -> Metadata:
