@@ -233,7 +233,8 @@ def trend_told(found: Trend | None) -> list[str]:
         f"({steps.interval[0]:+.1f} to {steps.interval[1]:+.1f}) for ten times the steps. Runs scatter around it by "
         f"{found.residual:.1f} points.",
         "",
-        "**What it promises for large runs**: nothing beyond the sizes and lengths in the table. A run of a billion parameters lies two factors of ten beyond the ladder, and one of a hundred "
+        "**What it promises for large runs**: nothing beyond the sizes and lengths in the table. A run of "
+        "a billion parameters lies two factors of ten beyond the ladder, and one of a hundred "
         f"thousand steps one and a half: taken that far, the interval of the parameters' slope alone spans "
         f"{2 * (size.interval[1] - size.interval[0]):.0f} points. So the trend rules a steep decline out or it does "
         "not, by its interval; it does not give a large run's figure.",
