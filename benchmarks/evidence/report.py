@@ -30,6 +30,8 @@ SHORT = {
     REFINED: "the default, refined by gradients",
 }
 NOT_YET = "*not yet run*"
+# A plane through fewer tells next to nothing.
+MIN_TREND_RUNS = 10
 TARGET_SHARE, TARGET_SLOPE, TARGET_EVALUATIONS = 95.0, -3.0, 6.0
 
 Result = Mapping[str, Any]
@@ -216,13 +218,13 @@ def taus(found: Sequence[Result]) -> list[float]:
 def fitted(found: Sequence[Result]) -> Trend | None:
     """Return the share's plane over the logarithms of parameters (by a million) and steps (by a thousand)."""
     places = [(math.log10(r["run"]["num_parameters"] / 1e6), math.log10(r["run"]["num_steps"] / 1e3)) for r in found]
-    return trend(places, shares(found, DEFAULT)) if found else None
+    return trend(places, shares(found, DEFAULT)) if len(found) >= MIN_TREND_RUNS else None
 
 
 def trend_told(found: Trend | None) -> list[str]:
     """Return what the trend says, and what it cannot."""
     if found is None:
-        return [f"**Trend**: {NOT_YET}: it needs runs of more sizes and lengths."]
+        return [f"**Trend**: {NOT_YET}: it needs {MIN_TREND_RUNS} runs or more, of several sizes and lengths."]
     (size, steps), level = found.slopes_D, found.level
     return [
         f"**Trend** over {found.num_runs} runs: {level.value:.1f} % (95 % interval {level.interval[0]:.1f} to "
@@ -231,8 +233,8 @@ def trend_told(found: Trend | None) -> list[str]:
         f"({steps.interval[0]:+.1f} to {steps.interval[1]:+.1f}) for ten times the steps. Runs scatter around it by "
         f"{found.residual:.1f} points.",
         "",
-        "**What it promises for large runs**: within the ladder, up to 10 M parameters and 4,000 steps, this is "
-        "what was found. A run of a billion parameters lies two factors of ten beyond the ladder, and one of a hundred "
+        "**What it promises for large runs**: nothing beyond the sizes and lengths in the table. A run of "
+        "a billion parameters lies two factors of ten beyond the ladder, and one of a hundred "
         f"thousand steps one and a half: taken that far, the interval of the parameters' slope alone spans "
         f"{2 * (size.interval[1] - size.interval[0]):.0f} points. So the trend rules a steep decline out or it does "
         "not, by its interval; it does not give a large run's figure.",
