@@ -679,6 +679,29 @@ def test_a_set_keeps_its_order_or_is_named() -> None:
     assert (list(sparse) == orders[1]) == ("it[1]" not in memory.changed())
 
 
+@pytest.mark.parametrize("name", ["attribute", "tuple", "closure", "method"])
+def test_a_set_keeps_its_order_whatever_its_elements_hash_to(name: str) -> None:
+    """Goes red if a search works on the set itself: filled again, most sets of words are in another order."""
+    random_ = random.Random(1)
+    for num in [1, 2, 3, 4, 5, 8, 13, 30] * 5:
+        words = {str(random_.random()) for _ in range(num)}
+        holder, add = {
+            "attribute": lambda words: (space := SimpleNamespace(it=words), lambda word: space.it.add(word)),
+            "tuple": lambda words: (held := [(1, words)], lambda word: held[0][1].add(word)),
+            "closure": lambda words: (function := lambda word: words.add(word), function),
+            "method": lambda words: (held := [words.add], lambda word: held[0](word)),
+        }[name](words)
+        order = list(words)
+        memory = remember(holder)
+        for _ in range(3):
+            memory.lend()
+            for _ in range(40):
+                add(str(random_.random()))
+            assert not memory.put_back()
+            assert not memory.changed()
+            assert list(words) == order
+
+
 def deep(value: Any, depth: int) -> Any:
     for _ in range(depth):
         value = [value]

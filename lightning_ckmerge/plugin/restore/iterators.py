@@ -1,7 +1,8 @@
-"""Iterators: their places in what they go over, which ``next`` moves on and nothing moves back.
+"""Iterators: their places in what they go over, which ``next`` moves on and nothing moves back; and sets.
 
-In a search, whoever holds a built-in iterator is lent a copy, and given its own back afterwards. Iterators that have no
-copy, such as generators and those of loaders, are looked at from outside.
+In a search, whoever holds a built-in iterator is lent a copy, and given its own back afterwards. So is whoever holds a
+set: emptied and filled again, it would go over its elements in another order. Iterators that have no copy, such as
+generators and those of loaders, are looked at from outside.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import AsyncGeneratorType, CoroutineType, GeneratorType, MethodWrapperType
+from types import AsyncGeneratorType, BuiltinMethodType, CoroutineType, GeneratorType, MethodWrapperType
 from typing import Any
 
 from torch.utils.data.dataloader import _BaseDataLoaderIter
@@ -21,8 +22,11 @@ from lightning_ckmerge.plugin.restore.kept import Kept, Watched
 # Of the iterators of these, `__reduce__` tells all, moves nothing, and runs nobody else's code.
 PACKAGES = {"builtins", "itertools", "collections", "_collections"}
 RUNNING = (GeneratorType, CoroutineType, AsyncGeneratorType)
-# What may hold an iterator and cannot be changed itself: a copy of it holds the copy.
-CARRIERS = (tuple, partial, MethodWrapperType)
+METHODS = (MethodWrapperType, BuiltinMethodType)
+# What may hold an iterator or a set and cannot be changed itself: a copy of it holds the copy.
+CARRIERS = (tuple, partial, *METHODS)
+# A larger set is not copied for each evaluation.
+MAX_SET_LENGTH = 10_000
 NUMBERS = (int, float, complex, str, range)
 
 
@@ -63,13 +67,13 @@ class Frame(Kept):
 
 
 class Copies:
-    """Copies of iterators, each of one state of them all: those that share another one share its copy."""
+    """Copies of iterators and sets, each of one state of them all: those that share another one share its copy."""
 
     def __init__(self) -> None:
         self._made: dict[int, tuple[Any, Any]] = {}
 
     def get(self, value: Any) -> Any:
-        """Return a value's copy, or the value where it neither is an iterator nor carries one."""
+        """Return a value's copy, or the value where it neither is an iterator or a set nor carries one."""
         if id(value) in self._made:
             return self._made[id(value)][1]
         copy = self._make(value)
@@ -83,7 +87,9 @@ class Copies:
                 return self._copy(value)
             except TypeError:
                 return value
-        if cls is MethodWrapperType:
+        if cls is set:
+            return set(value)
+        if cls in METHODS:
             own = self.get(value.__self__)
             return value if own is value.__self__ else getattr(own, value.__name__)
         if cls is partial:
@@ -111,6 +117,11 @@ class Copies:
         if type(state) is tuple:
             return tuple(map(self._own, state))
         return list(state) if type(state) is list else self.get(state)
+
+
+def is_lent(value: Any) -> bool:
+    """Whether a search works on a copy of a value."""
+    return is_iterator(type(value)) or (type(value) is set and len(value) <= MAX_SET_LENGTH)
 
 
 def is_iterator(cls: type) -> bool:

@@ -27,7 +27,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lightning_ckmerge.core.holders import buffers_of, is_script, parameters_of
 from lightning_ckmerge.errors import FinalError, explain
 from lightning_ckmerge.plugin.restore.bits import checksum
-from lightning_ckmerge.plugin.restore.iterators import CARRIERS, Copies, Position, described, is_iterator, look_at
+from lightning_ckmerge.plugin.restore.iterators import (
+    CARRIERS,
+    Copies,
+    Position,
+    described,
+    is_iterator,
+    is_lent,
+    look_at,
+)
 from lightning_ckmerge.plugin.restore.kept import (
     Array,
     Attributes,
@@ -141,11 +149,11 @@ class SavedState:
         self.kept: list[Kept] = []
         self.generators: list[Any] = []
         self.left_out: dict[str, str] = {}
-        self._lent: dict[int, Any] = {}  # iterators, and what carries them
+        self._lent: dict[int, Any] = {}  # iterators and sets, and what carries them
         self._weights = {id(w) for w in weights}
         self._seen: dict[int, Any] = {}
         self._shared = {id(held): held for held in held_by_other_threads() if not is_inert(held)}
-        self._carriers: list[tuple[Any, list[Any]]] = []  # what may hold an iterator, and its parts
+        self._carriers: list[tuple[Any, list[Any]]] = []  # what may hold one of these, and its parts
         self._queue: deque[Visit] = deque()
         self._is_going = False
         self._classes: set[type] = set()
@@ -226,7 +234,7 @@ class SavedState:
             mapping.clear()
 
     def lend(self) -> None:
-        """Give whoever holds an iterator a copy of it, until all is put back."""
+        """Give whoever holds an iterator or a set a copy of it, until all is put back."""
         if not self._lent:
             return
         while carrying := [v for v, parts in self._carriers if self._carries(v, parts)]:
@@ -307,9 +315,10 @@ class SavedState:
             self.kept.append(Watched(where, value.digest))
         elif is_iterator(cls):
             self.kept.append(Position(where, value))
-            self._lent[id(value)] = value
         elif (seen := look_at(value, where)) is not None:
             self.kept.append(seen)
+        if is_lent(value):
+            self._lent[id(value)] = value
         parts = _parts(value, cls)
         if len(parts) > NUM_FEW:
             self._take_many([part for _, part in parts], where, allowance, depth + 1)
