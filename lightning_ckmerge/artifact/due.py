@@ -17,7 +17,6 @@ A due search is whole once each rank's index is there. No rank waits for another
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -31,6 +30,7 @@ from lightning_ckmerge.buffer.storage import Stored
 from lightning_ckmerge.core.segments import Segment
 from lightning_ckmerge.errors import SnapshotError
 from lightning_ckmerge.tensorfiles.durable import replace_json
+from lightning_ckmerge.tensorfiles.untrusted import read_json
 
 FOLLOW_NAME = "follow"
 INDEX_NAME = "index.json"
@@ -110,9 +110,8 @@ class DuePart:
             SnapshotError: It is damaged.
         """
         path = directory / INDEX_NAME
-        text = path.read_text(encoding="utf-8")
         try:
-            found = json.loads(text)
+            found = read_json(path, allow_nan=True)
             if found.pop("schema_version") != SCHEMA_VERSION:
                 raise ValueError("schema_version")
             info = found.pop("info")
@@ -247,7 +246,7 @@ class RunSign:
     def read(cls, dirpath: Path) -> RunSign | None:
         """Return a run's sign of life; ``None`` where there is none yet."""
         try:
-            return cls(**json.loads((dirpath / FOLLOW_NAME / RUN_SIGN_NAME).read_text(encoding="utf-8")))
+            return cls(**read_json(dirpath / FOLLOW_NAME / RUN_SIGN_NAME))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -316,8 +315,7 @@ def read_results(dirpath: Path) -> dict[str, DueResult]:
 def read_result(dirpath: Path, due: str) -> DueResult | None:
     """Return the result of a due search; ``None`` unless there is one that can be read."""
     try:
-        text = (_results(dirpath) / f"{due}.json").read_text(encoding="utf-8")
-        return DueResult(**json.loads(text))
+        return DueResult(**read_json(_results(dirpath) / f"{due}.json", allow_nan=True))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -19,6 +19,7 @@ from types import TracebackType
 
 from lightning_ckmerge.search.study import is_process_alive
 from lightning_ckmerge.tensorfiles.durable import replace_json
+from lightning_ckmerge.tensorfiles.untrusted import read_json
 
 # Clocks of machines may differ by a part of it.
 LEASE_S = 300.0
@@ -58,7 +59,7 @@ def find_lease(due: Path) -> LeaseRecord | None:
         return None
     path = due / f"lease-{newest:03d}.json"
     try:
-        record = LeaseRecord(**json.loads(path.read_text(encoding="utf-8")))
+        record = LeaseRecord(**read_json(path))
     except (ValueError, TypeError):
         # Being written; where its follower has died over that, it counts as long as any.
         record = LeaseRecord(owner="", host="", pid=0, shares=False, expires=_age_limit(path))
