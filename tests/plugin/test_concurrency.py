@@ -126,8 +126,9 @@ def test_twenty_runs_in_one_process_leave_nothing_open(alone: dict[int, str], tm
         train(tmp_path / f"run-{number}", num_steps=3, make=lambda _: make_merge(tmp_path))
         if before is not None and number == 0:
             before = (len(os.listdir("/proc/self/fd")), threading.active_count())
-    if before is not None:
-        assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+    if before is not None:  # files of earlier tests may be closed meanwhile
+        assert len(os.listdir("/proc/self/fd")) <= before[0]
+        assert threading.active_count() <= before[1]
     assert DirectoryLock._held == set()
     assert len(list_runs(tmp_path / "merges")) == 20
     trails = {tuple(read_notes(tmp_path / f"run-{number}" / "notes-0.txt")) for number in range(20)}
