@@ -117,10 +117,12 @@ def measure(world_size: int) -> dict[str, float]:
 
 
 def far(rows: Sequence[dict[str, float]], name: str) -> list[float]:
-    """Return the straight line through the counts on several ranks, at numbers that no one machine holds."""
+    """Return the straight line through the counts on several ranks, at numbers that no one machine holds. R: rows."""
     many = [row for row in rows if row["ranks"] > 1]
-    slope, start = np.polyfit([row["ranks"] for row in many], [row[name] for row in many], 1)
-    return [max(float(start + slope * ranks), 0.0) for ranks in FAR]
+    ranks_R, counts_R = ([row[key] for row in many] for key in ("ranks", name))
+    slope = max(float(np.polyfit(ranks_R, counts_R, 1)[0]), 0.0)  # a count that does not grow stays
+    start = float(np.mean(counts_R)) - slope * float(np.mean(ranks_R))
+    return [start + slope * ranks for ranks in FAR]
 
 
 def table(rows: Sequence[dict[str, float]]) -> str:
