@@ -21,7 +21,7 @@ from lightning_ckmerge.artifact.standing import STANDING_NAME
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
 from lightning_ckmerge.errors import explain
 from lightning_ckmerge.tensorfiles.durable import list_files
-from lightning_ckmerge.tensorfiles.untrusted import parse_json
+from lightning_ckmerge.tensorfiles.untrusted import inside, parse_json
 
 # Beside artifacts; each is replaced as a whole.
 RUN_FILES = (TIMELINE_NAME, STANDING_NAME, "report.html", "report.md", "study.journal", RUN_NAME)
@@ -78,7 +78,11 @@ def _owner(fs: Any, place: str) -> str | None:
 
 
 def bring_back(url: str, dirpath: Path) -> bool:
-    """Copy a run's directory from its URL where the local one has been lost; return whether it was."""
+    """Copy a run's directory from its URL where the local one has been lost; return whether it was.
+
+    Raises:
+        ArtifactError: A name at the URL would lead out of the directory.
+    """
     fs, root = open_url(url)
     if (dirpath / TIMELINE_NAME).exists() or not fs.exists(f"{root}/{TIMELINE_NAME}"):
         return False
@@ -87,8 +91,9 @@ def bring_back(url: str, dirpath: Path) -> bool:
     own = [n for n in names if n.partition("/")[0].startswith("step=") or n in (*RUN_FILES, POINTER_NAME)]
     for name in sorted(own, key=lambda n: n == TIMELINE_NAME):
         if name != RUN_NAME:
-            (dirpath / name).parent.mkdir(parents=True, exist_ok=True)
-            fs.get_file(f"{root}/{name}", str(dirpath / name))
+            path = inside(dirpath, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(f"{root}/{name}", str(path))
     return True
 
 

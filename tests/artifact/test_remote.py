@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -121,39 +120,24 @@ def test_a_copy_follows_what_changes_at_the_url(publish: Publish, tmp_path: Path
         Artifact.open(f"{url}/{first.path.name}")
 
 
-def test_a_manifest_comes_last_and_goes_first(publish: Publish, tmp_path: Path) -> None:
-    """A reader between any two writes finds whole artifacts alone."""
-    merges = tmp_path / "merges"
-    with odd_disk() as disk:
-        publish(step=10, value=2.0, save_top_k=1, max_shard_size=64)
-        uploader = Uploader(merges, f"odd://{tmp_path}/remote", pytest.fail)
-        uploader.sync()
-        publish(step=20, value=1.0, save_top_k=1)
-        uploader.close()
-        assert uploader.url.endswith("remote")
-        bring(merges, f"odd://{tmp_path}/remote")
-        written = [name for what, name in disk.done if what == "write"]
-        removed = [name for what, name in disk.done if what == "remove"]
-    last = {name: i for i, name in enumerate(written)}
-    assert max(i for n, i in last.items() if n.endswith(".safetensors")) < last["manifest.json"] < last["best.json"]
-    assert removed[:1] in ([], ["manifest.json"])
+def test_a_reader_between_any_two_writes_finds_whole_artifacts_alone(publish: Publish, tmp_path: Path) -> None:
+    """Goes red if a manifest comes before a file that it lists, or stays longer than one."""
+    remote, whole, halves = tmp_path / "remote", set(), []
 
+    def look() -> None:
+        for manifest in remote.glob("step=*/manifest.json"):
+            try:
+                whole.add(Artifact.open(manifest.parent).path.name)
+            except ArtifactError as error:
+                halves.append(str(error))
 
-def test_a_reader_never_sees_half_an_artifact(publish: Publish, tmp_path: Path) -> None:
-    with odd_disk(pause_s=0.005):
-        url = f"odd://{tmp_path}/remote"
-        uploader = Uploader(tmp_path / "merges", url, pytest.fail)
-        found = set()
+    with odd_disk(look=look):
         for step in (10, 20, 30):
             publish(step=step, value=1.0 / step, save_top_k=1, max_shard_size=64)
-            uploader.sync()
-            for manifest in (tmp_path / "remote").rglob("manifest.json"):
-                with pytest.MonkeyPatch.context():
-                    names = json.loads(manifest.read_text() or "{}").get("files", {})
-                found |= {(manifest.parent / n).exists() or not manifest.exists() for n in names}
-        uploader.close()
-        assert found <= {True}
-        assert {p.name for p in (tmp_path / "remote").glob("step=*")} == {"step=000000030"}
+            assert bring(tmp_path / "merges", f"odd://{remote}") == []
+    assert not halves
+    assert whole == {"step=000000010", "step=000000020", "step=000000030"}
+    assert [p.name for p in remote.glob("step=*")] == ["step=000000030"]
 
 
 @pytest.mark.parametrize(("faults", "fails"), [(2, False), (3, True)])
@@ -199,10 +183,14 @@ def test_what_cannot_be_read_is_told_in_one_line(make: Callable[[], str], messag
 
 
 def test_a_name_that_leaves_the_copy_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fs, _ = open_url("memory://evil")
-    monkeypatch.setattr(type(fs), "find", lambda *_, **__: {"/evil/../../x.json": {"size": 1}})
+    fs, root = open_url("memory://evil")
+    fs.pipe_file(f"{root}/timeline.jsonl", b"")
+    monkeypatch.setattr(type(fs), "find", lambda *_, **__: {"/evil/step=1/../../../x.json": {"size": 1}})
     with pytest.raises(ArtifactError, match="must lie inside it"):
         local_copy("memory://evil")
+    with pytest.raises(ArtifactError, match="must lie inside it"):
+        bring_back("memory://evil", tmp_path / "merges")
+    assert not list(tmp_path.rglob("x.json"))
 
 
 def test_each_run_has_a_directory_of_its_own(url: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 from unittest.mock import patch
@@ -23,6 +23,7 @@ class OddDisk(LocalFileSystem):
         pause_s: What a write takes.
         is_away: Whether files of artifacts cannot be written.
         gate: What they wait for.
+        look: Called before each write and removal.
     """
 
     protocol = "odd"
@@ -31,6 +32,7 @@ class OddDisk(LocalFileSystem):
     pause_s: ClassVar[float] = 0.0
     is_away: ClassVar[bool] = False
     gate: ClassVar[threading.Event] = threading.Event()
+    look: ClassVar[Callable[[], object]] = staticmethod(lambda: None)
 
     @classmethod
     def _strip_protocol(cls, path: Any, *args: Any) -> Any:
@@ -50,6 +52,12 @@ class OddDisk(LocalFileSystem):
         self._do("remove", path)
         super().rm_file(path)
 
+    def rm(self, path: str, recursive: bool = False, **kwargs: Any) -> None:
+        """One file after another, a manifest last: a store has no directory to remove."""
+        for name in sorted(self.find(path), reverse=True):
+            self.rm_file(name)
+        super().rm(path, recursive=recursive, **kwargs)
+
     def get_file(self, rpath: str, lpath: str, *args: Any, **kwargs: Any) -> None:
         self._do("read", rpath)
         super().get_file(rpath, lpath, *args, **kwargs)
@@ -57,6 +65,8 @@ class OddDisk(LocalFileSystem):
     @classmethod
     def _do(cls, what: str, path: str) -> None:
         time.sleep(cls.pause_s)
+        if what != "read":
+            cls.look()
         if what == "write" and "step=" in path:
             cls.gate.wait()
         if what == "write" and (cls.faults > 0 or (cls.is_away and "step=" in path)):
@@ -67,12 +77,18 @@ class OddDisk(LocalFileSystem):
 
 @contextmanager
 def odd_disk(
-    *, faults: int = 0, pause_s: float = 0.0, is_away: bool = False, gate: threading.Event | None = None
+    *,
+    faults: int = 0,
+    pause_s: float = 0.0,
+    is_away: bool = False,
+    gate: threading.Event | None = None,
+    look: Callable[[], object] = lambda: None,
 ) -> Iterator[type[OddDisk]]:
     """Let ``odd://`` be known, and forget what was done before."""
     fsspec.register_implementation("odd", OddDisk, clobber=True)
     OddDisk.done.clear()
     OddDisk.faults, OddDisk.pause_s, OddDisk.is_away = faults, pause_s, is_away
+    OddDisk.look = staticmethod(look)
     OddDisk.gate = gate or threading.Event()
     if gate is None:
         OddDisk.gate.set()
