@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 from docstring_parser.common import Docstring
 from docstring_parser.google import DEFAULT_SECTIONS, GoogleParser, Section, SectionType
 
-from docs import example_results
+from docs import client_results, example_results
 from lightning_ckmerge import CheckpointMergeCallback, config
 from lightning_ckmerge.core.spaces import SPACES
 from lightning_ckmerge.search.hedge import GPHedgeSampler
@@ -106,6 +106,8 @@ GENERATED: dict[str, Callable[[], str]] = {
     "sampler tables": sampler_tables,
     "complete yaml": complete_yaml,
     "quality headline": quality_headline,
+    "clients": client_results.clients,
+    "lightning suite": client_results.lightning_suite,
     "examples overview": example_results.overview,
     **{f"example {task}": partial(example_results.comparison, task) for task in example_results.TASKS},
     **{f"generalisation {case}": partial(example_results.generalisation, case) for case in ("text", "digits")},

@@ -127,7 +127,7 @@ class CheckpointMergeCallback(Callback):
         self._monitor_seen = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all but the run in progress: some modules keep callbacks in hyperparameters, which checkpoints hold."""
+        """Return all but the run in progress: modules may keep callbacks in hyperparameters, and so in checkpoints."""
         return {**vars(self), "_run": None, "_claimed": None}
 
     @property
