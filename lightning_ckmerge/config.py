@@ -119,10 +119,10 @@ class SearchConfig:
             monitored or constraints are set, and in ``ckmerge search``, where processes may share them.
         terminator: Any Optuna terminator, asked after each trial whether to stop; for one monitored metric. Not asked
             in ``ckmerge search`` either.
-        refine: ``gradient``: three steps downhill from the best candidate, by gradients, over the coefficients of each
-            snapshot in each group of the space. Each takes about four evaluations. Needs ``validation_step`` to return
-            the loss that ``monitor`` is the mean of, and a strategy that holds the model whole: a single device or
-            ``ddp``. ``None``: none.
+        refine: ``gradient``: a step downhill from the best candidate, by its gradient, over the coefficients of each
+            snapshot in each tensor. It takes about five evaluations. Needs ``validation_step`` to return the loss that
+            ``monitor`` is the mean of, and a strategy that holds the model whole: a single device or ``ddp``.
+            ``None``: none.
         timeout_s: Seconds that one search may take; it stops early rather than exceed.
         max_fraction_of_training: Share of the training time so far that all searches together may take, in (0, 1]; a
             run counts as at least 200 s long, which makes 10 s of 5 %. Searches before the last one leave half of

@@ -17,7 +17,7 @@ from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
 from lightning_ckmerge.config import BufferConfig, MergeSettings
 from lightning_ckmerge.core.layout import TensorLayout
-from lightning_ckmerge.core.spaces import Grouped
+from lightning_ckmerge.core.spaces import ByTensor, Grouped
 from lightning_ckmerge.core.spaces.groups import describe_groups
 from lightning_ckmerge.core.wording import amount_told
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
@@ -274,6 +274,8 @@ def num_searches(settings: MergeSettings, length: RunLength) -> int | None:
 
 
 def _groups(model: RankModel) -> str | None:
+    if isinstance(model.space, ByTensor):
+        return f"each of {len(model.space.group_of)} tensors, after `search.refine`"
     if model.space.group_of:
         return describe_groups(model.space.group_of)
     return "none found by name: all tensors share their coefficients" if isinstance(model.space, Grouped) else None

@@ -45,8 +45,8 @@ def test_a_plan_counts_what_the_run_will_take(tmp_path: Path) -> None:
         ({}, {"evaluation": {"limit_batches": 10}}, "search_batches", 5),
         ({"limit_val_batches": 0.5}, {}, "confirm_batches", 10),
         ({}, {"search": {"space": "auto"}}, "space", "auto"),
-        # Three gradients, each as three evaluations, and up to three candidates for each.
-        ({}, {"search": {"refine": "gradient", "n_trials": 3}}, "evaluations", 20 * (10 + 3 + 3 * (3 + 3)) + 3 * 20),
+        # A gradient, as three evaluations, and up to three candidates.
+        ({}, {"search": {"refine": "gradient", "n_trials": 3}}, "evaluations", 20 * (10 + 3 + 3 + 3) + 3 * 20),
     ],
 )
 def test_a_plan_follows_the_config(
