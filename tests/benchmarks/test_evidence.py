@@ -223,6 +223,7 @@ def test_a_claim_is_judged_once_all_its_runs_are_measured() -> None:
             "run": {"cell": run.cell, "seed": run.seed},
             "latest": dict.fromkeys(NUM_BATCHES, 2.0),
             "twin": dict.fromkeys(NUM_BATCHES, 1.9),
+            "twin_interval": (0.09, 0.11),
             "methods": {DEFAULT: {"losses": losses}},
         }
 
@@ -232,6 +233,7 @@ def test_a_claim_is_judged_once_all_its_runs_are_measured() -> None:
     short = [measured(run, 90 if run.model == "3M" else 96) for run in ladder]
     assert report.cells_told(short, "ladder").startswith("**fails**")
     assert "3M, 1,000 steps (90.0 %)" in report.cells_told(short, "ladder")
+    assert report.shares([{**short[0], "twin_interval": (-0.01, 0.21)}], DEFAULT) == []
 
 
 def test_the_committed_page_is_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
