@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_ckmerge.buffer import segment_mean
 from lightning_ckmerge.buffer.host_staging import HostStaging, cut_layout, num_staged_bytes
 from lightning_ckmerge.buffer.rolling import RollingBuffer
-from lightning_ckmerge.buffer.segment_mean import MAX_UPDATES, SegmentMean
+from lightning_ckmerge.buffer.segment_mean import SegmentMean
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.layout import OwnedTensor, TensorLayout
@@ -30,10 +31,11 @@ DEVICES = [
 ]
 
 
+@settings(max_examples=20)
 @given(
     num_updates=st.integers(1, 12),
     update_every_n_steps=st.integers(1, 4),
-    bucket_bytes=st.integers(1, 2000),
+    bucket_bytes=st.integers(60, 2000),
     snapshot=st.sampled_from(["mean", "point"]),
 )
 def test_they_have_the_bits_of_means_beside_the_weights(
@@ -49,19 +51,22 @@ def test_they_have_the_bits_of_means_beside_the_weights(
     assert_same(*found)
 
 
-def test_a_long_segment_in_host_memory_goes_on_after_a_restart_bit_for_bit(tmp_path: Path) -> None:
+def test_a_long_segment_in_host_memory_goes_on_after_a_restart_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through the second accumulator, and through a checkpoint of the segment in progress."""
-    run, end = Run(), 2 * MAX_UPDATES
+    monkeypatch.setattr(segment_mean, "MAX_UPDATES", 20)
+    run, end = Run(), 50
     whole = run.buffer(DiskStorage(tmp_path / "whole"), segment_steps=end)
     parts = run.buffer(DiskStorage(tmp_path / "parts"), segment_steps=end, accumulate_on="host", bucket_size="64B")
     after = run.buffer(DiskStorage(tmp_path / "parts"), segment_steps=end, accumulate_on="host", run_id="ffffffff")
     for buffer in (whole, parts):
-        run.train(buffer, range(1, MAX_UPDATES + 50))
+        run.train(buffer, range(1, 35))
     whole.state_dict()  # which pools, too
     after.load_state_dict(parts.state_dict())
     parts.close()
     for buffer in (whole, after):
-        run.train(buffer, range(MAX_UPDATES + 50, end))
+        run.train(buffer, range(35, end))
     assert_same(after.snapshots(), whole.snapshots())
     assert not after.take_warnings()
     whole.close(), after.close()
@@ -85,18 +90,17 @@ def test_a_mean_is_never_torn_by_a_step_during_the_copy(device: str) -> None:
     weight = torch.zeros(4 * BLOCK_NUMEL, device=device)
     layout = TensorLayout([OwnedTensor(name="w", role="parameter", tensor=weight)])
     staging = HostStaging(layout, weight.device, BLOCK_NUMEL)  # eight slots' worth
-    mean, is_changed = SegmentMean(lambda: layout.allocate(), layout.views), threading.Event()
+    mean, changed = SegmentMean(layout.allocate, layout.views), threading.Semaphore(0)
 
     def take_late(weights: Sequence[Tensor]) -> None:
-        assert is_changed.wait(timeout=600)
+        assert changed.acquire(timeout=600)
         mean.take(weights)
 
     for step in range(1, 6):
         weight.fill_(step)
-        is_changed.clear()
         staging.send([weight], take_late)
         weight.fill_(-1000.0)  # the optimizer's next step, before anything was averaged
-        is_changed.set()
+        changed.release()
     staging.wait()
     staging.close()
     torch.testing.assert_close(mean.read()[torch.float32], torch.full((4 * BLOCK_NUMEL,), 3.0), rtol=0, atol=0)
