@@ -24,7 +24,7 @@ from benchmarks.speed.training import StepTimes
 from lightning_ckmerge import Artifact, BufferConfig, CheckpointMergeCallback, SearchConfig
 from lightning_ckmerge.artifact.due import list_due, read_results
 
-NUM_ROUNDS = 2
+NUM_ROUNDS = 3
 NUM_STEPS = 48
 DUE = (30,)
 BATCH = 4
