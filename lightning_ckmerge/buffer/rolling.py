@@ -1,8 +1,9 @@
 """The rolling buffer: averages training's weights over segments and keeps a bounded number of them.
 
-The training thread updates the running mean of the segment in progress. The writer's thread stores finished segments
-and keeps the archive in order. So the archive belongs to the writer while it works; the training thread touches it only
-after a flush, but for retiring a file.
+The training thread updates the running mean of the segment in progress; where that is in host memory, the thread of the
+staging does, and all others read it after a wait. The writer's thread stores finished segments and keeps the archive in
+order. So the archive belongs to the writer while it works; the training thread touches it only after a flush, but for
+retiring a file.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from lightning_ckmerge.buffer.archive import Archive, lost
 from lightning_ckmerge.buffer.blocks import cast_blocks, fill_nonfinite, with_dtype
+from lightning_ckmerge.buffer.host_staging import HostStaging
 from lightning_ckmerge.buffer.segment_mean import SegmentMean
 from lightning_ckmerge.buffer.state import BufferState, Entry, Progress
 from lightning_ckmerge.buffer.storage import Storage, Stored
 from lightning_ckmerge.buffer.writer import Writer, beside_training, reached
+from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.layout import Flats, TensorLayout
 from lightning_ckmerge.core.segments import Segment
@@ -59,7 +62,7 @@ class RollingBuffer:
         config: The settings of the buffer.
         layout: The model's floating tensors, in their own precision.
         storage: Where snapshots go.
-        device: The weights' device; the running means live there too.
+        device: The weights' device. The running means live there too, or as ``config.accumulate_on`` says.
         run_id: Eight hexadecimal digits that mark this buffer's files; each rank needs its own, or its own directory.
         segment_steps: Length of the finest segment in optimizer steps.
         double_segments: The run's length is unknown: double ``segment_steps`` whenever the run is 100 times as long.
@@ -92,9 +95,18 @@ class RollingBuffer:
 
     @property
     def num_bytes_in_memory(self) -> int:
-        """Bytes that the buffer holds at most in memory: two segments in progress and, if kept there, all snapshots."""
+        """Bytes that the buffer holds at most in memory: two segments in progress and, if kept there, all snapshots.
+
+        For segments in host memory also the copy of the weights that they are updated from, but not the staging.
+        """
         num_stored = 0 if self._storage.durable else self.config.capacity + 2
-        return NUM_ACCUMULATORS * self.accumulator_layout.num_bytes + num_stored * self.stored_layout.num_bytes
+        means = NUM_ACCUMULATORS * self.accumulator_layout.num_bytes
+        return means + num_stored * self.stored_layout.num_bytes + self.num_bytes_of_update
+
+    @property
+    def num_bytes_of_update(self) -> int:
+        """Bytes that an update sends to host memory, and that wait there to be averaged."""
+        return self._layout.num_bytes if self.config.accumulate_on == "host" else 0
 
     @property
     def num_bytes_on_disk(self) -> int:
@@ -188,7 +200,7 @@ class RollingBuffer:
             else:
                 snapshots.append(Snapshot(segment=entry.segment, sha256=entry.stored.sha256, tensors=tensors))
         if self._progress.num_updates:
-            tensors = self._in_model_order(self._mean.read(), self.accumulator_layout)
+            tensors = self._in_model_order(self._read_mean(), self.accumulator_layout)
             snapshots.append(Snapshot(segment=self._progress.segment("mean"), sha256=None, tensors=tensors))
         return snapshots
 
@@ -215,7 +227,7 @@ class RollingBuffer:
         if not self._progress.num_updates:
             return None
         copy = self.accumulator_layout.allocate("cpu", pinned=self._device.type == "cuda")
-        for dtype, flat in self._mean.read().items():
+        for dtype, flat in self._read_mean().items():
             copy[dtype].copy_(flat, non_blocking=True)
         return self._progress.segment("mean"), copy
 
@@ -292,6 +304,8 @@ class RollingBuffer:
             is_saved: Whether the last state is in a checkpoint. One that training died in may never have been written,
                 so the files of the one before have to stay.
         """
+        if self._staging is not None:
+            self._staging.close()
         self._writer.close()
         if is_saved and self._state_taken and not self._state_loaded:
             self._archive.release()
@@ -303,8 +317,13 @@ class RollingBuffer:
         self._free_accumulators: SimpleQueue[Flats] = SimpleQueue()
         self._num_accumulators = 0
         self._mean = self._new_mean()
+        self._staging: HostStaging | None = None
+        if self.config.accumulate_on == "host":
+            self._staging = HostStaging(layout, self._device, parse_size(self.config.bucket_size))
 
     def _forget_mean(self) -> None:
+        if self._staging is not None:
+            self._staging.close()
         for flats in self._mean.memory():
             self._free_accumulators.put(flats)
         self._mean = self._new_mean()
@@ -318,7 +337,16 @@ class RollingBuffer:
     def _take(self, weights: Sequence[Tensor]) -> None:
         self._progress.num_updates += 1
         self._progress.last_update = self._progress.last_step
-        self._mean.take(weights)
+        if self._staging is None:
+            self._mean.take(weights)
+        else:
+            self._staging.send(weights, self._mean.take)
+
+    def _read_mean(self) -> Flats:
+        """Return the mean of the segment in progress, to be read until the next update."""
+        if self._staging is not None:
+            self._staging.wait()
+        return self._mean.read()
 
     def _new_mean(self) -> SegmentMean:
         return SegmentMean(
@@ -328,11 +356,13 @@ class RollingBuffer:
     def _acquire_accumulator(self) -> Flats:
         if self._num_accumulators < NUM_ACCUMULATORS and self._free_accumulators.empty():
             self._num_accumulators += 1
+            if self.config.accumulate_on == "host":
+                return self.accumulator_layout.allocate("cpu", pinned=self._device.type == "cuda")
             return self.accumulator_layout.allocate(self._device)
         return self._free_accumulators.get()
 
     def _finish_segment(self, weights: Sequence[Tensor]) -> None:
-        accumulator = self._mean.read()
+        accumulator = self._read_mean()
         means = self._in_model_order(accumulator, self.accumulator_layout)
         for slot, mean, newest in zip(self._layout.slots, means, weights, strict=True):
             if slot.role == "buffer":
@@ -366,7 +396,7 @@ class RollingBuffer:
         old, name = self._open_file, self._archive.name(self._progress.segment("mean"), "open")
         if old and old.name == name:
             return
-        blocks = cast_blocks(self.accumulator_layout.views(self._mean.read()), self.accumulator_layout)
+        blocks = cast_blocks(self.accumulator_layout.views(self._read_mean()), self.accumulator_layout)
         try:
             self._open_file = self._storage.write(name, self.accumulator_layout, blocks)
         except OSError as error:

@@ -60,6 +60,18 @@ def test_a_plan_follows_the_config(
         assert plan[field] == value
 
 
+def test_means_in_host_memory_are_told_with_their_staging_and_their_traffic(tmp_path: Path) -> None:
+    """Of four ranks each sends a quarter; the copy that it waits in is counted with the means."""
+    config = write_config(
+        tmp_path, trainer={"devices": 4, "strategy": "ddp"}, buffer={"accumulate_on": "host", "bucket_size": "1KB"}
+    )
+    plan = plan_of(config)
+    assert plan["buffer_memory"] == (2 + 1) * MODEL_BYTES // 4
+    assert (plan["update_bytes"], plan["update_every"]) == (MODEL_BYTES // 4, 3)
+    assert MODEL_BYTES // 4 <= plan["staging_memory"] <= MODEL_BYTES // 4 + 32
+    assert "go from it to the host every 3 steps" in ckmerge("plan", config).stdout
+
+
 def test_an_unsupported_strategy_is_a_finding_with_the_reason(tmp_path: Path) -> None:
     strategy = {"class_path": "tests.support.offline.OwnStrategy", "init_args": {"accelerator": None}}
     plan = plan_of(write_config(tmp_path, trainer={"strategy": strategy}), code=1)
