@@ -25,8 +25,8 @@ from lightning_ckmerge import Artifact, BufferConfig, CheckpointMergeCallback, S
 from lightning_ckmerge.artifact.due import list_due, read_results
 
 NUM_ROUNDS = 3
-NUM_STEPS = 60
-DUE = (20,)
+NUM_STEPS = 48
+DUE = (30,)
 BATCH = 4
 EXAMPLES = Path(GPTModule.__init__.__code__.co_filename).parent
 
@@ -100,7 +100,8 @@ def measure() -> Iterator[Row]:
 
 def _fit(name: str, root: Path) -> tuple[StepSeconds, list[float], list[float]]:
     """Train, and return the times of steps, the seconds of searches from due to done, and those in their hook."""
-    search = SearchConfig(max_fraction_of_training=None, where="follower" if name == "follower" else "training")
+    where: Any = "follower" if name == "follower" else "training"
+    search = SearchConfig(max_fraction_of_training=None, at_low_lr="search", where=where)  # the rate is rising still
     merge = CheckpointMergeCallback(
         dirpath=root / "merges",
         every_n_train_steps=10 * NUM_STEPS,
@@ -148,7 +149,7 @@ def _follow(root: Path) -> subprocess.Popen[bytes]:
     init_args = {
         "dirpath": str(root / "merges"),
         "buffer": {"every_n_train_steps": 5},
-        "search": {"max_fraction_of_training": None, "where": "follower"},
+        "search": {"max_fraction_of_training": None, "at_low_lr": "search", "where": "follower"},
     }
     merge = {"class_path": "lightning_ckmerge.CheckpointMergeCallback", "init_args": init_args}
     config = {
