@@ -79,6 +79,11 @@ class BufferConfig:
         require_at_least("buffer.every_n_train_steps", self.every_n_train_steps, 1, "Leave it out for 1 % of the run.")
         require_at_least("buffer.update_every_n_steps", self.update_every_n_steps, 1, "1 averages every step.")
         parse_size(self.bucket_size, "buffer.bucket_size")
+        if self.accumulate_on == "host" and self.storage == "device":
+            raise ConfigError(
+                '`buffer.accumulate_on` "host" keeps the device\'s memory free, got `buffer.storage` "device". Store '
+                'snapshots on "disk", or in host memory ("cpu").'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,4 +51,4 @@ def pool_blocks(
 @torch.no_grad()
 def fill_nonfinite(mean: Tensor, newest: Tensor) -> None:
     """Copy elements that are not finite in ``mean`` from ``newest``: the mean of two masks of ``-inf`` is ``nan``."""
-    torch.where(mean.isfinite(), mean, newest.to(mean), out=mean)
+    torch.where(mean.isfinite(), mean, newest.to(mean.dtype), out=mean)

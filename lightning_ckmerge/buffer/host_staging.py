@@ -58,6 +58,7 @@ class HostStaging:
         self._buckets = cut_layout(layout, slot_bytes)
         self._slot_bytes = slot_bytes
         self._worker = Writer("ckmerge-means")
+        self._failures: list[Exception] = []
         self._arrived: Flats = {}
         self._slots: list[Tensor] = []
         self._emptied: list[torch.cuda.Event | None] = [None] * NUM_SLOTS
@@ -70,7 +71,7 @@ class HostStaging:
         They may change again, in the order of the training stream, once this returns.
 
         Raises:
-            Exception: The one before could not be received.
+            Exception: One before could not be received.
         """
         self.wait()
         if not self._slots:
@@ -84,16 +85,18 @@ class HostStaging:
         """Wait until all that was sent has been received.
 
         Raises:
-            Exception: It could not be.
+            Exception: Some of it, ever, could not be: what is made of it is not whole.
         """
         self._worker.flush()
-        if failures := self._worker.take_failures():
-            raise failures[0]
+        self._failures += self._worker.take_failures()
+        if self._failures:
+            raise self._failures[0]
 
     def close(self) -> None:
         """Receive what was sent, whether that fails or not, and end the thread; a later call starts a new one."""
         self._worker.close()
         self._worker.take_failures()
+        self._failures.clear()
 
     def _allocate(self) -> None:
         is_cuda = self._device.type == "cuda"

@@ -139,7 +139,7 @@ class RollingBuffer:
 
         Files that the last checkpoint needs stay until there is a newer one.
         """
-        self._writer.flush()
+        self.flush()
         self.pass_by(step)
         self.restart_segment()
         self._set_layout(layout)
@@ -147,6 +147,8 @@ class RollingBuffer:
 
     def abandon(self) -> None:
         """Give up everything, for good. Only files that the last checkpoint needs stay."""
+        if self._staging is not None:
+            self._staging.close()
         self._writer.flush()
         self.restart_segment()
         self._archive.start_anew(self.stored_layout)
@@ -181,16 +183,14 @@ class RollingBuffer:
         self.pass_by(step)
         ends = self.ends_segment(step)
         if ends or self._is_update(step, self._progress.last_update):
-            self._take(weights)
-        if ends:
-            self._finish_segment(weights)
+            self._take(weights, ends=ends)
 
     def snapshots(self) -> list[Snapshot]:
         """Return the kept snapshots, oldest first, and the mean of the segment in progress if it has begun.
 
         A damaged snapshot is dropped, with a warning.
         """
-        self._writer.flush()
+        self.flush()
         snapshots = []
         for entry in list(self._archive.entries):
             try:
@@ -206,7 +206,7 @@ class RollingBuffer:
 
     def first_step(self) -> int | None:
         """Return the first step that a snapshot stands for; ``None`` if there is nothing to merge."""
-        self._writer.flush()
+        self.flush()
         entries = self._archive.entries
         return entries[0].segment.first_step if entries else self._progress.first_step
 
@@ -217,6 +217,7 @@ class RollingBuffer:
             job: Called in the writer's thread with the kept snapshots, oldest first, once all that have ended by now
                 are stored, and before a later one is.
         """
+        self._wait_for_means()  # a segment that has ended is the writer's next job
         self._writer.offer(lambda: job(tuple(self._archive.entries)))
 
     def copy_mean(self) -> tuple[Segment, Flats] | None:
@@ -233,6 +234,7 @@ class RollingBuffer:
 
     def flush(self) -> None:
         """Wait until all that was handed over or ended is written."""
+        self._wait_for_means()
         self._writer.flush()
 
     def lend(self, names: Collection[str]) -> None:
@@ -241,7 +243,7 @@ class RollingBuffer:
 
     def keep(self, segments: Collection[Segment]) -> None:
         """Drop the snapshots of other segments, which another rank has lost: buffers that differ pool other pairs."""
-        self._writer.flush()
+        self.flush()
         for entry in list(self._archive.entries):
             if entry.segment not in segments:
                 self._archive.remove(entry)
@@ -258,7 +260,7 @@ class RollingBuffer:
         A durable storage gets the mean in progress as a file, so that nothing is lost; ``saved`` says whether it did.
         The files that this state names are kept until the first update after the next state was taken.
         """
-        self._writer.flush()
+        self.flush()
         self._save_mean()
         state = BufferState(
             run_id=self._archive.run_id,
@@ -321,6 +323,10 @@ class RollingBuffer:
         if self.config.accumulate_on == "host":
             self._staging = HostStaging(layout, self._device, parse_size(self.config.bucket_size))
 
+    @property
+    def _means_device(self) -> torch.device:
+        return self._device if self._staging is None else torch.device("cpu")
+
     def _forget_mean(self) -> None:
         if self._staging is not None:
             self._staging.close()
@@ -334,19 +340,29 @@ class RollingBuffer:
     def _is_update(self, step: int, last_update: int) -> bool:
         return self.config.snapshot == "mean" and step - last_update >= self.config.update_every_n_steps
 
-    def _take(self, weights: Sequence[Tensor]) -> None:
+    def _take(self, weights: Sequence[Tensor], *, ends: bool) -> None:
         self._progress.num_updates += 1
         self._progress.last_update = self._progress.last_step
+        mean, finish = self._mean, self._end_segment() if ends else None
+
+        def take(weights: Sequence[Tensor]) -> None:
+            mean.take(weights)
+            if finish is not None:
+                finish(weights)
+
         if self._staging is None:
-            self._mean.take(weights)
+            take(weights)
         else:
-            self._staging.send(weights, self._mean.take)
+            self._staging.send(weights, take)
 
     def _read_mean(self) -> Flats:
         """Return the mean of the segment in progress, to be read until the next update."""
+        self._wait_for_means()
+        return self._mean.read()
+
+    def _wait_for_means(self) -> None:
         if self._staging is not None:
             self._staging.wait()
-        return self._mean.read()
 
     def _new_mean(self) -> SegmentMean:
         return SegmentMean(
@@ -356,28 +372,32 @@ class RollingBuffer:
     def _acquire_accumulator(self) -> Flats:
         if self._num_accumulators < NUM_ACCUMULATORS and self._free_accumulators.empty():
             self._num_accumulators += 1
-            if self.config.accumulate_on == "host":
-                return self.accumulator_layout.allocate("cpu", pinned=self._device.type == "cuda")
-            return self.accumulator_layout.allocate(self._device)
+            pinned = self._staging is not None and self._device.type == "cuda"
+            return self.accumulator_layout.allocate(self._means_device, pinned=pinned)
         return self._free_accumulators.get()
 
-    def _finish_segment(self, weights: Sequence[Tensor]) -> None:
-        accumulator = self._read_mean()
-        means = self._in_model_order(accumulator, self.accumulator_layout)
-        for slot, mean, newest in zip(self._layout.slots, means, weights, strict=True):
-            if slot.role == "buffer":
-                fill_nonfinite(mean, newest)
+    def _end_segment(self) -> Callable[[Sequence[Tensor]], None]:
+        """Begin the next segment, and return what is left to do once the last weights are in the mean of this one."""
         segment = self._progress.segment(self.config.snapshot)
-        for spare in self._mean.memory()[1:]:
-            self._free_accumulators.put(spare)
-        store = partial(self._store, segment, accumulator, self.segment_steps, reached(self._device))
-        self._writer.submit(store)
+        finish = partial(self._finish, self._mean, segment, self.segment_steps)
         if self._open_file:
             self._archive.retire(self._open_file.name)
         self._mean, self._open_file = self._new_mean(), None
         self._progress = Progress.after(segment.last_step)
         if self._double_segments and segment.last_step >= MAX_FINEST_SEGMENTS * self.segment_steps:
             self.segment_steps *= 2
+        return finish
+
+    def _finish(self, mean: SegmentMean, segment: Segment, finest: int, weights: Sequence[Tensor]) -> None:
+        """Hand a segment's mean over to be stored, and give back the memory that it needs no more."""
+        accumulator = mean.read()
+        means = self._in_model_order(accumulator, self.accumulator_layout)
+        for slot, own, newest in zip(self._layout.slots, means, weights, strict=True):
+            if slot.role == "buffer":
+                fill_nonfinite(own, newest)
+        for spare in mean.memory()[1:]:
+            self._free_accumulators.put(spare)
+        self._writer.submit(partial(self._store, segment, accumulator, finest, reached(self._means_device)))
 
     def _store(self, segment: Segment, accumulator: Flats, finest: int, ready: torch.cuda.Event | None) -> None:
         """Runs in the writer's thread."""

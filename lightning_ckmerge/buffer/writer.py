@@ -83,15 +83,16 @@ def reached(device: torch.device) -> torch.cuda.Event | None:
 
 @contextlib.contextmanager
 def beside_training(device: torch.device, ready: torch.cuda.Event | None) -> Iterator[None]:
-    """Work on a stream of its own, once ``ready`` has happened; all of it is done in the end.
+    """Work on a stream of its own, once ``ready`` has happened; all of it is done in the end. ``None``: on the host.
 
     Neither thread waits for the other: training's stream continues, and copies to the host overlap with it.
     """
+    if device.type == "cuda":
+        # A new thread starts on GPU 0, and pinning memory from there would open a context on it.
+        torch.cuda.set_device(device)
     if ready is None:
         yield
         return
-    # A new thread starts on GPU 0, and pinning memory from there would open a context on it.
-    torch.cuda.set_device(device)
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_event(ready)
     try:

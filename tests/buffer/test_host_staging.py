@@ -115,8 +115,12 @@ def test_a_mean_that_could_not_be_updated_is_an_error_of_the_next_update() -> No
         raise MemoryError("no host memory")
 
     run.train(buffer, range(1, 2))
+    buffer.flush()
     buffer._mean.take = fail  # type: ignore[method-assign]
     run.train(buffer, range(2, 3))
+    for _ in range(2):  # whoever hears it first
+        with pytest.raises(MemoryError, match="no host memory"):
+            buffer.snapshots()
     with pytest.raises(MemoryError, match="no host memory"):
         run.train(buffer, range(3, 4))
     buffer.abandon()  # and is over with the segment
@@ -159,3 +163,24 @@ def test_on_a_gpu_nothing_stays_but_the_staging() -> None:
     assert all(t.is_pinned() for t in found.tensors if t.numel())
     torch.testing.assert_close(found.tensors, expected.tensors, rtol=0, atol=0, equal_nan=True)
     on_gpu.close(), on_cpu.close()
+
+
+def test_no_step_waits_for_a_segments_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Goes red if training's thread closes a segment: nothing is averaged here before ``update`` has returned."""
+    may_go, take = threading.Semaphore(0), SegmentMean.take
+
+    def take_late(self: SegmentMean, weights: Sequence[Tensor]) -> None:
+        assert may_go.acquire(timeout=600)
+        take(self, weights)
+
+    monkeypatch.setattr(SegmentMean, "take", take_late)
+    run = Run()
+    buffer = run.buffer(MemoryStorage(), accumulate_on="host")
+    for step in range(1, 11):
+        run.train(buffer, [step])
+        run.at(99)  # the next step, before anything was averaged
+        may_go.release()
+    found = buffer.snapshots()
+    buffer.close()
+    for snapshot, steps in zip(found, (range(1, 6), range(6, 11)), strict=True):
+        torch.testing.assert_close(snapshot.tensors, run.mean(steps), rtol=1e-5, atol=1e-6, check_dtype=False)
