@@ -5,13 +5,15 @@ READY  := $(VENV)/.ready
 READY_DOCS := $(VENV)/.ready-docs
 OLDEST ?= python3.10
 NEWEST ?= python3.13
+# Environments of other packages, a gigabyte or two each.
+CLIENTS ?= .cache/clients
 # What meets Lightning, torch, Optuna and the other dependencies.
 VERSION_TESTS := tests/plugin/test_private_names.py tests/plugin/test_lifecycle.py tests/plugin/test_bitwise.py \
 	tests/plugin/test_resume.py tests/plugin/test_leftovers.py tests/search tests/artifact tests/buffer \
 	tests/checkpoints tests/cli/test_verify.py tests/cli/test_merge.py tests/fuzz tests/test_public_names.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-follow demo-fsdp2 examples test test-oldest test-newest crash fuzz soak determinism check docs clean
+.PHONY: help demo demo-follow demo-fsdp2 examples test test-oldest test-newest crash fuzz soak determinism clients release-check check docs clean
 
 help:  ## Show these lines.
 	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +54,13 @@ determinism: $(READY)  ## Equal runs on one rank and on two, compared by hashes;
 
 crash: $(READY)  ## Kill runs at more than 200 points, single ones and one of two ranks, and write docs/crashes.json (half an hour).
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash --points 204 --again 0.7 --rank-points 22 --stops 2 --out docs/crashes.json
+
+clients: $(READY)  ## Train modules of other packages, each in an environment of its own, and write docs/clients.md. ARGS=forecasting: one.
+	$(BIN)/python -m tests.clients.run --environments $(CLIENTS) $(ARGS)
+
+release-check: $(READY)  ## Build the wheel and the sdist, check them, install the wheel into a clean environment, and train there.
+	$(BIN)/python -m pip install --quiet build==1.3.0 twine==6.2.0
+	$(BIN)/python -m tests.release_check --out .cache/release $(ARGS)
 
 check: $(READY)  ## Format, lint, types, layers, public names, and the examples in docstrings.
 	$(BIN)/ruff format --check .
