@@ -19,16 +19,16 @@ Mode = Literal["min", "max"]
 HIGHER = """
 acc accs accuracy accuracies auc auroc auprc aupr ap map mar iou miou jaccard dice f1 f1score fbeta fscore
 precision recall sensitivity specificity tpr tnr mcc kappa ndcg mrr hits bleu sacrebleu rouge meteor chrf cider
-bertscore psnr ssim msssim r2 pearson spearman pesq stoi sdr sisdr snr sisnr reward rewards elbo likelihood
+bertscore psnr ssim msssim r2 pearson spearman pesq stoi sdr sisdr snr sisnr reward rewards likelihood
 loglikelihood
 """
 LOWER = """
 loss losses error errors err errs perplexity ppl nll mse mae rmse msle rmsle mape smape wer cer ter der eer fid
 bpb bpc ce bce xent crossentropy kl kld kldiv fpr fnr ece brier lpips regret
 """
-# With one of these, a name says the opposite of its other words, or nothing.
+# With one of these, a name says the opposite of its other words, or nothing. scvi-tools logs a negative ELBO as `elbo`.
 UNSURE = """
-neg negative minus inv inverse inverted one gap drop diff difference delta change std var variance improvement
+elbo neg negative minus inv inverse inverted one gap drop diff difference delta change std var variance improvement
 reduction decrease increase attack
 """
 STAGE = re.compile(r"^(?:validation|valid|val|train|test|eval|dev)(?=.)")

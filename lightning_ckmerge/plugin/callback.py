@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_ckmerge.artifact.load import Artifact, best_target
@@ -39,6 +40,8 @@ from lightning_ckmerge.plugin.progress import say
 from lightning_ckmerge.plugin.run import MergeRun
 from lightning_ckmerge.plugin.strategies import check_supported
 from lightning_ckmerge.search.study import open_storage
+
+SANITY_STAGE = RunningStage.SANITY_CHECKING.value
 
 
 class CheckpointMergeCallback(Callback):
@@ -187,9 +190,12 @@ class CheckpointMergeCallback(Callback):
             self._run.after_validation()
         if self._monitor_seen or self.settings.evaluation.dataloader is not None:
             return
+        logged = logged_names(trainer)
+        if trainer.sanity_checking and any(SANITY_STAGE in name for name in logged):
+            return  # the module names metrics by the stage, so those of validation are still to come
         self._monitor_seen = True
         try:
-            require_logged(self.settings.monitors, logged_names(trainer))
+            require_logged(self.settings.monitors, logged)
             self.settings.check_modes(directions(trainer))
         except CkmergeError as error:
             if trainer.sanity_checking:  # nothing is lost yet

@@ -20,7 +20,8 @@ LOWER = (
 )
 SAYS_NOTHING = (
     "val_acc_loss loss_iou precision_loss error_recall accumulated mapped quality score a val mapping recaller "
-    "lossless neg_reward negative_log_likelihood acc_drop auc_std 1_minus_acc one_minus_acc attack_acc"
+    "lossless neg_reward negative_log_likelihood acc_drop auc_std 1_minus_acc one_minus_acc attack_acc "
+    "elbo_validation"
 )
 
 

@@ -190,6 +190,22 @@ def test_without_a_sanity_check_a_misspelt_monitor_is_only_warned_of(tmp_path: P
         make_merge(monitor="val_los").on_validation_end(merged.trainer, merged.module)
 
 
+class NamedByStage(Classifier):
+    """Logs under the name of Lightning's stage, as pytorch-forecasting does."""
+
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        super().log(name.replace("val", str(self.trainer.state.stage.value)), *args, **kwargs)
+
+
+@pytest.mark.parametrize("monitor", ["validate_loss", "validate_los"])
+def test_names_that_follow_the_stage_are_judged_in_the_first_validation(monitor: str, tmp_path: Path) -> None:
+    """Goes red if the sanity check, which logs other names than validation, refuses the run's `monitor`."""
+    case = Case(model=NamedByStage, expected=["`monitor` must be a metric that validation logs"])
+    merge = make_merge(monitor=monitor, dirpath=tmp_path / "merges", on_error="warn")
+    fit(case, tmp_path, [merge])
+    assert bool(manifests(tmp_path / "merges")) == (monitor == "validate_loss")
+
+
 class Renamed(Classifier):
     """Logs its accuracy, an object of torchmetrics, under a name that says nothing."""
 
