@@ -113,7 +113,7 @@ class HostStaging:
         if emptied is not None:
             torch.cuda.current_stream(self._device).wait_event(emptied)
         pieces = [weights[n].reshape(-1)[start:stop] for n, start, stop in bucket.parts]
-        torch._foreach_copy_(list(staged.split(numels)), pieces)
+        torch._foreach_copy_(list(torch.split(staged, numels)), pieces)
         filled = reached(self._device)
         with torch.cuda.stream(self._side):
             if self._side is not None and filled is not None:
