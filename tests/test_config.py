@@ -183,5 +183,5 @@ def test_products_of_adapters_fit_no_checkpoint() -> None:
 
 
 def test_means_on_the_host_keep_snapshots_off_the_device() -> None:
-    with pytest.raises(ConfigError, match='`buffer.accumulate_on` "host" keeps the device'):
+    with pytest.raises(ConfigError, match=r'`buffer.accumulate_on` "host" keeps the device'):
         BufferConfig(accumulate_on="host", storage="device")
