@@ -126,6 +126,10 @@ class CheckpointMergeCallback(Callback):
         self._last_state: dict[str, Any] = {}
         self._monitor_seen = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all but the run in progress: some modules keep callbacks in hyperparameters, which checkpoints hold."""
+        return {**vars(self), "_run": None, "_claimed": None}
+
     @property
     def state_key(self) -> str:
         """Tells several callbacks of one Trainer apart in a checkpoint."""

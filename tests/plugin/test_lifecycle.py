@@ -16,7 +16,14 @@ from pytorch_lightning.callbacks import ModelCheckpoint as OtherModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger as OtherCSVLogger
 from torch.utils.data import DataLoader
 
-from lightning_ckmerge import BufferConfig, CheckpointMergeCallback, EvaluationConfig, SearchConfig, pipeline
+from lightning_ckmerge import (
+    ArtifactConfig,
+    BufferConfig,
+    CheckpointMergeCallback,
+    EvaluationConfig,
+    SearchConfig,
+    pipeline,
+)
 from lightning_ckmerge.artifact.history import read_history
 from lightning_ckmerge.artifact.load import load_merged
 from lightning_ckmerge.artifact.timeline import read_timeline
@@ -188,6 +195,24 @@ def test_without_a_sanity_check_a_misspelt_monitor_is_only_warned_of(tmp_path: P
     compare_runs(plain, merged)
     with pytest.warns(UserWarning, match="`monitor` must be a metric"):
         make_merge(monitor="val_los").on_validation_end(merged.trainer, merged.module)
+
+
+class Keeping(Classifier):
+    """Keeps the callbacks among its hyperparameters, as neuralforecast's models do."""
+
+    def __init__(self, callbacks: list[pl.Callback]) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_a_module_may_keep_the_callback_among_its_hyperparameters(tmp_path: Path) -> None:
+    """Goes red if a checkpoint of such a module, Lightning's or ours, would pickle the run in progress."""
+    merge = make_merge(artifact=ArtifactConfig(formats=("safetensors", "ckpt")), dirpath=tmp_path / "merges")
+    fit(Case(model=lambda: Keeping([merge])), tmp_path, [merge])
+    for path in (tmp_path / "checkpoints" / "last.ckpt", *(tmp_path / "merges").glob("step=*/model.ckpt")):
+        (kept,) = torch.load(path, weights_only=False)["hyper_parameters"]["callbacks"]
+        assert kept.settings == merge.settings
+        assert kept._run is None
 
 
 class NamedByStage(Classifier):
