@@ -5,12 +5,13 @@ READY  := $(VENV)/.ready
 READY_DOCS := $(VENV)/.ready-docs
 OLDEST ?= python3.10
 NEWEST ?= python3.13
+# Environments of other packages, a gigabyte or two each.
+CLIENTS ?= .cache/clients
 # What meets Lightning, torch, Optuna and the other dependencies.
 VERSION_TESTS := tests/plugin/test_private_names.py tests/plugin/test_lifecycle.py tests/plugin/test_bitwise.py \
 	tests/plugin/test_resume.py tests/plugin/test_leftovers.py tests/search tests/artifact tests/buffer \
 	tests/checkpoints tests/cli/test_verify.py tests/cli/test_merge.py tests/fuzz tests/test_public_names.py
 
-CLIENT_VENVS ?= .cache/clients
 LIGHTNING ?= .cache/lightning
 # 2.6.6 has no tag; its package differs from 2.6.5 in one file.
 LIGHTNING_TAG ?= 2.6.5
@@ -19,7 +20,7 @@ LIGHTNING_TAG ?= 2.6.5
 .PHONY: help demo demo-follow demo-fsdp2 examples test test-oldest test-newest crash fuzz soak determinism clients lightning-suite release-check check docs clean
 
 help:  ## Show these lines.
-	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## Pretrain a small GPT, merge, and compare. ARGS=--decay-branch adds the learning-rate decay.
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -59,15 +60,15 @@ crash: $(READY)  ## Kill runs at more than 200 points, single ones and one of tw
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash --points 204 --again 0.7 --rank-points 22 --stops 2 --out docs/crashes.json
 
 clients: $(READY)  ## Train models of other packages, each in an environment of its own; ARGS=darts_model for one. Writes docs/clients.json.
-	$(BIN)/python -m tests.clients --venvs $(CLIENT_VENVS) --out docs/clients.json $(ARGS)
+	$(BIN)/python -m tests.clients --venvs $(CLIENTS) --out docs/clients.json $(ARGS)
 
 lightning-suite: $(READY)  ## Run Lightning's own tests without and with the callback in every Trainer; ARGS=loops for a part.
 	test -d $(LIGHTNING) || git clone --quiet --depth 1 --branch $(LIGHTNING_TAG) https://github.com/Lightning-AI/pytorch-lightning $(LIGHTNING)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.lightning_suite $(LIGHTNING) --tag $(LIGHTNING_TAG) $(ARGS)
 
-release-check: $(READY)  ## Build the distributions, check them, and run the wheel in a clean environment.
+release-check: $(READY)  ## Build the wheel and the sdist, check them, install the wheel into a clean environment, and train there.
 	$(BIN)/python -m pip install --quiet build==1.6.1 twine==7.0.0
-	$(BIN)/python -m tests.release --work .cache/release
+	$(BIN)/python -m tests.release_check --out .cache/release $(ARGS)
 
 check: $(READY)  ## Format, lint, types, layers, public names, and the examples in docstrings.
 	$(BIN)/ruff format --check .

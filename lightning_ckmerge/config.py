@@ -24,6 +24,7 @@ AnchorName = Literal["uniform", "ema", "wsm-linear", "wsm-minus-sqrt", "best-sin
 DEFAULT_ANCHORS: tuple[AnchorName, ...] = ("ema", "uniform")
 Layout = Literal["geometric", "uniform"]
 SnapshotKind = Literal["mean", "point"]
+AccumulateOn = Literal["device", "host"]
 StorageKind = Literal["disk", "cpu", "device"]
 BufferDtype = Literal["float32", "bfloat16", "float16"]
 ArtifactFormat = Literal["safetensors", "ckpt", "hf"]
@@ -48,6 +49,9 @@ class BufferConfig:
         snapshot: ``mean``: the running mean of the weights over the segment. ``point``: the weights at its end.
         update_every_n_steps: Optimizer steps between two updates of the running mean; at least 1. Every step would
             cost 1.4 % of a short one (17 M parameters, 256 tokens). An odd number averages out alternation.
+        accumulate_on: ``device``: running means lie beside the weights. ``host``: in host memory, pinned where there is
+            a GPU, so that nothing stays on the device but the staging of ``bucket_size``; a thread averages behind
+            training. The same bits.
         storage: ``disk``: safetensors files, written behind training, which survive a restart. ``cpu``: host
             memory. ``device``: memory of the weights' device.
         dtype: Precision of the stored snapshots. ``None``: float32 for means, the weights' own for points.
@@ -55,7 +59,7 @@ class BufferConfig:
             artifacts until they have been uploaded. ``None``: ``ckmerge`` under ``default_root_dir``, or under the
             working directory where that is a URL, too.
         bucket_size: Most extra memory that a merge takes while ranks that hold the model whole (DDP) send each other
-            their shares of it, such as ``"64MB"``.
+            their shares of it, such as ``"64MB"``; and most memory on the device with ``accumulate_on: host``.
     """
 
     capacity: int = 10
@@ -63,6 +67,7 @@ class BufferConfig:
     every_n_train_steps: int | None = None
     snapshot: SnapshotKind = "mean"
     update_every_n_steps: int = 3
+    accumulate_on: AccumulateOn = "device"
     storage: StorageKind = "disk"
     dtype: BufferDtype | None = None
     dirpath: str | Path | None = None
@@ -74,6 +79,11 @@ class BufferConfig:
         require_at_least("buffer.every_n_train_steps", self.every_n_train_steps, 1, "Leave it out for 1 % of the run.")
         require_at_least("buffer.update_every_n_steps", self.update_every_n_steps, 1, "1 averages every step.")
         parse_size(self.bucket_size, "buffer.bucket_size")
+        if self.accumulate_on == "host" and self.storage == "device":
+            raise ConfigError(
+                '`buffer.accumulate_on` "host" keeps the device\'s memory free, got `buffer.storage` "device". Store '
+                'snapshots on "disk", or in host memory ("cpu").'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +129,10 @@ class SearchConfig:
             monitored or constraints are set, and in ``ckmerge search``, where processes may share them.
         terminator: Any Optuna terminator, asked after each trial whether to stop; for one monitored metric. Not asked
             in ``ckmerge search`` either.
-        refine: ``gradient``: three steps downhill from the best candidate, by gradients, over the coefficients of each
-            snapshot in each group of the space. Each takes about four evaluations. Needs ``validation_step`` to return
-            the loss that ``monitor`` is the mean of, and a strategy that holds the model whole: a single device or
-            ``ddp``. ``None``: none.
+        refine: ``gradient``: a step downhill from the best candidate, by its gradient, over the coefficients of each
+            snapshot in each tensor. It takes about five evaluations. Needs ``validation_step`` to return the loss that
+            ``monitor`` is the mean of, and a strategy that holds the model whole: a single device or ``ddp``.
+            ``None``: none.
         timeout_s: Seconds that one search may take; it stops early rather than exceed.
         max_fraction_of_training: Share of the training time so far that all searches together may take, in (0, 1]; a
             run counts as at least 200 s long, which makes 10 s of 5 %. Searches before the last one leave half of

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +14,7 @@ from typing import Protocol
 from lightning_ckmerge.buffer.merger import Merger
 from lightning_ckmerge.config import AdapterMerge, MergeSettings
 from lightning_ckmerge.core.outcome import Coefficients, Cost, EvaluationRecord, Score, Scored, SearchOutcome
-from lightning_ckmerge.core.spaces import Space
+from lightning_ckmerge.core.spaces import Space, Tail
 from lightning_ckmerge.errors import SkipError
 from lightning_ckmerge.search.anchors import candidate_at
 from lightning_ckmerge.search.engine import Search, T, most_confirmed
@@ -57,7 +57,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SearchJob:
-    """What one search needs.
+    """What one search needs. The defaults are of one that takes nothing of a training's time, and knows no earlier one.
 
     Args:
         name: Unique in the storage; an interrupted search goes on under the same name.
@@ -82,20 +82,33 @@ class SearchJob:
     settings: MergeSettings
     space: Space
     scorer: Scorer
-    allowed_s: float | None
-    allowed_by: str
-    searched_s: float
-    training_s: float
-    previous: Mapping[str, float] | None
-    validated: Sequence[Point]
-    searched: Sequence[Point]
-    notes: Sequence[str]
     journal: Path
     on_scored: Callable[[Scored, int], None]
     agree: Callable[[Callable[[], T]], T]
+    allowed_s: float | None
+    allowed_by: str = "search.timeout_s"
+    searched_s: float = 0.0
+    training_s: float = 0.0
+    previous: Mapping[str, float] | None = None
+    validated: Sequence[Point] = ()
+    searched: Sequence[Point] = ()
+    notes: Sequence[str] = ()
     shared: bool = False
     adapters: AdapterMerge | None = None
     due: str | None = None
+
+    def at_low_rate(self, objection: str | None, *, is_decayed: bool) -> SearchJob:
+        """Return the job at a moment of the learning rate.
+
+        Args:
+            objection: Why a search has little to find there, which is noted; ``None``: it may have.
+            is_decayed: Whether that is since the rate has decayed. Then, as ``search.at_low_lr`` says, the search stays
+                near the latest weights, wherever the last optimum was.
+        """
+        job = self if objection is None else replace(self, notes=[f"{objection[0].upper()}{objection[1:]}."])
+        if is_decayed and self.settings.search.at_low_lr == "tail":
+            return replace(job, settings=self.settings.after_decay(), space=Tail(), previous=None)
+        return job
 
 
 def run_search(job: SearchJob) -> SearchOutcome:

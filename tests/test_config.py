@@ -180,3 +180,8 @@ def test_a_config_error_is_ours_and_a_value_error() -> None:
 def test_products_of_adapters_fit_no_checkpoint() -> None:
     with pytest.raises(ConfigError, match='Leave "ckpt" out'):
         ArtifactConfig(adapters="products", formats=("safetensors", "ckpt"))
+
+
+def test_means_on_the_host_keep_snapshots_off_the_device() -> None:
+    with pytest.raises(ConfigError, match=r'`buffer.accumulate_on` "host" keeps the device'):
+        BufferConfig(accumulate_on="host", storage="device")

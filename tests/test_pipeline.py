@@ -444,3 +444,18 @@ def test_three_candidates_are_confirmed_once_all_have_been_searched(tmp_path: Pa
     assert validation.halves.count("confirm") == 3
     assert validation.halves[:-3] == ["search"] * (len(validation.halves) - 3)
     run.buffer.close()
+
+
+@pytest.mark.parametrize("at_low_lr", ["tail", "search"])
+def test_after_a_decay_a_search_is_near_the_latest_weights_wherever_the_last_optimum_was(
+    tmp_path: Path, at_low_lr: Any
+) -> None:
+    """Goes red if a follower's search takes the last optimum of another space along, which the run itself forgets."""
+    config = SearchConfig(space="decay", at_low_lr=at_low_lr)
+    job = make_job(Run(), tmp_path, config, previous={"tau": 40.0, "beta": 0.5})
+    assert job.at_low_rate(None, is_decayed=False) == job
+    decayed = job.at_low_rate("the learning rate has fallen", is_decayed=True)
+    assert decayed.notes == ["The learning rate has fallen."]
+    is_near = at_low_lr == "tail"
+    assert (type(decayed.space).__name__, decayed.previous is None) == ("Tail" if is_near else "Decay", is_near)
+    assert decayed.settings.search.n_trials == (6 if is_near else 16)

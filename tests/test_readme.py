@@ -59,7 +59,7 @@ def test_its_figures_are_those_of_the_benchmark() -> None:
     rows = re.findall(
         r"^\| (?!merge|---)[^|]+ \| ([^|]+) \| ([^|]+) \|$", README.read_text(encoding="utf-8"), flags=re.MULTILINE
     )
-    measured = (README.parent / "docs/quality.md").read_text(encoding="utf-8")
-    assert len(rows) == 5
+    measured = (README.parent / "docs/evidence.md").read_text(encoding="utf-8")
+    assert len(rows) == 4
     for confirmed, tested in rows:
         assert f"| {confirmed.strip('*')} | {tested.strip('*')} |" in measured

@@ -21,27 +21,30 @@ from benchmarks.evidence.train import Trained
 from benchmarks.quality.case import Case, Found, Snapshots, search
 from benchmarks.quality.measure import record
 from benchmarks.quality.methods import DEFAULT, METHODS
+from lightning_ckmerge.config import TAIL_TRIALS
 from lightning_ckmerge.core.segments import Segment
-from lightning_ckmerge.core.spaces import Grouped
+from lightning_ckmerge.core.spaces import Grouped, Tail
 from lightning_ckmerge.search.interval import score_gain
 
+MINIMA = "the default over the points at the minima"
+ORDINARY = "the ordinary search"
+REFINED = "grouped, refined by gradients"
 # The five rows of the short table first.
 LADDER_METHODS = (
     DEFAULT,
     "uniform soup",
     "pair (GP-Hedge)",
     "EMA",
-    "grouped, refined by gradients",
+    REFINED,
     "decay",
     "EMA length searched",
 )
 METHODS_OF_PART = {
     "ladder": LADDER_METHODS,
-    "regimes": (DEFAULT, "uniform soup", "EMA", "grouped, refined by gradients", "decay", "EMA length searched"),
-    "architectures": (DEFAULT, "uniform soup", "EMA", "grouped, refined by gradients", "decay", "EMA length searched"),
-    "referees": (DEFAULT, "grouped, refined by gradients"),
+    "regimes": (DEFAULT, "uniform soup", "EMA", REFINED, "decay", "EMA length searched"),
+    "architectures": (DEFAULT, "uniform soup", "EMA", REFINED, "decay", "EMA length searched"),
+    "referees": (DEFAULT, REFINED),
 }
-MINIMA = "the default over the points at the minima"
 # What a default's result depends on.
 SOURCES = ("config.py", "buffer/retention.py", "core/spaces", "search")
 Find = Callable[[Case], Found]
@@ -81,11 +84,20 @@ def measure(part: str, run: Run, *, again: bool = False, only: Collection[str] =
 def finders(part: str, run: Run) -> dict[str, Find]:
     """Return what finds each method's merge."""
     found: dict[str, Find] = {name: METHODS[name].find for name in METHODS_OF_PART[part]}
+    if run.regime == "cosine to 0" or run.cell == "wsd":
+        # Where the rate has decayed, the default is a short search near the latest weights.
+        found = found | {DEFAULT: tail_search, ORDINARY: found[DEFAULT]}
+        del found[REFINED]
     if run.regime == "cyclic":
         found[MINIMA] = lambda case: search(case, Grouped(), snapshots=minima(case))
     if part == "referees":
         found |= {name: referee.find for name, referee in REFEREES.items()}
     return found
+
+
+def tail_search(case: Case) -> Found:
+    """Return what the package finds where the learning rate has decayed."""
+    return search(case, Tail(), anchors=(), n_trials=TAIL_TRIALS)
 
 
 def references(case: Trained) -> dict[str, Any]:

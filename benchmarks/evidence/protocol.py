@@ -8,7 +8,16 @@ from pathlib import Path
 
 from benchmarks.evidence import RUNS
 from benchmarks.evidence.regimes import REGIMES, Regime
-from benchmarks.evidence.tasks import Convolutions, Denoising, GPTText, LSTMText, MaskedText, Trainable
+from benchmarks.evidence.tasks import (
+    Convolutions,
+    CorpusName,
+    Denoising,
+    GPTText,
+    LSTMText,
+    MaskedText,
+    Text,
+    Trainable,
+)
 
 SEEDS = (10, 11, 12)
 LADDER_STEPS = {"0.3M": (400, 1000, 4000), "1M": (400, 1000, 4000), "3M": (1000,), "10M": (1000,)}
@@ -32,6 +41,7 @@ class Run:
         regime: How it is trained.
         num_steps: A multiple of 100.
         seed: Of the first weights and of the batches.
+        corpus: What text it reads.
     """
 
     cell: str
@@ -39,11 +49,13 @@ class Run:
     regime: str
     num_steps: int
     seed: int
+    corpus: CorpusName = "torch"
 
     @property
     def directory(self) -> Path:
         """Where it is kept."""
-        return RUNS / f"{self.model}-{self.regime}-{self.num_steps}-{self.seed}".replace(" ", "-")
+        where = RUNS if self.corpus == "torch" else RUNS / self.corpus
+        return where / f"{self.model}-{self.regime}-{self.num_steps}-{self.seed}".replace(" ", "-")
 
     @property
     def is_trained(self) -> bool:
@@ -58,8 +70,11 @@ class Run:
     def task(self) -> Trainable:
         """Return its model and data."""
         if self.model in ARCHITECTURES:
-            return ARCHITECTURES[self.model][0]()
-        return GPTText(self.model, self.how.num_bytes, rounded=self.how.in_bfloat16)
+            task = ARCHITECTURES[self.model][0]()
+            if isinstance(task, Text):
+                task.corpus = self.corpus
+            return task
+        return GPTText(self.model, self.how.num_bytes, self.corpus, rounded=self.how.in_bfloat16)
 
 
 def runs(part: str) -> list[Run]:

@@ -12,16 +12,17 @@ from statistics import median
 from typing import Any
 
 from benchmarks.evidence import RESULTS
+from benchmarks.evidence.measure import REFINED
 from benchmarks.evidence.protocol import ARCHITECTURES, LADDER_STEPS, PARTS, SEEDS, runs
 from benchmarks.evidence.referees import REFEREES
 from benchmarks.evidence.statistics import Trend, mean_interval, proportion_interval, trend
-from benchmarks.evidence.verdicts import NOISES_A_RUN, SPLITS_A_RUN, covers, decided
+from benchmarks.evidence.verdicts import NOISES_A_RUN, SPLITS_A_RUN, TAIL_NOISE, covers, decided
 from benchmarks.quality import ROOT
 from benchmarks.quality.methods import DEFAULT
 from benchmarks.quality.report import folded, spread, table
 
 PAGE = ROOT / "docs" / "evidence.md"
-REFINED = "grouped, refined by gradients"
+
 SHORT = {
     "uniform soup": "uniform mean of the whole buffer",
     "pair (GP-Hedge)": "the paper's pair, searched",
@@ -53,9 +54,14 @@ def share(result: Result, name: str, split: str = "confirm") -> float:
     return 100 * (latest - result["methods"][name]["losses"][split]) / (latest - result["twin"][split])
 
 
+def has_share(result: Result) -> bool:
+    """Whether a run has a decayed twin that gains for certain, of whose gain a merge can have a share."""
+    return "twin" in result and result["twin_interval"][0] > 0
+
+
 def shares(found: Sequence[Result], name: str, split: str = "confirm") -> list[float]:
     """Return a method's shares, one a run that it has been measured on."""
-    return [share(r, name, split) for r in found if name in r["methods"] and "twin" in r]
+    return [share(r, name, split) for r in found if name in r["methods"] and has_share(r)]
 
 
 def of_method(found: Sequence[Result], name: str, key: str) -> list[float]:
@@ -65,7 +71,7 @@ def of_method(found: Sequence[Result], name: str, key: str) -> list[float]:
 
 def against(found: Sequence[Result], name: str, other: str = DEFAULT) -> list[float]:
     """Return by how many points of the share a method beats another, run by run."""
-    both = [r for r in found if {name, other} <= r["methods"].keys() and "twin" in r]
+    both = [r for r in found if {name, other} <= r["methods"].keys() and has_share(r)]
     return [share(r, name) - share(r, other) for r in both]
 
 
@@ -253,8 +259,9 @@ def regimes_section(found: Sequence[Result]) -> list[str]:
     return [
         "## Regimes",
         "",
-        "The 0.3M GPT, 1,000 steps. Without a decayed twin there is no share; the gain's own 95 % interval is then the "
-        "least favourable run's.",
+        "The 0.3M GPT, 1,000 steps. Without a decayed twin that gains for certain there is no share; the gain's own "
+        "95 % interval is then the least favourable run's. Where the rate has decayed at the end (`wsd`, `cosine to "
+        "0`), the default is the short search near the latest weights.",
         "",
         table(["regime", "runs", "twin's gain", "share, %", "gain", "interval", "evaluations"], rows),
         "",
@@ -270,7 +277,7 @@ def regime_row(cell: str, found: Sequence[Result]) -> list[str]:
         cell,
         f"{len(found)} of {len(SEEDS)}",
         told([r["twin_gain"] for r in found if "twin_gain" in r], 3) if any("twin" in r for r in found) else "",
-        told(shares(found, DEFAULT), 1) if any("twin" in r for r in found) else ("" if found else NOT_YET),
+        told(shares(found, DEFAULT), 1) if any(map(has_share, found)) else ("" if found else NOT_YET),
         told(of_method(found, DEFAULT, "gain"), 4) if found else "",
         f"{lowest[0]:.4f} to {lowest[1]:.4f}" if lowest else "",
         told(of_method(found, DEFAULT, "evaluations"), 1) if found else "",
@@ -282,7 +289,7 @@ def merges_table(part: str, found: Sequence[Result], names: Sequence[str]) -> st
 
     def cell_told(cell: str, name: str) -> str:
         here = [r for r in found if r["run"]["cell"] == cell and name in r["methods"]]
-        if any("twin" in r for r in here):
+        if any(map(has_share, here)):
             return f"{told(shares(here, name))} %"
         return told(of_method(here, name, "gain"), 4) if here else ""
 
@@ -350,6 +357,7 @@ def verdicts_section(found: Sequence[Result]) -> list[str]:
         ("latest", "at a constant rate's end", total * SPLITS_A_RUN // 2),
         ("twin", "after the decay", total * SPLITS_A_RUN // 2),
         ("noise", "snapshots that only carry noise", total * NOISES_A_RUN),
+        (TAIL_NOISE, "the same, by the search of decayed runs", total * NOISES_A_RUN),
     ):
         here = decided(found, kind)
         accepted = [s for s in here if s["status"] == "accepted"]
@@ -449,7 +457,7 @@ def cells_told(found: Sequence[Result], part: str) -> str:
 
 def shortfall(here: Sequence[Result]) -> str:
     """Return by what a cell misses the target, if it does."""
-    if any("twin" in r for r in here):
+    if any(map(has_share, here)):
         middle = median(shares(here, DEFAULT))
         return f"{middle:.1f} %" if middle < TARGET_SHARE else ""
     losing = [r for r in here if (i := r["methods"][DEFAULT]["interval"]) is not None and i[1] < 0]
@@ -508,16 +516,17 @@ def promise_told(found: Sequence[Result]) -> str:
 
 def noise_told(found: Sequence[Result]) -> str:
     """Return how many noise searches were accepted."""
-    here = decided(found, "noise")
+    here, near = decided(found, "noise"), decided(found, TAIL_NOISE)
     if not here:
         return NOT_YET
-    num = sum(s["status"] == "accepted" for s in here)
-    return f"{judged(not num, whole_runs(found, 'noise'), 'verdicts')}: {num} of {len(here)}"
+    num, num_near = (sum(s["status"] == "accepted" for s in kind) for kind in (here, near))
+    state = judged(not num + num_near, whole_runs(found, "noise", TAIL_NOISE), "verdicts")
+    return f"{state}: {num} of {len(here)}, and {num_near} of {len(near)} by the search of decayed runs"
 
 
 def whole_runs(found: Sequence[Result], *kinds: str) -> int:
     """Return on how many runs all searches of these kinds have run."""
-    wanted = {"latest": SPLITS_A_RUN // 2, "twin": SPLITS_A_RUN // 2, "noise": NOISES_A_RUN}
+    wanted = {"latest": SPLITS_A_RUN // 2, "twin": SPLITS_A_RUN // 2, "noise": NOISES_A_RUN, TAIL_NOISE: NOISES_A_RUN}
     return sum(all(len(r.get(kind, [])) >= wanted[kind] for kind in kinds) for r in found)
 
 

@@ -10,7 +10,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from benchmarks.quality.case import Task
 from classify_digits import Classifier, distorted  # isort: skip
 from digits import NUM_CLASSES, digits, shifted  # isort: skip
 from gpt import GPT, NUM_BYTES  # isort: skip
-from pretraining import Windows  # isort: skip
+from pretraining import Windows, read_stdlib  # isort: skip
 
 CONTEXT = 64
 BATCH_SIZE = 8
@@ -33,6 +33,7 @@ IMAGES_A_BATCH = 50
 NUM_EVAL_BATCHES = {"search": 32, "confirm": 64, "test": 64}
 RECALIBRATION_BATCHES = 16
 SPLITS = ("train", "val", "test")
+CorpusName = Literal["torch", "python"]
 MASK, MASKED_SHARE, NOT_ASKED = NUM_BYTES, 0.15, -100
 
 
@@ -68,9 +69,12 @@ def read_torch() -> dict[str, bytes]:
 
 
 @functools.cache
-def windows(split: str, num_bytes: int | None = None, num_windows: int | None = None) -> Windows:
+def windows(
+    split: str, num_bytes: int | None = None, num_windows: int | None = None, corpus: CorpusName = "torch"
+) -> Windows:
     """Return windows of a split, of its first ``num_bytes``, all of them or a fixed sample."""
-    return Windows(read_torch()[split][:num_bytes], CONTEXT, num_windows)
+    texts = read_stdlib() if corpus == "python" else read_torch()
+    return Windows(texts[split][:num_bytes], CONTEXT, num_windows)
 
 
 def stacked(found: Windows, indices: list[int]) -> Tensor:
@@ -83,15 +87,17 @@ class Text(Trainable):
 
     Args:
         num_bytes: Of the training text that is read; ``None``: all of it.
+        corpus: PyTorch's own Python sources, or Python's standard library.
     """
 
-    def __init__(self, num_bytes: int | None = None) -> None:
+    def __init__(self, num_bytes: int | None = None, corpus: CorpusName = "torch") -> None:
         self.num_bytes = num_bytes
+        self.corpus = corpus
         self._order: list[int] = []
 
     def draw(self, generator: torch.Generator) -> Any:
         """Return windows of a pass over the text in random order."""
-        found = windows("train", self.num_bytes)
+        found = windows("train", self.num_bytes, corpus=self.corpus)
         if len(self._order) < BATCH_SIZE:
             self._order = torch.randperm(len(found), generator=generator).tolist()
         chosen, self._order = self._order[-BATCH_SIZE:], self._order[:-BATCH_SIZE]
@@ -99,11 +105,12 @@ class Text(Trainable):
 
     def batches(self) -> dict[str, list[Any]]:
         """Return the batches of each split."""
+        num_val = NUM_EVAL_BATCHES["search"] + NUM_EVAL_BATCHES["confirm"]
         val, test = (
             stacked(found, list(range(len(found)))).split(BATCH_SIZE)
             for found in (
-                windows("val", None, BATCH_SIZE * (NUM_EVAL_BATCHES["search"] + NUM_EVAL_BATCHES["confirm"])),
-                windows("test", None, BATCH_SIZE * NUM_EVAL_BATCHES["test"]),
+                windows("val", None, BATCH_SIZE * num_val, self.corpus),
+                windows("test", None, BATCH_SIZE * NUM_EVAL_BATCHES["test"], self.corpus),
             )
         )
         return split_in_three(val) | {"test": list(test)}
@@ -142,11 +149,14 @@ class GPTText(Text):
     Args:
         size: Its name.
         num_bytes: As for ``Text``.
+        corpus: As for ``Text``.
         rounded: Whether weights are rounded to bfloat16 before they are scored.
     """
 
-    def __init__(self, size: str, num_bytes: int | None = None, *, rounded: bool = False) -> None:
-        super().__init__(num_bytes)
+    def __init__(
+        self, size: str, num_bytes: int | None = None, corpus: CorpusName = "torch", *, rounded: bool = False
+    ) -> None:
+        super().__init__(num_bytes, corpus)
         self.size = SIZES[size]
         self.rate = 2e-3 * (80 / self.size.width) ** 0.5
         self.rounded = rounded

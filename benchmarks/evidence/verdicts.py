@@ -24,13 +24,15 @@ from benchmarks.evidence.protocol import Run, runs
 from benchmarks.evidence.tasks import BATCH_SIZE, NUM_EVAL_BATCHES, stacked, windows
 from benchmarks.evidence.train import Trained
 from benchmarks.quality.case import NUM_TRIALS, OBJECTIVES, Case, Snapshots, run_search
+from lightning_ckmerge.config import TAIL_TRIALS
 from lightning_ckmerge.core.outcome import Score
 from lightning_ckmerge.core.segments import Segment
-from lightning_ckmerge.core.spaces import Grouped
+from lightning_ckmerge.core.spaces import Grouped, Tail
 from lightning_ckmerge.search.interval import score_gain
 from lightning_ckmerge.search.verdict import reach_verdict
 
-# Three runs: 240 searches over splits, 102 over noise.
+TAIL_NOISE = "noise, near the latest weights"
+# Three runs: 240 searches over splits, 102 over noise by the ordinary search, and as many by that of decayed runs.
 SPLITS_A_RUN, NOISES_A_RUN = 80, 34
 # The rest, in confirmation halves.
 NUM_REST = 8
@@ -56,20 +58,20 @@ def measure(run: Run, *, again: bool = False) -> None:
     path = run.directory / "verdicts.json"
     kept: dict[str, Any] = {} if again or not path.exists() else json.loads(path.read_text())
     case = Trained(run)
-    for kind, num in (("latest", SPLITS_A_RUN // 2), ("twin", SPLITS_A_RUN // 2), ("noise", NOISES_A_RUN)):
+    kinds = {"latest": SPLITS_A_RUN // 2, "twin": SPLITS_A_RUN // 2, "noise": NOISES_A_RUN, TAIL_NOISE: NOISES_A_RUN}
+    for kind, num in kinds.items():
         done = kept.setdefault(kind, [])
         if len(done) >= num:
             continue
         if kind == "twin":
             case.become_twin()
-        elif kind == "noise":
-            case = Trained(run)
-        pool = make_pool(case, case.latest_P if kind != "noise" else case.branch_P)
+        is_noise = kind in ("noise", TAIL_NOISE)
+        pool = make_pool(case, case.branch_P if is_noise else case.latest_P)
         for i in range(len(done), num):
             noise = NOISES[i % len(NOISES)]
-            given = case.buffer if kind != "noise" else noisy(case, noise, seed=1000 * run.seed + i)
-            found = searched(case, given, pool, seed=i)
-            if kind == "noise":
+            given = noisy(case, noise, seed=1000 * run.seed + i) if is_noise else case.buffer
+            found = searched(case, given, pool, seed=i, is_tail=kind == TAIL_NOISE)
+            if is_noise:
                 found["noise"] = noise
             elif i == 0:
                 kept[f"{kind}, redrawn"] = redrawn(found["differences_N"])
@@ -126,18 +128,19 @@ def noisy(case: Case, noise: float, seed: int) -> Snapshots:
     return Snapshots(segments_K=(*segments, latest), weights_KP=weights_KP)
 
 
-def searched(case: Case, given: Snapshots, pool: Pool, seed: int) -> dict[str, Any]:
-    """Run one default search on a random split of the pool, and judge its winner by the rest."""
+def searched(case: Case, given: Snapshots, pool: Pool, seed: int, *, is_tail: bool) -> dict[str, Any]:
+    """Run one default search, or that of decayed runs, on a random split of the pool; judge its winner by the rest."""
     order = torch.randperm(len(pool.windows_NT), generator=torch.Generator().manual_seed(seed)).numpy()
     num_search, num_confirm = (BATCH_SIZE * NUM_EVAL_BATCHES[half] for half in ("search", "confirm"))
     search_half, confirm_half, rest = np.split(order, [num_search, num_search + num_confirm])
     case.batches = {"search": list(pool.windows_NT[search_half].split(BATCH_SIZE))}
-    space = Grouped().bind([name for name, _ in case.model.named_parameters()])
+    space = Tail() if is_tail else Grouped().bind([name for name, _ in case.model.named_parameters()])
+    options: dict[str, Any] = {"anchors": (), "n_trials": TAIL_TRIALS} if is_tail else {"n_trials": NUM_TRIALS}
 
     def merge(c: Any) -> Tensor:
         return case.mix(given.weights_KP, c, space.group_of)
 
-    run, _ = run_search(case, space, given.segments_K, merge, n_trials=NUM_TRIALS)
+    run, _ = run_search(case, space, given.segments_K, merge, **options)
     merged_N = losses(case, merge(run.winner.candidate.coefficients), pool.windows_NT)
     differences_N = pool.latest_N - merged_N
     score_of = {True: by_batch(pool.latest_N[confirm_half]), False: by_batch(merged_N[confirm_half])}

@@ -29,7 +29,7 @@ from lightning_ckmerge.core.merge_plan import MergePlan
 from lightning_ckmerge.core.objectives import Objective
 from lightning_ckmerge.core.outcome import Coefficients, Score, Scored
 from lightning_ckmerge.core.segments import Segment
-from lightning_ckmerge.core.spaces import Space
+from lightning_ckmerge.core.spaces import ByTensor, Space
 from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.problem import Half, KeepGoing, Problem
 from lightning_ckmerge.search.refine import FORWARDS_PER_GRADIENT, refine
@@ -261,7 +261,8 @@ def search(
         refined: Whether to follow the gradient from the winner.
     """
     given = snapshots or case.buffer
-    space = space.bind([name for name, _ in case.model.named_parameters()])
+    names = [name for name, _ in case.model.named_parameters()]
+    space = ByTensor(space.bind(names), names) if refined else space.bind(names)
     merge = merge or (lambda c: case.mix(given.weights_KP, c, space.group_of))
     start, full = time.monotonic(), len(case.batches["search"])
     run, scored = run_search(

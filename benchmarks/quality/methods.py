@@ -83,8 +83,8 @@ METHODS = {
     ),
     "grouped, refined by gradients": Method(
         searched(Grouped(), refined=True),
-        "`search.refine`: from the default's winner three steps downhill, over a coefficient a snapshot and kind; each "
-        "of the three gradients counts as three evaluations",
+        "`search.refine`: from the default's winner a step downhill, over a coefficient a snapshot and tensor; its "
+        "gradient counts as three evaluations",
     ),
     "auto": Method(
         searched(Auto()), "`tau`, `beta`, kernel, window, pooling and whether kinds differ, all in one study"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ckmerge.artifact.manifest import MANIFEST_NAME, Manifest, read_manifest
-from lightning_ckmerge.artifact.remote import fetch_pending, local_copy, pending_sizes
+from lightning_ckmerge.artifact.remote import address, fetch_pending, local_copy, pending_sizes
 from lightning_ckmerge.artifact.runs import BEST_NAME, POINTER_NAME, find_run, is_first, run_of, tell_choice
 from lightning_ckmerge.artifact.standing import read_standing
 from lightning_ckmerge.artifact.timeline import read_timeline
@@ -105,7 +105,7 @@ class Artifact:
             verdict = self.manifest["verdict"]
             why = "its search was rejected" if verdict["status"] == "rejected" else "`save_top_k` did not keep them"
             raise ArtifactError(
-                f"an artifact must hold weights to be loaded, got the record {self.path}: {why} "
+                f"an artifact must hold weights to be loaded, got the record {address(self.path)}: {why} "
                 f"({verdict['sentence'].rstrip('.')}). Load another artifact, or continue with the latest weights."
             )
         # Reviewing artifacts needs no torch, which takes seconds to import.
@@ -132,8 +132,8 @@ class Artifact:
             else:
                 continue
             raise ArtifactError(
-                f"an artifact's files must be those that its manifest lists, got {found} for {name!r} in {self.path}. "
-                "Restore the file from a copy, or use another artifact."
+                f"an artifact's files must be those that its manifest lists, got {found} for {name!r} in "
+                f"{address(self.path)}. Restore the file from a copy, or use another artifact."
             )
 
 
@@ -324,7 +324,8 @@ def locate(path: Path) -> Path:
     if (path / MANIFEST_NAME).is_file():
         return path
     if path.is_file() and run == path:
-        raise ArtifactError(f"an artifact must be a directory, got the file {path}. Name the directory, {path.parent}.")
+        told, parent = address(path), address(path.parent)
+        raise ArtifactError(f"an artifact must be a directory, got the file {told}. Name the directory, {parent}.")
     dirpath = find_run(run)
     if target := best_target(dirpath):
         return target
@@ -334,13 +335,13 @@ def locate(path: Path) -> Path:
         published = [r for r in read_timeline(path.parent) if r.get("artifact") == path.name]
         if published:
             raise ArtifactError(
-                f"an artifact must still be there, got {path}: its search was {published[-1]['status']}, and the "
-                "directory has been removed since, as `save_top_k` does. Name another artifact: `ckmerge list "
+                f"an artifact must still be there, got {address(path)}: its search was {published[-1]['status']}, and "
+                "the directory has been removed since, as `save_top_k` does. Name another artifact: `ckmerge list "
                 f"{path.parent}` shows them."
             )
     raise ArtifactError(
-        f"an artifact must be a directory with a {MANIFEST_NAME}, got {path}. Name an artifact (`step=...`), a run's "
-        "`best`, or the callback's `dirpath`."
+        f"an artifact must be a directory with a {MANIFEST_NAME}, got {address(path)}. Name an artifact "
+        "(`step=...`), a run's `best`, or the callback's `dirpath`."
     )
 
 
@@ -368,13 +369,14 @@ def describe(path: Path, manifest: Manifest) -> str:
     """Return an artifact in one line: place, verdict and value."""
     verdict = manifest["verdict"]
     value = "no value" if verdict["value"] is None else f"{verdict['value']:.5g}"
-    return f"Artifact({str(path)!r}, {verdict['status']}, {manifest['monitor']} {value})"
+    return f"Artifact({address(path)!r}, {verdict['status']}, {manifest['monitor']} {value})"
 
 
 def notebook_card(path: Path, manifest: Manifest, *, has_weights: bool) -> str:
     """Return an artifact as a card: its verdict, and how to load its weights. It is HTML, escaped."""
     verdict = manifest["verdict"]
-    use = f'load_merged("{path}", model)' if has_weights else f"{path} is a record, without weights."
+    told = address(path)
+    use = f'load_merged("{told}", model)' if has_weights else f"{told} is a record, without weights."
     return CARD.format(
         colour=COLOURS.get(verdict["status"], OPEN),
         status=escape(verdict["status"]),

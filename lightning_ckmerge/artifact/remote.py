@@ -90,6 +90,18 @@ def local_copy(path: str | os.PathLike[str]) -> Path:
     return base.joinpath(*parts[end:])
 
 
+def address(path: Path) -> str:
+    """Return what people know a path by: the URL that it is a copy of, or itself.
+
+    >>> address(Path("runs/merges"))
+    'runs/merges'
+    """
+    base, found = _pending(path)
+    if "url" not in found:
+        return str(path)
+    return "/".join([found["url"].rstrip("/"), *path.relative_to(base).parts])
+
+
 def fetch_pending(directory: Path) -> None:
     """Copy what ``local_copy`` has left at the URL, of an artifact or of any directory; nothing where it was no URL.
 

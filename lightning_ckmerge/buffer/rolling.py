@@ -1,8 +1,9 @@
 """The rolling buffer: averages training's weights over segments and keeps a bounded number of them.
 
-The training thread updates the running mean of the segment in progress. The writer's thread stores finished segments
-and keeps the archive in order. So the archive belongs to the writer while it works; the training thread touches it only
-after a flush, but for retiring a file.
+The training thread updates the running mean of the segment in progress; where that is in host memory, the thread of the
+staging does, and all others read it after a wait. The writer's thread stores finished segments and keeps the archive in
+order. So the archive belongs to the writer while it works; the training thread touches it only after a flush, but for
+retiring a file.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from lightning_ckmerge.buffer.archive import Archive, lost
 from lightning_ckmerge.buffer.blocks import cast_blocks, fill_nonfinite, with_dtype
+from lightning_ckmerge.buffer.host_staging import HostStaging
 from lightning_ckmerge.buffer.segment_mean import SegmentMean
 from lightning_ckmerge.buffer.state import BufferState, Entry, Progress
 from lightning_ckmerge.buffer.storage import Storage, Stored
 from lightning_ckmerge.buffer.writer import Writer, beside_training, reached
+from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import BufferConfig
 from lightning_ckmerge.core.layout import Flats, TensorLayout
 from lightning_ckmerge.core.segments import Segment
@@ -59,7 +62,7 @@ class RollingBuffer:
         config: The settings of the buffer.
         layout: The model's floating tensors, in their own precision.
         storage: Where snapshots go.
-        device: The weights' device; the running means live there too.
+        device: The weights' device. The running means live there too, or as ``config.accumulate_on`` says.
         run_id: Eight hexadecimal digits that mark this buffer's files; each rank needs its own, or its own directory.
         segment_steps: Length of the finest segment in optimizer steps.
         double_segments: The run's length is unknown: double ``segment_steps`` whenever the run is 100 times as long.
@@ -92,9 +95,18 @@ class RollingBuffer:
 
     @property
     def num_bytes_in_memory(self) -> int:
-        """Bytes that the buffer holds at most in memory: two segments in progress and, if kept there, all snapshots."""
+        """Bytes that the buffer holds at most in memory: two segments in progress and, if kept there, all snapshots.
+
+        For segments in host memory also the copy of the weights that they are updated from, but not the staging.
+        """
         num_stored = 0 if self._storage.durable else self.config.capacity + 2
-        return NUM_ACCUMULATORS * self.accumulator_layout.num_bytes + num_stored * self.stored_layout.num_bytes
+        means = NUM_ACCUMULATORS * self.accumulator_layout.num_bytes
+        return means + num_stored * self.stored_layout.num_bytes + self.num_bytes_of_update
+
+    @property
+    def num_bytes_of_update(self) -> int:
+        """Bytes that an update sends to host memory, and that wait there to be averaged."""
+        return self._layout.num_bytes if self.config.accumulate_on == "host" else 0
 
     @property
     def num_bytes_on_disk(self) -> int:
@@ -127,7 +139,7 @@ class RollingBuffer:
 
         Files that the last checkpoint needs stay until there is a newer one.
         """
-        self._writer.flush()
+        self.flush()
         self.pass_by(step)
         self.restart_segment()
         self._set_layout(layout)
@@ -135,6 +147,8 @@ class RollingBuffer:
 
     def abandon(self) -> None:
         """Give up everything, for good. Only files that the last checkpoint needs stay."""
+        if self._staging is not None:
+            self._staging.close()
         self._writer.flush()
         self.restart_segment()
         self._archive.start_anew(self.stored_layout)
@@ -169,16 +183,14 @@ class RollingBuffer:
         self.pass_by(step)
         ends = self.ends_segment(step)
         if ends or self._is_update(step, self._progress.last_update):
-            self._take(weights)
-        if ends:
-            self._finish_segment(weights)
+            self._take(weights, ends=ends)
 
     def snapshots(self) -> list[Snapshot]:
         """Return the kept snapshots, oldest first, and the mean of the segment in progress if it has begun.
 
         A damaged snapshot is dropped, with a warning.
         """
-        self._writer.flush()
+        self.flush()
         snapshots = []
         for entry in list(self._archive.entries):
             try:
@@ -188,13 +200,13 @@ class RollingBuffer:
             else:
                 snapshots.append(Snapshot(segment=entry.segment, sha256=entry.stored.sha256, tensors=tensors))
         if self._progress.num_updates:
-            tensors = self._in_model_order(self._mean.read(), self.accumulator_layout)
+            tensors = self._in_model_order(self._read_mean(), self.accumulator_layout)
             snapshots.append(Snapshot(segment=self._progress.segment("mean"), sha256=None, tensors=tensors))
         return snapshots
 
     def first_step(self) -> int | None:
         """Return the first step that a snapshot stands for; ``None`` if there is nothing to merge."""
-        self._writer.flush()
+        self.flush()
         entries = self._archive.entries
         return entries[0].segment.first_step if entries else self._progress.first_step
 
@@ -205,6 +217,7 @@ class RollingBuffer:
             job: Called in the writer's thread with the kept snapshots, oldest first, once all that have ended by now
                 are stored, and before a later one is.
         """
+        self._wait_for_means()  # a segment that has ended is the writer's next job
         self._writer.offer(lambda: job(tuple(self._archive.entries)))
 
     def copy_mean(self) -> tuple[Segment, Flats] | None:
@@ -215,12 +228,13 @@ class RollingBuffer:
         if not self._progress.num_updates:
             return None
         copy = self.accumulator_layout.allocate("cpu", pinned=self._device.type == "cuda")
-        for dtype, flat in self._mean.read().items():
+        for dtype, flat in self._read_mean().items():
             copy[dtype].copy_(flat, non_blocking=True)
         return self._progress.segment("mean"), copy
 
     def flush(self) -> None:
         """Wait until all that was handed over or ended is written."""
+        self._wait_for_means()
         self._writer.flush()
 
     def lend(self, names: Collection[str]) -> None:
@@ -229,7 +243,7 @@ class RollingBuffer:
 
     def keep(self, segments: Collection[Segment]) -> None:
         """Drop the snapshots of other segments, which another rank has lost: buffers that differ pool other pairs."""
-        self._writer.flush()
+        self.flush()
         for entry in list(self._archive.entries):
             if entry.segment not in segments:
                 self._archive.remove(entry)
@@ -246,7 +260,7 @@ class RollingBuffer:
         A durable storage gets the mean in progress as a file, so that nothing is lost; ``saved`` says whether it did.
         The files that this state names are kept until the first update after the next state was taken.
         """
-        self._writer.flush()
+        self.flush()
         self._save_mean()
         state = BufferState(
             run_id=self._archive.run_id,
@@ -292,6 +306,8 @@ class RollingBuffer:
             is_saved: Whether the last state is in a checkpoint. One that training died in may never have been written,
                 so the files of the one before have to stay.
         """
+        if self._staging is not None:
+            self._staging.close()
         self._writer.close()
         if is_saved and self._state_taken and not self._state_loaded:
             self._archive.release()
@@ -303,8 +319,17 @@ class RollingBuffer:
         self._free_accumulators: SimpleQueue[Flats] = SimpleQueue()
         self._num_accumulators = 0
         self._mean = self._new_mean()
+        self._staging: HostStaging | None = None
+        if self.config.accumulate_on == "host":
+            self._staging = HostStaging(layout, self._device, parse_size(self.config.bucket_size))
+
+    @property
+    def _means_device(self) -> torch.device:
+        return self._device if self._staging is None else torch.device("cpu")
 
     def _forget_mean(self) -> None:
+        if self._staging is not None:
+            self._staging.close()
         for flats in self._mean.memory():
             self._free_accumulators.put(flats)
         self._mean = self._new_mean()
@@ -315,10 +340,29 @@ class RollingBuffer:
     def _is_update(self, step: int, last_update: int) -> bool:
         return self.config.snapshot == "mean" and step - last_update >= self.config.update_every_n_steps
 
-    def _take(self, weights: Sequence[Tensor]) -> None:
+    def _take(self, weights: Sequence[Tensor], *, ends: bool) -> None:
         self._progress.num_updates += 1
         self._progress.last_update = self._progress.last_step
-        self._mean.take(weights)
+        mean, finish = self._mean, self._end_segment() if ends else None
+
+        def take(weights: Sequence[Tensor]) -> None:
+            mean.take(weights)
+            if finish is not None:
+                finish(weights)
+
+        if self._staging is None:
+            take(weights)
+        else:
+            self._staging.send(weights, take)
+
+    def _read_mean(self) -> Flats:
+        """Return the mean of the segment in progress, to be read until the next update."""
+        self._wait_for_means()
+        return self._mean.read()
+
+    def _wait_for_means(self) -> None:
+        if self._staging is not None:
+            self._staging.wait()
 
     def _new_mean(self) -> SegmentMean:
         return SegmentMean(
@@ -328,26 +372,32 @@ class RollingBuffer:
     def _acquire_accumulator(self) -> Flats:
         if self._num_accumulators < NUM_ACCUMULATORS and self._free_accumulators.empty():
             self._num_accumulators += 1
-            return self.accumulator_layout.allocate(self._device)
+            pinned = self._staging is not None and self._device.type == "cuda"
+            return self.accumulator_layout.allocate(self._means_device, pinned=pinned)
         return self._free_accumulators.get()
 
-    def _finish_segment(self, weights: Sequence[Tensor]) -> None:
-        accumulator = self._mean.read()
-        means = self._in_model_order(accumulator, self.accumulator_layout)
-        for slot, mean, newest in zip(self._layout.slots, means, weights, strict=True):
-            if slot.role == "buffer":
-                fill_nonfinite(mean, newest)
+    def _end_segment(self) -> Callable[[Sequence[Tensor]], None]:
+        """Begin the next segment, and return what is left to do once the last weights are in the mean of this one."""
         segment = self._progress.segment(self.config.snapshot)
-        for spare in self._mean.memory()[1:]:
-            self._free_accumulators.put(spare)
-        store = partial(self._store, segment, accumulator, self.segment_steps, reached(self._device))
-        self._writer.submit(store)
+        finish = partial(self._finish, self._mean, segment, self.segment_steps)
         if self._open_file:
             self._archive.retire(self._open_file.name)
         self._mean, self._open_file = self._new_mean(), None
         self._progress = Progress.after(segment.last_step)
         if self._double_segments and segment.last_step >= MAX_FINEST_SEGMENTS * self.segment_steps:
             self.segment_steps *= 2
+        return finish
+
+    def _finish(self, mean: SegmentMean, segment: Segment, finest: int, weights: Sequence[Tensor]) -> None:
+        """Hand a segment's mean over to be stored, and give back the memory that it needs no more."""
+        accumulator = mean.read()
+        means = self._in_model_order(accumulator, self.accumulator_layout)
+        for slot, own, newest in zip(self._layout.slots, means, weights, strict=True):
+            if slot.role == "buffer":
+                fill_nonfinite(own, newest)
+        for spare in mean.memory()[1:]:
+            self._free_accumulators.put(spare)
+        self._writer.submit(partial(self._store, segment, accumulator, finest, reached(self._means_device)))
 
     def _store(self, segment: Segment, accumulator: Flats, finest: int, ready: torch.cuda.Event | None) -> None:
         """Runs in the writer's thread."""
@@ -366,7 +416,7 @@ class RollingBuffer:
         old, name = self._open_file, self._archive.name(self._progress.segment("mean"), "open")
         if old and old.name == name:
             return
-        blocks = cast_blocks(self.accumulator_layout.views(self._mean.read()), self.accumulator_layout)
+        blocks = cast_blocks(self.accumulator_layout.views(self._read_mean()), self.accumulator_layout)
         try:
             self._open_file = self._storage.write(name, self.accumulator_layout, blocks)
         except OSError as error:

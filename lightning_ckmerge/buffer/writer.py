@@ -16,9 +16,13 @@ class Writer:
 
     A job that fails ends nothing: its exception waits in ``take_failures`` for the owner to report. The thread starts
     with the first job, so that a writer may be built before a launcher forks.
+
+    Args:
+        name: Of the thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "ckmerge-writer") -> None:
+        self._name = name
         self._jobs: Queue[Callable[[], None] | None] = Queue()
         # One job runs and one waits; a third waits in `submit`: a slow disk slows training instead of filling memory.
         self._free = threading.Semaphore(2)
@@ -40,7 +44,7 @@ class Writer:
     def offer(self, job: Callable[[], None]) -> None:
         """Run ``job`` after those before it, and never wait. The caller sees to it that few are under way."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="ckmerge-writer", daemon=True)
+            self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
         self._jobs.put(job)
 
@@ -79,15 +83,16 @@ def reached(device: torch.device) -> torch.cuda.Event | None:
 
 @contextlib.contextmanager
 def beside_training(device: torch.device, ready: torch.cuda.Event | None) -> Iterator[None]:
-    """Work on a stream of its own, once ``ready`` has happened; all of it is done in the end.
+    """Work on a stream of its own, once ``ready`` has happened; all of it is done in the end. ``None``: on the host.
 
     Neither thread waits for the other: training's stream continues, and copies to the host overlap with it.
     """
+    if device.type == "cuda":
+        # A new thread starts on GPU 0, and pinning memory from there would open a context on it.
+        torch.cuda.set_device(device)
     if ready is None:
         yield
         return
-    # A new thread starts on GPU 0, and pinning memory from there would open a context on it.
-    torch.cuda.set_device(device)
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     stream.wait_event(ready)
     try:

@@ -51,13 +51,16 @@ def show(artifact: ArtifactPath, as_json: Json = False) -> None:
     """
     from lightning_ckmerge.artifact.load import Artifact
     from lightning_ckmerge.artifact.manifest import MANIFEST_NAME
+    from lightning_ckmerge.artifact.remote import address
     from lightning_ckmerge.artifact.runs import find_run, help_on
     from lightning_ckmerge.errors import ArtifactError
     from lightning_ckmerge.report.text import ReportPlace
     from lightning_ckmerge.report.view import build_view
 
     if not (artifact / MANIFEST_NAME).is_file() and (hint := help_on(find_run(artifact))):
-        raise ArtifactError(f"an artifact must be a directory with a {MANIFEST_NAME}, got {str(artifact)!r}. {hint}")
+        raise ArtifactError(
+            f"an artifact must be a directory with a {MANIFEST_NAME}, got {address(artifact)!r}. {hint}"
+        )
     opened = Artifact.open(artifact, verify=False)
     choice = tell_choice(artifact, as_json=as_json)
     if as_json:
@@ -65,7 +68,7 @@ def show(artifact: ArtifactPath, as_json: Json = False) -> None:
         return
     view = build_view(opened.manifest, ReportPlace(path=opened.path))
     out = console()
-    out.print(f"{view.title}, {opened.path}\n", style="bold")
+    out.print(f"{view.title}, {address(opened.path)}\n", style="bold")
     out.print(verdict_text(opened.manifest["verdict"]))
     for warning in view.warnings:
         out.print(f"note: {warning}")

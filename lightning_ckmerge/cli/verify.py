@@ -58,7 +58,7 @@ def verify(
     from lightning_ckmerge.artifact.ensembles import is_ensemble
     from lightning_ckmerge.artifact.load import Artifact, locate
     from lightning_ckmerge.artifact.manifest import read_manifest
-    from lightning_ckmerge.artifact.remote import fetch_pending
+    from lightning_ckmerge.artifact.remote import address, fetch_pending
 
     if is_ensemble(artifact):
         if rebuild:
@@ -69,7 +69,7 @@ def verify(
     fetch_pending(path)
     opened = Artifact(path, read_manifest(path))
     files = _check_files(opened)
-    found: dict[str, Any] = {"artifact": str(path), "files": files, **tell_choice(artifact, as_json=as_json)}
+    found: dict[str, Any] = {"artifact": address(path), "files": files, **tell_choice(artifact, as_json=as_json)}
     # A manifest that lists nothing vouches for nothing.
     is_sound = bool(files) and all(state == "ok" for state in files.values())
     if rebuild and is_sound:
@@ -91,6 +91,7 @@ def _verify_ensemble(path: Path, as_json: bool) -> None:
     from rich.text import Text
 
     from lightning_ckmerge.artifact.ensembles import EnsembleArtifact
+    from lightning_ckmerge.artifact.remote import address
 
     ensemble = EnsembleArtifact.read(path)
     files = _check_files(ensemble)
@@ -102,7 +103,7 @@ def _verify_ensemble(path: Path, as_json: bool) -> None:
         )
     is_sound = all(state == "ok" for state in files.values())
     found: dict[str, Any] = {
-        "ensemble": str(ensemble.path),
+        "ensemble": address(ensemble.path),
         "files": files,
         "members": members,
         "state": "sound" if is_sound else "not sound",
@@ -118,7 +119,7 @@ def _verify_ensemble(path: Path, as_json: bool) -> None:
         if not is_sound and all(m["state"] == "sound" for m in members):
             out.print("note: the members are sound: the ensemble predicts what was published.")
         text, style = STATES[found["state"]]
-        out.print(f"{ensemble.path}: {text}", style=style)
+        out.print(f"{found['ensemble']}: {text}", style=style)
     if not is_sound:
         raise typer.Exit(FOUND)
 

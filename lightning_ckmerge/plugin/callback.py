@@ -127,7 +127,7 @@ class CheckpointMergeCallback(Callback):
         self._monitor_seen = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all but the run in progress: modules may keep callbacks in hyperparameters, and so in checkpoints."""
+        """Return all but the run in progress: modules may keep callbacks in hyperparameters, which checkpoints hold."""
         return {**vars(self), "_run": None, "_claimed": None}
 
     @property
@@ -194,13 +194,8 @@ class CheckpointMergeCallback(Callback):
             self._run.after_validation()
         if self._monitor_seen or self.settings.evaluation.dataloader is not None:
             return
-        logged = logged_names(trainer)
-        if trainer.sanity_checking and any(SANITY_STAGE in name for name in logged):
-            return  # the module names metrics by the stage, so those of validation are still to come
-        self._monitor_seen = True
         try:
-            require_logged(self.settings.monitors, logged)
-            self.settings.check_modes(directions(trainer))
+            self._judge_monitor(trainer)
         except CkmergeError as error:
             if trainer.sanity_checking:  # nothing is lost yet
                 raise
@@ -266,6 +261,15 @@ class CheckpointMergeCallback(Callback):
         unclaimed, without = states.keys() - keys, keys - states.keys()
         if self.state_key in without and len(unclaimed) == len(without) == 1:
             self.load_state_dict(states[unclaimed.pop()])
+
+    def _judge_monitor(self, trainer: Trainer) -> None:
+        """Raise unless validation logs what is monitored, in the right direction; once."""
+        logged = logged_names(trainer)
+        if trainer.sanity_checking and any(SANITY_STAGE in name for name in logged):
+            return  # the module names metrics by the stage, so those of validation are still to come
+        self._monitor_seen = True
+        require_logged(self.settings.monitors, logged)
+        self.settings.check_modes(directions(trainer))
 
     def _make_run(self, trainer: Trainer, place: Place, state: dict[str, Any] | None) -> MergeRun | None:
         """Set a run up, on all ranks; ``None``, on all of them, if that failed on one: no fault of ours is worth it."""

@@ -13,11 +13,13 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from lightning_ckmerge.artifact.timeline import TIMELINE_NAME
+from lightning_ckmerge.buffer.host_staging import num_staged_bytes
 from lightning_ckmerge.buffer.rolling import RollingBuffer
 from lightning_ckmerge.buffer.storage import DiskStorage, MemoryStorage, Storage
+from lightning_ckmerge.checks import parse_size
 from lightning_ckmerge.config import BufferConfig, MergeSettings
 from lightning_ckmerge.core.layout import TensorLayout
-from lightning_ckmerge.core.spaces import Grouped
+from lightning_ckmerge.core.spaces import ByTensor, Grouped
 from lightning_ckmerge.core.spaces.groups import describe_groups
 from lightning_ckmerge.core.wording import amount_told
 from lightning_ckmerge.errors import ConfigError, UnsupportedError
@@ -78,7 +80,10 @@ class Plan:
         interval: Optimizer steps between two of them.
         snapshots: Contents of the buffer.
         segment_steps: Length of the finest segment.
-        buffer_memory: Memory of the buffer.
+        buffer_memory: Memory of the buffer, but for ``staging_memory``.
+        staging_memory: On the weights' device, where running means are in host memory.
+        update_bytes: Sent to host memory by each update of such means.
+        update_every: Optimizer steps between two of these.
         buffer_disk: The buffer's files.
         search_memory: Further host memory during a search: a copy of the weights, and the batches that
             ``evaluation.cache_batches`` lets it keep, at most.
@@ -130,6 +135,9 @@ class Plan:
     cap: float | None = None
     where: str = "training"
     due_bytes: int = 0
+    staging_memory: int = 0
+    update_bytes: int = 0
+    update_every: int = 1
     groups: str | None = None
     adapters: str | None = None
     left_out: str | None = None
@@ -151,6 +159,7 @@ def make_plan(settings: MergeSettings, trainer: Trainer, model: RankModel, known
     buffer = _probe(config, model.layout, segment_steps)
     buffer_disk = math.ceil(buffer.num_bytes_on_disk / known.holders)
     model_bytes = math.ceil(model.layout.num_bytes / known.holders) * known.num_ranks
+    update_bytes = math.ceil(buffer.num_bytes_of_update / known.holders)
     num_anchors = most_anchors(settings.search.anchors, config.capacity)
     is_followed = settings.search.where == "follower"
     due_bytes = _due_bytes(settings, model, buffer, known) if is_followed else 0
@@ -186,6 +195,9 @@ def make_plan(settings: MergeSettings, trainer: Trainer, model: RankModel, known
         cap=None if is_followed else settings.search.max_fraction_of_training,
         where=settings.search.where,
         due_bytes=due_bytes,
+        staging_memory=_staging_memory(config, update_bytes),
+        update_bytes=update_bytes,
+        update_every=config.update_every_n_steps if config.snapshot == "mean" else segment_steps,
         groups=_groups(model),
         adapters=_adapters(settings, model),
         left_out=", ".join(model.ownership.left_out) or None,
@@ -212,6 +224,13 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("not averaged", plan.left_out and f"{plan.left_out}: copied from the latest weights"),
         ("snapshots", f"{plan.snapshots}, the finest of {_steps(plan.segment_steps)}"),
         (f"buffer{each}", f"{size(plan.buffer_memory)} in memory and at most {size(plan.buffer_disk)} on disk"),
+        (
+            f"means{each}",
+            f"in host memory, with {size(plan.staging_memory)} on the device for staging; {size(plan.update_bytes)} go "
+            f"from it to the host every {_steps(plan.update_every) if plan.update_every > 1 else 'step'}"
+            if plan.update_bytes
+            else None,
+        ),
         (
             f"during a search{each}",
             None
@@ -274,6 +293,8 @@ def num_searches(settings: MergeSettings, length: RunLength) -> int | None:
 
 
 def _groups(model: RankModel) -> str | None:
+    if isinstance(model.space, ByTensor):
+        return f"each of {len(model.space.group_of)} tensors, after `search.refine`"
     if model.space.group_of:
         return describe_groups(model.space.group_of)
     return "none found by name: all tensors share their coefficients" if isinstance(model.space, Grouped) else None
@@ -328,6 +349,10 @@ def _due_bytes(settings: MergeSettings, model: RankModel, buffer: RollingBuffer,
     others = sum(o.tensor.nbytes for o in model.ownership.others())
     mean = buffer.accumulator_layout.num_bytes if settings.buffer.snapshot == "mean" else 0
     return math.ceil((model.layout.num_bytes + mean) / known.holders) + others
+
+
+def _staging_memory(config: BufferConfig, update_bytes: int) -> int:
+    return num_staged_bytes(update_bytes, parse_size(config.bucket_size)) if update_bytes else 0
 
 
 def _adapters(settings: MergeSettings, model: RankModel) -> str | None:

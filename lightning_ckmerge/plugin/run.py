@@ -18,7 +18,6 @@ from lightning_ckmerge.artifact.standing import Standing
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.outcome import Score
-from lightning_ckmerge.core.spaces import Tail
 from lightning_ckmerge.distributed.comm import Comm, on_rank_zero
 from lightning_ckmerge.errors import FinalError, SkipError, TraceError, explain
 from lightning_ckmerge.pipeline import Scorer, SearchJob, run_search
@@ -443,30 +442,26 @@ class MergeRun:
 
     def _make_job(self, scorer: Scorer, on_scored: OnScored) -> SearchJob:
         objection, is_decayed = self._objection()
-        settings, space, previous = self.settings, self._model.space, self._previous
-        if is_decayed and settings.search.at_low_lr == "tail":
-            settings, space, previous = settings.after_decay(), Tail(), None
         allowed_s, allowed_by = self._clock.allowance(self.settings.search, is_last=self._is_last)
         return SearchJob(
             name=f"{self._run_id}-step={self.step:09d}",
             step=self.step,
-            settings=settings,
-            space=space,
+            settings=self.settings,
+            space=self._model.space,
             scorer=scorer,
             allowed_s=allowed_s,
             allowed_by=allowed_by,
             searched_s=self._clock.searched_s,
             training_s=self._clock.training_s,
             # A rank that failed last time, after others had reached the verdict, knows of none.
-            previous=self._model.comm.exchange(previous)[0],
+            previous=self._model.comm.exchange(self._previous)[0],
             validated=self._curve.validated,
             searched=self._curve.searched,
-            notes=[f"{objection[0].upper()}{objection[1:]}."] if objection else [],
             journal=self.dirpath / "study.journal",
             on_scored=on_scored,
             agree=partial(on_rank_zero, self._model.comm),
             adapters=self._model.adapter_merge,
-        )
+        ).at_low_rate(objection, is_decayed=is_decayed)
 
 
 def _caught(check: Callable[[], None]) -> tuple[str, float] | None:

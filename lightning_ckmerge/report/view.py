@@ -23,6 +23,8 @@ from lightning_ckmerge.report.text import (
 )
 from lightning_ckmerge.tensorfiles.writer import WEIGHTS_NAME
 
+# Groups side by side; the manifest tells the coefficients of more.
+MOST_COLUMNS = 8
 SHORT_HASH = 12
 
 LOAD_MERGED = """\
@@ -173,8 +175,7 @@ def build_view(manifest: Manifest, place: ReportPlace | None = None) -> View:
     """Return the contents of a search's report; its artifact is at ``place``, if that is known."""
     verdict = manifest["verdict"]
     candidates = _candidates(manifest)
-    groups = {name: group["coefficients"] for name, group in manifest.get("groups", {}).items()}
-    columns = groups or {"coefficient": manifest["coefficients"]}
+    columns = _coefficient_columns(manifest)
     has_weights = any(WEIGHTS_NAME.fullmatch(name) for name in manifest.get("files", {}))
     return View(
         title=_title(manifest),
@@ -209,6 +210,19 @@ def build_view(manifest: Manifest, place: ReportPlace | None = None) -> View:
         software=[(name, version or MISSING) for name, version in manifest["software"].items()],
         code=_code(manifest, place) if has_weights else None,
     )
+
+
+def _coefficient_columns(manifest: Manifest) -> dict[str, list[float]]:
+    """Return the snapshots' coefficients by head: each group's, or what many groups have in common."""
+    groups = {name: group["coefficients"] for name, group in manifest.get("groups", {}).items()}
+    if len(groups) <= MOST_COLUMNS:
+        return groups or {"coefficient": manifest["coefficients"]}
+    by_snapshot = list(zip(*groups.values(), strict=True))
+    return {
+        f"mean of {len(groups)} groups": manifest["coefficients"],
+        "lowest": [min(c_G) for c_G in by_snapshot],
+        "highest": [max(c_G) for c_G in by_snapshot],
+    }
 
 
 def _title(manifest: Manifest) -> str:

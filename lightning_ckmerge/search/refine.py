@@ -1,8 +1,9 @@
-"""Refine a search's winner by gradients: free coefficients for each group of tensors, in a few quasi-Newton steps.
+"""Refine a search's winner by a gradient: free coefficients for each tensor, along the steepest line from the winner.
 
-The loss is nearly quadratic in the coefficients, so few gradients tell much; but it is curved 100,000 times as much
-along some directions as along others, which few gradients do not tell. Coordinates in which the snapshots lie about
-equally far apart help: on a quadratic model of one small GPT's loss three steps gained as much as six plain ones.
+The loss is nearly quadratic in the coefficients, so one gradient and two evaluations tell the line's best place; but it
+is curved 100,000 times as much along some directions as along others, which one gradient does not tell. Coordinates in
+which the snapshots lie about equally far apart help. Free coefficients of each tensor overfit a small search half where
+many steps are taken; of one step they keep most of what they gain on other data.
 
 Letters: K snapshots, oldest first; G groups; N coordinates, at most ``G (K - 1)``, since coefficients sum to 1.
 """
@@ -11,8 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -22,11 +22,8 @@ from lightning_ckmerge.core.outcome import Candidate, Coefficients, Scored
 from lightning_ckmerge.errors import SkipError, explain
 from lightning_ckmerge.search.engine import Search
 
-NUM_STEPS = 3
-# A second step may gain little before a third one that gains more: 0.4 and 0.5 % on one run.
-MIN_GAIN = 0.002
-# The first length of a step is a guess, which the evaluation there corrects.
-MAX_TRIALS_A_STEP = 3
+# The first length of the step is a guess, which the evaluation there corrects.
+MAX_REFINED = 3
 MAX_CHANGE = 30.0
 # One and a half times the best length has 3/4 of its gain, and half of it has as much.
 FAR = 1.5
@@ -36,8 +33,7 @@ STEEPNESS = 2.0
 NEAR = 1e-3
 # A pass forward and backward takes about three times as long as one forward.
 FORWARDS_PER_GRADIENT = 3
-MAX_REFINED = NUM_STEPS * MAX_TRIALS_A_STEP
-MAX_EVALUATIONS = NUM_STEPS * FORWARDS_PER_GRADIENT + MAX_REFINED
+MAX_EVALUATIONS = FORWARDS_PER_GRADIENT + MAX_REFINED
 # Squared distances, relative to the largest, that are taken for rounding.
 ROUNDING = 1e-10
 
@@ -55,10 +51,9 @@ class Differentiate(Protocol):
 
 
 def refine(search: Search, differentiate: Differentiate, *, tolerant: bool = False) -> str | None:
-    """Add candidates downhill of the winner to a search that has run: ``refined-0``, ``refined-1``, ...
+    """Add candidates downhill of the winner to a search that has run: ``refined-0``, and up to two more.
 
-    A step is a gradient and one to three evaluations along its line. Steps end after the third, after one that gained
-    less than 0.2 % of the winner's gain over the latest weights, or with the budget.
+    Each but the first lies where the parabola along the line has its minimum, as the last one tells.
 
     Args:
         search: By one metric.
@@ -66,31 +61,21 @@ def refine(search: Search, differentiate: Differentiate, *, tolerant: bool = Fal
         tolerant: Whether a gradient that fails ends the refinement, and not the search.
 
     Returns:
-        Why a gradient failed, if it did.
+        Why the gradient failed, if it did.
     """
-    plane: _Plane | None = None
-    points: list[tuple[Array, Array]] = []
-    for _ in range(NUM_STEPS):
-        if not search.affords(FORWARDS_PER_GRADIENT + 1):
-            return None
-        start = search.winner
-        try:
-            products = _timed(search, differentiate, start)
-        except Exception as error:  # on all ranks
-            if not tolerant or isinstance(error, SkipError):
-                raise
-            return explain(error)
-        plane = plane or _Plane(start, products)
-        x_N, g_N = plane.place(start), search.problem.sign * plane.gradient(products)
-        points.append((x_N, g_N))
-        curvature = _curvature(search, plane, g_N)
-        if not curvature > 0:  # nothing moves
-            return None
-        inverse_NN = _inverse_hessian(points, curvature)
-        _descend(search, plane, x_N, -inverse_NN @ g_N, g_N)
-        gain, total = (_loss(search, t) - _loss(search, search.winner) for t in (start, search.latest))
-        if gain <= MIN_GAIN * total:
-            return None
+    if not search.affords(FORWARDS_PER_GRADIENT + 1):
+        return None
+    try:
+        products = _timed(search, differentiate, search.winner)
+    except Exception as error:  # on all ranks
+        if not tolerant or isinstance(error, SkipError):
+            raise
+        return explain(error)
+    plane = _Plane(search.winner, products)
+    g_N = search.problem.sign * plane.gradient(products)
+    curvature = _curvature(search, plane, g_N)
+    if curvature > 0:  # else nothing moves
+        _descend(search, plane, g_N, curvature)
     return None
 
 
@@ -126,7 +111,7 @@ class _Plane:
         return np.concatenate([self._bases[group].T @ products[group][-1, :-1] for group in self._groups])
 
     def place(self, scored: Scored) -> Array:
-        """Return a candidate's coordinates."""
+        """Return a candidate's coordinates; the origin's are 0."""
         moved = {group: _of_group(scored, group) - self._origin[group] for group in self._groups}
         return np.concatenate([self._inverses[group].T @ moved[group][:-1] for group in self._groups])
 
@@ -143,10 +128,9 @@ class _Plane:
 
 def _curvature(search: Search, plane: _Plane, g_N: Array) -> float:
     """Return the curvature to expect along the gradient, from the losses of other candidates; 0 where nothing moves."""
-    x_N = plane.place(search.winner)
     found = []
     for scored in (*search.anchors, *search.trials):
-        moved_N = plane.place(scored) - x_N
+        moved_N = plane.place(scored)
         rise = _loss(search, scored) - _loss(search, search.winner) - float(g_N @ moved_N)
         found.append((float(moved_N @ moved_N), rise))
     nearest = NEAR * max(square for square, _ in found)
@@ -154,34 +138,13 @@ def _curvature(search: Search, plane: _Plane, g_N: Array) -> float:
     return STEEPNESS * max(curvatures, default=0.0)
 
 
-def _inverse_hessian(points: Sequence[tuple[Array, Array]], curvature: float) -> Array:
-    """Return BFGS's, of places and the gradients there.
-
-    Source:
-        Nocedal and Wright 2006, *Numerical Optimization*, equations 6.17 and 6.20.
-    """
-    unit_NN = np.eye(len(points[0][0]))
-    inverse_NN: Array = unit_NN / curvature
-    for i, ((x_N, g_N), (next_x_N, next_g_N)) in enumerate(pairwise(points)):
-        s_N, y_N = next_x_N - x_N, next_g_N - g_N
-        product = float(s_N @ y_N)
-        if not product > 0:
-            continue
-        if i == 0:
-            inverse_NN = unit_NN * (float(s_N @ s_N) / product)
-        left_NN = unit_NN - np.outer(s_N, y_N) / product
-        inverse_NN = left_NN @ inverse_NN @ left_NN.T + np.outer(s_N, s_N) / product
-    return inverse_NN
-
-
-def _descend(search: Search, plane: _Plane, x_N: Array, step_N: Array, g_N: Array) -> None:
-    """Try lengths of a step; each but the first is where the parabola through the last one has its minimum."""
-    start, slope, length = _loss(search, search.winner), float(step_N @ g_N), 1.0
-    for attempt in range(MAX_TRIALS_A_STEP):
-        if attempt and not search.affords():
+def _descend(search: Search, plane: _Plane, g_N: Array, curvature: float) -> None:
+    """Try lengths of a step against the gradient; each but the first is where the last one tells the minimum."""
+    start, slope, length = _loss(search, search.winner), -float(g_N @ g_N) / curvature, 1.0
+    for i in range(MAX_REFINED):
+        if i and not search.affords():
             return
-        name = f"refined-{sum(t.candidate.name.startswith('refined-') for t in search.trials)}"
-        candidate = plane.candidate(name, x_N + length * step_N)
+        candidate = plane.candidate(f"refined-{i}", -length / curvature * g_N)
         # Rank 0's bits, on every rank.
         scored = search.add(search.agree(lambda candidate=candidate: candidate))  # type: ignore[misc]
         rise = _loss(search, scored) - start - slope * length

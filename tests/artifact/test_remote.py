@@ -83,6 +83,20 @@ def test_a_run_is_the_same_at_its_url(publish: Publish, tmp_path: Path, url: str
     assert ckmerge_json("verify", f"{url}/step=000000010")["ok"] is True
 
 
+def test_messages_name_the_url_and_not_its_copy(publish: Publish, tmp_path: Path, url: str) -> None:
+    publish(step=10, status="rejected", weights=None)
+    publish(step=20)
+    bring(tmp_path / "merges", url)
+    record = Artifact.open(f"{url}/step=000000010")
+    assert repr(record).startswith(f"Artifact('{url}/step=000000010', rejected")
+    with pytest.raises(ArtifactError, match=f"got the record {url}/step=000000010: its search was rejected"):
+        record.tensors()
+    with pytest.raises(ArtifactError, match=f"got {url}/step=000000077/elsewhere. Name an artifact"):
+        Artifact.open(f"{url}/step=000000077/elsewhere")
+    assert f", {url}/step=000000020" in ckmerge("show", url).stdout.replace("\n", "")
+    assert ckmerge_json("verify", url)["artifact"] == f"{url}/step=000000020"
+
+
 def test_weights_are_copied_once_they_are_asked_for(publish: Publish, tmp_path: Path) -> None:
     publish(step=10)
     publish(step=20)

@@ -200,7 +200,7 @@ def test_a_verdict_is_judged_by_windows_that_it_has_not_seen(
         verdicts.measure(trained.run)
     path = home / "results" / "verdicts.json"
     (found,) = json.loads(path.read_text())
-    assert {kind: len(found[kind]) for kind in ("latest", "twin", "noise")} == {"latest": 1, "twin": 1, "noise": 1}
+    assert [len(found[kind]) for kind in ("latest", "twin", "noise", verdicts.TAIL_NOISE)] == [1, 1, 1, 1]
     monkeypatch.setattr(verdicts, "searched", None)  # would be called
     verdicts.measure(trained.run)
     assert json.loads(path.read_text()) == [found]
@@ -223,6 +223,7 @@ def test_a_claim_is_judged_once_all_its_runs_are_measured() -> None:
             "run": {"cell": run.cell, "seed": run.seed},
             "latest": dict.fromkeys(NUM_BATCHES, 2.0),
             "twin": dict.fromkeys(NUM_BATCHES, 1.9),
+            "twin_interval": (0.09, 0.11),
             "methods": {DEFAULT: {"losses": losses}},
         }
 
@@ -232,6 +233,7 @@ def test_a_claim_is_judged_once_all_its_runs_are_measured() -> None:
     short = [measured(run, 90 if run.model == "3M" else 96) for run in ladder]
     assert report.cells_told(short, "ladder").startswith("**fails**")
     assert "3M, 1,000 steps (90.0 %)" in report.cells_told(short, "ladder")
+    assert report.shares([{**short[0], "twin_interval": (-0.01, 0.21)}], DEFAULT) == []
 
 
 def test_the_committed_page_is_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:

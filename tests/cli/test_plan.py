@@ -45,8 +45,8 @@ def test_a_plan_counts_what_the_run_will_take(tmp_path: Path) -> None:
         ({}, {"evaluation": {"limit_batches": 10}}, "search_batches", 5),
         ({"limit_val_batches": 0.5}, {}, "confirm_batches", 10),
         ({}, {"search": {"space": "auto"}}, "space", "auto"),
-        # Three gradients, each as three evaluations, and up to three candidates for each.
-        ({}, {"search": {"refine": "gradient", "n_trials": 3}}, "evaluations", 20 * (10 + 3 + 3 * (3 + 3)) + 3 * 20),
+        # A gradient, as three evaluations, and up to three candidates.
+        ({}, {"search": {"refine": "gradient", "n_trials": 3}}, "evaluations", 20 * (10 + 3 + 3 + 3) + 3 * 20),
     ],
 )
 def test_a_plan_follows_the_config(
@@ -58,6 +58,18 @@ def test_a_plan_follows_the_config(
         assert plan[field] == value * MODEL_BYTES
     else:
         assert plan[field] == value
+
+
+def test_means_in_host_memory_are_told_with_their_staging_and_their_traffic(tmp_path: Path) -> None:
+    """Of four ranks each sends a quarter; the copy that it waits in is counted with the means."""
+    config = write_config(
+        tmp_path, trainer={"devices": 4, "strategy": "ddp"}, buffer={"accumulate_on": "host", "bucket_size": "1KB"}
+    )
+    plan = plan_of(config)
+    assert plan["buffer_memory"] == (2 + 1) * MODEL_BYTES // 4
+    assert (plan["update_bytes"], plan["update_every"]) == (MODEL_BYTES // 4, 3)
+    assert MODEL_BYTES // 4 <= plan["staging_memory"] <= MODEL_BYTES // 4 + 32
+    assert "go from it to the host every 3 steps" in ckmerge("plan", config).stdout
 
 
 def test_an_unsupported_strategy_is_a_finding_with_the_reason(tmp_path: Path) -> None:

@@ -181,13 +181,17 @@ def test_the_simplex_reaches_its_corners_and_affine_combinations_leave_it() -> N
     assert Affine(max_deviation=0.1).inverse(outside, segments_K) is None
 
 
-@given(segments_K=runs(), tau=taus, beta=st.floats(0, 4))
-def test_extrapolation_steps_away_from_the_long_mean(segments_K: tuple[Segment, ...], tau: float, beta: float) -> None:
-    c_K = Decay(ratio=4.0).coefficients({"tau": tau, "beta": beta}, segments_K)
+@given(segments_K=runs(), tau=taus, beta=st.floats(0, 4), share=st.floats(0, 1))
+def test_extrapolation_steps_from_the_long_mean_past_the_short_one_towards_the_latest_weights(
+    segments_K: tuple[Segment, ...], tau: float, beta: float, share: float
+) -> None:
+    c_K = Decay(latest_share=share).coefficients({"tau": tau, "beta": beta}, segments_K)
     short_K, long_K = exponential_kernel(segments_K, tau), exponential_kernel(segments_K, 4 * tau)
-    expected = [s + beta * (s - l) for s, l in zip(short_K, long_K, strict=True)]
+    latest_K = [*[0.0] * (len(segments_K) - 1), 1.0]
+    head_K = [(1 - share) * s + share * l for s, l in zip(short_K, latest_K, strict=True)]
+    expected = [s + beta * (h - l) for s, h, l in zip(short_K, head_K, long_K, strict=True)]
     assert c_K == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    freed = Decay(ratio=None).coefficients({"tau": tau, "beta": beta, "ratio": 4.0}, segments_K)
+    freed = Decay(ratio=None, latest_share=share).coefficients({"tau": tau, "beta": beta, "ratio": 4.0}, segments_K)
     assert freed == c_K
 
 
@@ -289,6 +293,7 @@ def test_a_tail_is_a_short_decay_that_begins_inside_its_ranges(data: st.DataObje
         (lambda: Pairwise(alpha=1.0), "`0 <= alpha < 1`", "1.0"),
         (lambda: Pairwise(alpha=-0.1), "`0 <= alpha < 1`", "-0.1"),
         (lambda: Window(max_tilt=0.0), "`max_tilt > 0`", "0.0"),
+        (lambda: Decay(latest_share=1.5), "`0 <= latest_share <= 1`", "1.5"),
         (lambda: Decay(kernel="gauss"), "`kernel` must be one of", "'gauss'"),
         (lambda: Affine(max_deviation=0.0), "`max_deviation > 0`", "0.0"),
     ],

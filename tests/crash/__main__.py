@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import sys
 import time
 import warnings
@@ -27,16 +29,19 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # threads do not survive a fork
-    figures: dict[str, Any] = {"seed": arguments.seed}
+    rounds: list[dict[str, Any]] = []
     if arguments.points:
-        figures["one process"] = one_process(arguments.seed, arguments.points, arguments.again)
+        found = one_process(arguments.seed, arguments.points, arguments.again)
+        rounds.append({"seed": arguments.seed, "of": "one process", **found})
     if arguments.rank_points or arguments.stops:
-        figures["two ranks"] = two_ranks(arguments.seed, arguments.rank_points, arguments.stops)
-    text = json.dumps(figures, indent=2) + "\n"
+        found = two_ranks(arguments.seed, arguments.rank_points, arguments.stops)
+        rounds.append({"seed": arguments.seed, "of": "two ranks", **found})
+    machine = f"{os.cpu_count()} {platform.machine()} cores"
+    text = json.dumps({"machine": machine, "rounds": rounds}, indent=2) + "\n"
     print(text)
     if arguments.out is not None:
         arguments.out.write_text(text)
-    return any(part["failures"] for part in figures.values() if isinstance(part, dict))
+    return any(round_["failures"] for round_ in rounds)
 
 
 def one_process(seed: int, num_points: int, again: float) -> dict[str, Any]:

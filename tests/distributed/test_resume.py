@@ -54,10 +54,12 @@ class ReadBuffer(pl.Callback):
         return [(s.segment, {n: t.clone() for n, t in zip(names, s.tensors, strict=True)}) for s in snapshots]
 
 
-def train(root: str, strategy: str, devices: int, max_steps: int, ckpt_path: str | None) -> tuple[Snapshots, Snapshots]:
+def train(
+    root: str, strategy: str, devices: int, max_steps: int, ckpt_path: str | None, on: Any = "device"
+) -> tuple[Snapshots, Snapshots]:
     reader = ReadBuffer()
     checkpoint = ModelCheckpoint(f"{root}/checkpoints", every_n_train_steps=STOP, filename="{step}", save_top_k=-1)
-    buffer = BufferConfig(every_n_train_steps=SEGMENT_STEPS, update_every_n_steps=1)
+    buffer = BufferConfig(every_n_train_steps=SEGMENT_STEPS, update_every_n_steps=1, accumulate_on=on)
     merge = make_rank_merge(root, buffer=buffer, every_n_train_steps=9, search_on_train_end=False)
     others = [reader, checkpoint]
     options = {"max_steps": max_steps, "enable_checkpointing": True, "max_epochs": 4, "ckpt_path": ckpt_path}
@@ -94,12 +96,16 @@ def snapshot_files(root: Path) -> list[Path]:
     return [p for p in (root / "merges" / "buffer").rglob("*") if FILE_NAME.fullmatch(p.name)]
 
 
+@pytest.mark.parametrize("accumulate_on", ["device", "host"])
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_the_same_ranks_go_on_as_if_nothing_had_happened(ranks: RankPool, tmp_path: Path, strategy: str) -> None:
+def test_the_same_ranks_go_on_as_if_nothing_had_happened(
+    ranks: RankPool, tmp_path: Path, strategy: str, accumulate_on: str
+) -> None:
+    """Means in host memory equal those beside the weights, bit for bit."""
     straight = ranks.run(train, str(tmp_path / "straight"), strategy, 2, 2 * STOP, None)
-    ranks.run(train, str(tmp_path), strategy, 2, STOP, None)
+    ranks.run(train, str(tmp_path), strategy, 2, STOP, None, accumulate_on)
     checkpoint = str(tmp_path / "checkpoints" / f"step={STOP}.ckpt")
-    resumed = ranks.run(train, str(tmp_path), strategy, 2, 2 * STOP, checkpoint)
+    resumed = ranks.run(train, str(tmp_path), strategy, 2, 2 * STOP, checkpoint, accumulate_on)
     for (_, expected), (_, found) in zip(straight, resumed, strict=True):
         assert_equal(found, expected)
 

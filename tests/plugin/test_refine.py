@@ -80,7 +80,7 @@ def test_derivatives_are_those_of_the_scores(
 ) -> None:
     found = compare_slopes(monkeypatch)
     run(tmp_path, Noisy, val, monitor=monitor, mode=mode)
-    assert set(found) == {"embeddings", "mlp", "norms", "head", "other"}
+    assert set(found) == set(Noisy().state_dict())
     for pairs in found.values():
         for derivative, quotient in pairs:
             assert derivative == pytest.approx(quotient, rel=0.02, abs=1e-4)
@@ -96,7 +96,7 @@ def test_a_refined_merge_is_better_recorded_and_rebuilt_bit_for_bit(tmp_path: Pa
     winner = min(trials, key=lambda name: trials[name])
     assert winner in refined(manifest)
     assert manifest["coordinates"] is None
-    assert set(manifest["groups"]) == {"embeddings", "mlp", "norms", "head", "other"}
+    assert set(manifest["groups"]) == set(Noisy().state_dict())
     assert manifest["cost"]["seconds"]["gradients"] > 0
     latest = torch.load(tmp_path / "latest.pt")
     rebuilt = rebuild(artifact, tmp_path / "merges" / "buffer", latest)
@@ -105,11 +105,13 @@ def test_a_refined_merge_is_better_recorded_and_rebuilt_bit_for_bit(tmp_path: Pa
         assert winner in render(manifest)
 
 
-def test_without_groups_all_tensors_have_the_same_coefficients(tmp_path: Path) -> None:
+def test_a_space_without_groups_is_refined_tensor_by_tensor_too(tmp_path: Path) -> None:
     run(tmp_path, Noisy, search=searching(space="decay"))
     manifest = the_manifest(tmp_path)
     assert refined(manifest)
-    assert "groups" not in manifest
+    rows = {name: tuple(group["coefficients"]) for name, group in manifest["groups"].items()}
+    assert rows.keys() == Noisy().state_dict().keys()
+    assert len(set(rows.values())) > 2
 
 
 class ReturnsNothing(Noisy):

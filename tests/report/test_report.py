@@ -262,3 +262,16 @@ def test_a_gain_that_is_no_news_has_no_row(anchor: str) -> None:
     data["verdict"]["best_anchor"] = {"latest": "latest", "winner": data["verdict"]["winner"]}[anchor]
     labels = [label for label, _ in build_view(data).facts]
     assert [label for label in labels if label.startswith("Gain over")] == ["Gain over latest"]
+
+
+def test_many_groups_are_told_by_what_they_have_in_common() -> None:
+    """Goes red if a merge refined tensor by tensor makes a table of hundreds of columns."""
+    few, many = manifest(), manifest()
+    for content, num in ((few, 3), (many, 200)):
+        rows = [[0.1 * g, *[0.0] * (len(content["snapshots"]) - 2), 1 - 0.1 * g] for g in range(num)]
+        content["groups"] = {f"block.{g}": {"coefficients": row, "tensors": []} for g, row in enumerate(rows)}
+    assert build_view(few).coefficient_names == ["block.0", "block.1", "block.2"]
+    view = build_view(many)
+    assert view.coefficient_names == ["mean of 200 groups", "lowest", "highest"]
+    assert view.snapshots[0].coefficients[1:] == ["+0.0000", "+19.9000"]
+    assert view.snapshots[-1].coefficients[1:] == ["\N{MINUS SIGN}18.9000", "+1.0000"]

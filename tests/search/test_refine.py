@@ -14,13 +14,13 @@ import pytest
 
 from lightning_ckmerge.config import Constraint
 from lightning_ckmerge.core.outcome import Coefficients, Score
-from lightning_ckmerge.core.spaces import Decay, Grouped, Space
+from lightning_ckmerge.core.spaces import ByTensor, Decay, Grouped, Space
 from lightning_ckmerge.errors import SearchError
 from lightning_ckmerge.search import engine
 from lightning_ckmerge.search import refine as refine_module
 from lightning_ckmerge.search.engine import Search
 from lightning_ckmerge.search.problem import Half, KeepGoing
-from lightning_ckmerge.search.refine import FORWARDS_PER_GRADIENT, MAX_REFINED, NUM_STEPS, refine
+from lightning_ckmerge.search.refine import FORWARDS_PER_GRADIENT, MAX_REFINED, refine
 from lightning_ckmerge.search.stopping import Budget
 from tests.support.paraboloid import SEGMENTS, make_search
 
@@ -101,7 +101,8 @@ class Valley:
 def searched(valley: Valley, tmp_path: Path, **options: Any) -> Search:
     space: Space = Decay()
     if len(valley.groups) > 1:
-        space = Grouped(groups={g: g for g in valley.groups}, factors={valley.groups[0]: 1.5}).bind(valley.groups)
+        space = Grouped(groups={"first": valley.groups[0]}, factors={"first": 1.5}).bind(valley.groups)
+        space = ByTensor(space, valley.groups)
     search = make_search(valley, tmp_path / "journal", space=space, **options)
     search.run()
     return search
@@ -113,15 +114,15 @@ def added(search: Search) -> list[str]:
 
 @pytest.mark.parametrize("groups", [("",), ("mlp", "head", "rest")])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_three_gradients_gain_most_of_what_is_left(tmp_path: Path, groups: tuple[str, ...], sign: int) -> None:
+def test_a_gradient_gains_much_of_what_is_left(tmp_path: Path, groups: tuple[str, ...], sign: int) -> None:
     valley = Valley(groups=groups, sign=sign)
     search = searched(valley, tmp_path, mode="min" if sign == 1 else "max")
     before = valley.loss(search.winner.candidate.coefficients)
     assert refine(search, valley.differentiate) is None
     candidate = search.winner.candidate
     after = valley.loss(candidate.coefficients)
-    assert before - after > 0.6 * (before - valley.least())
-    assert len(valley.gradients) <= NUM_STEPS
+    assert before - after > 0.3 * (before - valley.least())
+    assert len(valley.gradients) == 1
     assert added(search) == [f"refined-{i}" for i in range(len(added(search)))]
     assert len(added(search)) <= MAX_REFINED
     for c_K in (candidate.coefficients_K, *candidate.by_group.values()):
@@ -153,16 +154,16 @@ def test_what_gradients_take_is_counted(tmp_path: Path) -> None:
     assert len(search.anchors) == anchors
 
 
-def test_without_anything_to_gain_it_stops_after_one_gradient(tmp_path: Path) -> None:
+def test_without_anything_to_gain_nothing_is_tried(tmp_path: Path) -> None:
     valley = Valley(frozen=True)
     search = searched(valley, tmp_path)
     assert refine(search, valley.differentiate) is None
-    assert len(valley.gradients) == 1
+    assert added(search) == []
     assert search.winner is search.latest
 
 
-@pytest.mark.parametrize("left_s", [39, 40, 79, 80, 200])
-def test_the_budget_holds_before_each_gradient_and_trial(
+@pytest.mark.parametrize("left_s", [39, 40, 45, 200])
+def test_the_budget_holds_before_the_gradient_and_each_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_s: float
 ) -> None:
     """A batch takes a second."""

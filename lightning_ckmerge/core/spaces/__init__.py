@@ -4,6 +4,7 @@ from typing import Literal
 
 from lightning_ckmerge.core.spaces.auto import Auto
 from lightning_ckmerge.core.spaces.base import Coordinates, Interval, Space, near
+from lightning_ckmerge.core.spaces.by_tensor import ByTensor
 from lightning_ckmerge.core.spaces.decay import Decay
 from lightning_ckmerge.core.spaces.grouped import Grouped
 from lightning_ckmerge.core.spaces.kernels import (
@@ -23,6 +24,7 @@ SpaceName = Literal["grouped", "decay", "pairwise", "window", "simplex", "affine
 __all__ = [
     "Affine",
     "Auto",
+    "ByTensor",
     "Coordinates",
     "Decay",
     "Grouped",

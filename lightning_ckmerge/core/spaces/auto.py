@@ -61,7 +61,8 @@ class Auto(Space):
         """Return the kernel's share of each pool, split among its snapshots by their steps."""
         inside_K = _newest(int(z_D["window"]), segments_K)
         share_K = Decay(kernel=KERNELS[int(z_D["kernel"])]).coefficients(z_D, inside_K)
-        c_K = [0.0] * len(segments_K)
+        # The latest weights' own share; what takes part belongs to a pool.
+        c_K = [0.0 if s.num_steps else share for share, s in zip(share_K, inside_K, strict=True)]
         for pool in _pools(2 ** int(z_D["pool"]), inside_K):
             num_steps = sum(inside_K[k].num_steps for k in pool)
             for k in pool:

@@ -17,19 +17,24 @@ from lightning_ckmerge.errors import ConfigError
 # The first candidate: `tau` as a share of the window's steps, and `beta`. Chosen on two runs of a small GPT (cpp-0 and
 # python-0 of docs/quality.md), where it has 99 % of the best candidate's gain.
 START_SHARE, START_BETA = 0.1, 0.6
+# Best on four other runs of small GPTs, broad between 0.1 and 0.25 (`python -m benchmarks.quality.latest_share`).
+LATEST_SHARE = 1 / 6
 
 
 class Decay(Space):
     """A decaying kernel over the steps of the run, plus a step past it.
 
-    ``c_K = (1 + beta) k(tau) - beta k(ratio tau)``, where ``k(tau)_K`` is the kernel summed over each snapshot's steps.
-    Of the exponential kernel, ``beta = 0`` is an EMA of any length, chosen afterwards; ``tau`` to infinity the uniform
-    mean. ``beta > 0`` steps past the short mean, away from the long one: the direction in which the run still moves.
+    ``c_K = k(tau) + beta (h - k(ratio tau))`` with ``h = (1 - latest_share) k(tau) + latest_share l``, where
+    ``k(tau)_K`` is the kernel summed over each snapshot's steps, and ``l_K`` is 1 for the latest weights alone. Of the
+    exponential kernel, ``beta = 0`` is an EMA of any length, chosen afterwards; ``tau`` to infinity the uniform mean.
+    ``beta > 0`` steps past the short mean, away from the long one and a little towards the latest weights: the
+    direction in which the run still moves.
 
     Args:
         ratio: Length of the long mean over that of the short one; above 1. ``None``: searched, in [2, 16].
         max_extrapolation: Largest ``beta``; 0 leaves the kernel's own shapes only.
         kernel: ``exponential``; ``power``, of post-hoc EMA; or ``minus_sqrt``, of WSM.
+        latest_share: Share of the latest weights in the point from which the step leads away; in [0, 1].
 
     Source:
         Post-hoc choice of an EMA's length: Karras et al. 2024, arXiv:2312.02696. Stepping past merged checkpoints:
@@ -38,15 +43,23 @@ class Decay(Space):
 
     @checked()
     def __init__(
-        self, *, ratio: float | None = 4.0, max_extrapolation: float = 2.0, kernel: KernelName = "exponential"
+        self,
+        *,
+        ratio: float | None = 4.0,
+        max_extrapolation: float = 2.0,
+        kernel: KernelName = "exponential",
+        latest_share: float = LATEST_SHARE,
     ) -> None:
         if ratio is not None and not ratio > 1:
             raise ConfigError(f"`ratio > 1` must hold, got {ratio}. The default is 4; `null` searches it.")
         require_at_least("max_extrapolation", max_extrapolation, 0, "0 leaves EMA shapes only.")
         require_choice("kernel", kernel, get_args(KernelName))
+        if not 0 <= latest_share <= 1:
+            raise ConfigError(f"`0 <= latest_share <= 1` must hold, got {latest_share}. 0 steps past the mean alone.")
         self.ratio = ratio
         self.max_extrapolation = max_extrapolation
         self.kernel = kernel
+        self.latest_share = latest_share
 
     def coordinates(self, segments_K: Sequence[Segment]) -> dict[str, Interval]:
         """Return ``tau`` (steps), ``beta``, and ``ratio`` where it is searched."""
@@ -61,13 +74,15 @@ class Decay(Space):
         return space
 
     def coefficients(self, z_D: Coordinates, segments_K: Sequence[Segment]) -> tuple[float, ...]:
-        """Return the kernel's share of each snapshot."""
+        """Return the kernel's share of each snapshot, and the step's."""
         beta = z_D.get("beta", 0.0)
         short_K = kernel(self.kernel, segments_K, z_D["tau"])
         if beta == 0:
             return short_K
         long_K = kernel(self.kernel, segments_K, z_D["tau"] * (self.ratio or z_D["ratio"]))
-        return tuple((1 + beta) * s - beta * l for s, l in zip(short_K, long_K, strict=True))
+        c_K = [(1 + beta * (1 - self.latest_share)) * s - beta * l for s, l in zip(short_K, long_K, strict=True)]
+        c_K[-1] += beta * self.latest_share
+        return tuple(c_K)
 
     def initial(self, segments_K: Sequence[Segment]) -> list[dict[str, float]]:
         """Return the optima of earlier runs; nothing without extrapolation, where the EMA anchors cover them."""

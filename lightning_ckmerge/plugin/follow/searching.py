@@ -20,7 +20,6 @@ from lightning_ckmerge.artifact.timeline import read_timeline
 from lightning_ckmerge.buffer.rolling import Snapshot
 from lightning_ckmerge.config import MergeSettings
 from lightning_ckmerge.core.outcome import Score, SearchOutcome
-from lightning_ckmerge.core.spaces import Tail
 from lightning_ckmerge.distributed.comm import on_rank_zero
 from lightning_ckmerge.errors import ArtifactError, FinalError, SearchError, SkipError, SnapshotError
 from lightning_ckmerge.pipeline import Scorer, SearchJob, join_search, run_search
@@ -209,35 +208,27 @@ class DueSearcher:
             yield scorer
 
     def _make_job(self, due: DueSearch, scorer: Scorer) -> SearchJob:
-        """There is no training time that it takes a share of."""
         results = list(earlier(read_results(self._dirpath), due))
         objection, is_decayed = self._objection(due)
-        settings, space = self._settings, self._model.space
-        if is_decayed and settings.search.at_low_lr == "tail":
-            settings, space = settings.after_decay(), Tail()
         # As `Curve` keeps them.
         first = (1 - RECENT_SHARE) * results[-1].step if results else -1.0
         return SearchJob(
             name=f"{due.run_id}-step={due.step:09d}",
             step=due.step,
-            settings=settings,
-            space=space,
+            settings=self._settings,
+            space=self._model.space,
             scorer=scorer,
             allowed_s=self._settings.search.timeout_s,
-            allowed_by="search.timeout_s",
-            searched_s=0.0,
-            training_s=0.0,
             previous=next((r.coordinates for r in reversed(results) if r.coordinates), None),
             validated=[p for p in due.info.validated if p[0] > first],
             searched=[(r.step, r.latest) for r in results if r.latest is not None and r.step > first],
-            notes=[f"{objection[0].upper()}{objection[1:]}."] if objection else [],
             journal=self._dirpath / "study.journal",
             on_scored=self._on_scored,
             agree=partial(on_rank_zero, self._model.comm),
             shared=self._shares,
             adapters=self._model.adapter_merge,
             due=due.name,
-        )
+        ).at_low_rate(objection, is_decayed=is_decayed)
 
     def _unpublished(self, due: DueSearch) -> list[tuple[int, float]]:
         """Return the run's own validations since the search before, for the timeline."""

@@ -218,7 +218,6 @@ class OfflineSearch:
         return artifact
 
     def _make_job(self, scorer: Scorer, place: Place) -> SearchJob:
-        """There is no training time that a share could be taken of."""
         return SearchJob(
             # The same checkpoints make the same study, so that a search that was interrupted goes on.
             name=f"{place.run_id}-step={self.offline.step:09d}",
@@ -227,13 +226,6 @@ class OfflineSearch:
             space=self.offline.model.space,
             scorer=scorer,
             allowed_s=self._settings.search.timeout_s,
-            allowed_by="search.timeout_s",
-            searched_s=0.0,
-            training_s=0.0,
-            previous=None,
-            validated=(),
-            searched=(),
-            notes=(),
             journal=place.dirpath / "study.journal",
             on_scored=self._on_scored,
             agree=partial(on_rank_zero, self.offline.model.comm),

@@ -17,7 +17,7 @@ from lightning_ckmerge.core.layout import TensorLayout
 from lightning_ckmerge.core.merge import merge_tensor
 from lightning_ckmerge.core.mixing import slerp_tensors
 from lightning_ckmerge.core.outcome import Coefficients
-from lightning_ckmerge.core.spaces import make_space
+from lightning_ckmerge.core.spaces import ByTensor, make_space
 from lightning_ckmerge.distributed.comm import Comm, connect, together
 from lightning_ckmerge.distributed.gather import scatter
 from lightning_ckmerge.distributed.ownership import Ownership
@@ -57,6 +57,7 @@ class RankModel:
         self._module = module
         self._space = settings.search.space
         self._artifact = settings.artifact
+        self._refines = settings.search.refine is not None
         self._bucket_bytes = parse_size(settings.buffer.bucket_size)
         self.comm = comm or connect()
         self._left_out: set[str] = set()
@@ -77,7 +78,9 @@ class RankModel:
         self.ownership = Ownership(module, self.comm, self._bucket_bytes, self._left_out)
         self.layout = TensorLayout(self.ownership.owned())
         self.local_layout = TensorLayout(self.ownership.local())
-        self.space = make_space(self._space).bind(list(self.ownership.shapes))
+        names = list(self.ownership.shapes)
+        space = make_space(self._space).bind(names)
+        self.space = ByTensor(space, names) if self._refines else space
         self.adapters = find_adapters(
             module, self._artifact, self.comm, self.space.group_of, is_sharded=self.ownership.is_sharded
         )
