@@ -10,16 +10,19 @@ DOCS = Path(__file__).parent
 CLIENTS = DOCS / "clients.json"
 SUITE = DOCS / "lightning_suite.json"
 OUTCOMES = ("passed", "failed", "skipped")
-TRAINERS = ("lightning", "pytorch-lightning")
+COMMON = ("Python", "torch", "lightning", "pytorch-lightning")
 
 
 def clients() -> str:
-    """Return a table with a row for each client."""
+    """Return the versions that all have in common, and a table with a row for each client."""
+    records = json.loads(CLIENTS.read_text(encoding="utf-8")).values()
+    found = [{"Python": r["python"], **r["versions"]} for r in records if "fault" not in r]
+    shared = [f"{n} {v}" for n, v in found[0].items() if n in COMMON and all(f.get(n) == v for f in found)]
     rows = [
         "| client | run | steps, searches | last verdict | reported, and predicted by the client |",
         "|---|---|---|---|---|",
     ]
-    return "\n".join([*rows, *map(_row, json.loads(CLIENTS.read_text(encoding="utf-8")).values())])
+    return "\n".join([f"With {', '.join(shared)}:", "", *rows, *map(_row, records)])
 
 
 def lightning_suite() -> str:
@@ -45,7 +48,7 @@ def _row(record: dict[str, Any]) -> str:
     if "fault" in record:
         return f"| | | | | failed: {record['fault']} |"
     versions = record["versions"]
-    own = [name for name in versions if name not in (*TRAINERS, "torch")]
+    own = [name for name in versions if name not in COMMON]
     client = ", ".join(f"{name} {versions[name]}" for name in own)
     return (
         f"| {client} | {record['does']} | {record['steps']}, {record['searches']} | {record['verdict']} | "
