@@ -64,7 +64,7 @@ clients: $(READY)  ## Train models of other packages, each in an environment of 
 
 lightning-suite: $(READY)  ## Run Lightning's own tests without and with the callback in every Trainer; ARGS=loops for a part.
 	test -d $(LIGHTNING) || git clone --quiet --depth 1 --branch $(LIGHTNING_TAG) https://github.com/Lightning-AI/pytorch-lightning $(LIGHTNING)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.lightning_suite $(LIGHTNING) --tag $(LIGHTNING_TAG) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.lightning_suite $(LIGHTNING) --tag $(LIGHTNING_TAG) --out docs/lightning_suite.json $(ARGS)
 
 release-check: $(READY)  ## Build the wheel and the sdist, check them, install the wheel into a clean environment, and train there.
 	$(BIN)/python -m pip install --quiet build==1.6.1 twine==7.0.0
