@@ -13,6 +13,9 @@ from tests.support.ranks import RankPool
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
+# Their packages are installed in environments of their own (`make clients`).
+collect_ignore = ["clients"]
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
