@@ -22,7 +22,7 @@ from lightning_ckmerge import ArtifactConfig, EvaluationConfig, SearchConfig, lo
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.weights import write_weights
 from lightning_ckmerge.checkpoints.rebuild import rebuild
-from lightning_ckmerge.core.spaces import Grouped
+from lightning_ckmerge.core.spaces import Decay, Grouped
 from lightning_ckmerge.distributed.comm import Ranks
 from lightning_ckmerge.distributed.gather import GatheredWeights, scatter
 from lightning_ckmerge.errors import PeerError
@@ -184,7 +184,8 @@ def test_a_merge_is_rebuilt_from_what_all_ranks_kept(ranks: RankPool, tmp_path: 
 
 
 def trained_in_groups(strategy: str, root: str) -> int:
-    space = Grouped(groups={"weights": "weight$"}, factors={"weights": 0.5})
+    # Without the latest weights, which no buffer keeps, the snapshots suffice for a rebuild.
+    space = Grouped(space=Decay(latest_share=0), groups={"weights": "weight$"}, along="tau", factors={"weights": 0.5})
     search = SearchConfig(
         space=space, anchors=[], n_trials=6, sampler=RandomSampler(seed=0), max_fraction_of_training=None
     )
@@ -212,7 +213,8 @@ class TwoMetrics(Classifier):
 
 
 def trained_by_two(strategy: str, root: str) -> int:
-    search = SearchConfig(max_fraction_of_training=None, n_trials=6, sampler=RandomSampler(seed=0))
+    space = Decay(latest_share=0)
+    search = SearchConfig(space=space, max_fraction_of_training=None, n_trials=6, sampler=RandomSampler(seed=0))
     merge = make_rank_merge(
         root, monitor=["val_loss", "val_size"], mode=["min", "max"], search=search, search_on_train_end=False
     )
