@@ -91,16 +91,6 @@ def test_the_demo_measures_what_the_search_measured(demo: tuple[Path, str]) -> N
     assert measured == pytest.approx(artifact_of(demo).manifest["verdict"]["value"], abs=1e-4)
 
 
-def test_the_demo_with_followers_has_the_same_table(demo: tuple[Path, str], tmp_path: Path) -> None:
-    """Goes red if a follower searches other weights, on other batches or with other settings than the run would."""
-    done = run(tmp_path, "demo.py", "--follow", *SHORT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for contender in CONTENDERS[:-1]:
-        (row,) = re.findall(rf"^{contender}  .*$", done.stdout, re.M)
-        # But for the share of the decay's gain, which has no place in a run without one.
-        assert f"\n{row.rstrip()}" in demo[1]
-
-
 def test_sample_writes_text_with_the_artifact_alone(demo: tuple[Path, str]) -> None:
     """Goes red if the artifact's names or shapes are not those of the plain model."""
     cwd, _ = demo
