@@ -24,6 +24,7 @@ WRONG = [
     (BufferConfig, "every_n_train_steps", 0, "`buffer.every_n_train_steps >= 1`"),
     (BufferConfig, "snapshot", "ema", "`buffer.snapshot` must be one of mean, point"),
     (BufferConfig, "update_every_n_steps", 0, "`buffer.update_every_n_steps >= 1`"),
+    (BufferConfig, "accumulate_on", "gpu", "`buffer.accumulate_on` must be one of device, host"),
     (BufferConfig, "storage", "gpu", "`buffer.storage` must be one of disk, cpu, device"),
     (BufferConfig, "dtype", "int8", "`buffer.dtype` must be one of float32, bfloat16, float16"),
     (BufferConfig, "bucket_size", "64", "`buffer.bucket_size` must be a positive number with a unit"),
