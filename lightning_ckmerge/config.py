@@ -349,7 +349,7 @@ class MergeSettings:
     @property
     def space_name(self) -> str:
         """The space's name, in lower case."""
-        return type(make_space(self.search.space)).__name__.lower()
+        return make_space(self.search.space).space_name
 
     @property
     def raises(self) -> bool:

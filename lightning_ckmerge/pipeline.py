@@ -246,7 +246,7 @@ def _outcome(job: SearchJob, search: Search, elapsed_s: float, warnings: Sequenc
         step=job.step,
         monitor=job.settings.objectives[0].monitor,
         mode=job.settings.objectives[0].mode,
-        space=type(job.space).__name__.lower(),
+        space=job.space.space_name,
         snapshots_K=job.scorer.merger.records(),
         group_of=job.space.group_of,
         winner=winner,

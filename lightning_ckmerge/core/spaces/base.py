@@ -52,6 +52,11 @@ class Space(ABC):
         return self
 
     @property
+    def space_name(self) -> str:
+        """What records and reports call it: the class, in lower case."""
+        return type(self).__name__.lower()
+
+    @property
     def group_of(self) -> Mapping[str, str]:
         """Tensor name -> group, where coefficients differ between groups of tensors; empty by default."""
         return {}

@@ -27,6 +27,11 @@ class ByTensor(Space):
         self._names = tuple(names)
 
     @property
+    def space_name(self) -> str:
+        """The inner space's."""
+        return self.space.space_name
+
+    @property
     def group_of(self) -> dict[str, str]:
         """Tensor name -> itself."""
         return {name: name for name in self._names}
