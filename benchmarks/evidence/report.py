@@ -69,6 +69,15 @@ def of_method(found: Sequence[Result], name: str, key: str) -> list[float]:
     return [r["methods"][name][key] for r in found if name in r["methods"]]
 
 
+def comparable(found: Sequence[Result]) -> list[Result]:
+    """Return the runs on which all methods of the short table have been measured that have been on any.
+
+    Medians over different runs would compare runs, not methods.
+    """
+    begun = {name for name in SHORT if any(name in r["methods"] for r in found)}
+    return [r for r in found if begun <= r["methods"].keys()]
+
+
 def against(found: Sequence[Result], name: str, other: str = DEFAULT) -> list[float]:
     """Return by how many points of the share a method beats another, run by run."""
     both = [r for r in found if {name, other} <= r["methods"].keys() and has_share(r)]
@@ -95,6 +104,7 @@ def with_interval(values: Sequence[float], digits: int = 1) -> str:
 def page(found: Mapping[str, Sequence[Result]]) -> str:
     """Return the page."""
     ladder = found["ladder"]
+    compared = comparable(ladder)
     prints = sorted({m["fingerprint"] for part in found if part != "verdicts" for r in found[part] for m in
                      r["methods"].values()} | {r["fingerprint"] for r in found["verdicts"]})  # fmt: skip
     lines = [
@@ -106,17 +116,17 @@ def page(found: Mapping[str, Sequence[Result]]) -> str:
         "",
         "## The short of it",
         "",
-        f"Share of the decay's gain over the ladder's {len(ladder)} runs measured so far (of {len(runs('ladder'))}), "
-        "in percent, and passes over the search half:",
+        f"Share of the decay's gain over those {len(compared)} of the ladder's {len(runs('ladder'))} runs on which all "
+        "of these have been measured, in percent, and passes over the search half:",
         "",
         table(
             ["merge", "unseen validation batches", "test files", "evaluations"],
             [
                 [
                     said,
-                    told(shares(ladder, name)),
-                    told(shares(ladder, name, "test")),
-                    told(of_method(ladder, name, "evaluations"), 1),
+                    told(shares(compared, name)),
+                    told(shares(compared, name, "test")),
+                    told(of_method(compared, name, "evaluations"), 1),
                 ]
                 for name, said in SHORT.items()
             ],

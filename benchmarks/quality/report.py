@@ -115,9 +115,9 @@ def page(runs: Sequence[Run]) -> str:
         "",
         "These are the runs by which the default was made: three of them gave it its constants, all were looked at. "
         "Runs that had no part in it, of other sizes, lengths, optimizers and models, are the [evidence](evidence.md). "
-        "The figures here are of the default before its step led towards the latest weights too, which is worth 1 to 2 "
-        "points (`python -m benchmarks.quality.latest_share`), and of a refinement by three gradients over kinds of "
-        "tensors, where one over single tensors now does as much; today's default is the evidence's.",
+        "The figures here are of the default before its step led towards the latest weights too "
+        "(`python -m benchmarks.quality.latest_share` has what that is worth), and of a refinement by three gradients "
+        "over kinds of tensors, which is now one over single tensors. Today's default is the evidence's.",
         "",
         f"The default recovers a median of **{confirmed} %** of what a learning-rate decay gains, on the confirmation "
         f"half, for {spent} full evaluations of the search half. That is a gain of "

@@ -236,6 +236,13 @@ def test_a_claim_is_judged_once_all_its_runs_are_measured() -> None:
     assert report.shares([{**short[0], "twin_interval": (-0.01, 0.21)}], DEFAULT) == []
 
 
+def test_methods_are_compared_on_the_same_runs() -> None:
+    """Goes red if a median over other runs stands beside another method's."""
+    both, one = ({"methods": dict.fromkeys(names)} for names in ((DEFAULT, "EMA"), (DEFAULT,)))
+    assert report.comparable([both, one]) == [both]
+    assert report.comparable([one, one]) == [one, one]
+
+
 def test_the_committed_page_is_of_the_committed_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """Goes red if a figure on the page was changed by hand, or results were committed without their page."""
     monkeypatch.setattr(report, "RESULTS", COMMITTED)

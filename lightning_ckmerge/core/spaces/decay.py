@@ -34,7 +34,7 @@ class Decay(Space):
         ratio: Length of the long mean over that of the short one; above 1. ``None``: searched, in [2, 16].
         max_extrapolation: Largest ``beta``; 0 leaves the kernel's own shapes only.
         kernel: ``exponential``; ``power``, of post-hoc EMA; or ``minus_sqrt``, of WSM.
-        latest_share: Share of the latest weights in the point from which the step leads away; in [0, 1].
+        latest_share: Share of the latest weights in the point towards which the step leads; in [0, 1].
 
     Source:
         Post-hoc choice of an EMA's length: Karras et al. 2024, arXiv:2312.02696. Stepping past merged checkpoints:
