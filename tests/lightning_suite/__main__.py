@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="keeps outcomes here, and does not repeat what is in it")
     parser.add_argument("--timeout", type=int, default=300, help="seconds for one test")
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     work = arguments.work or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
     found: dict[str, Outcomes] = {kind: {} for kind in KINDS}
