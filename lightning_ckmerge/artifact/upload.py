@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,9 @@ def find_remote_fault(url: str) -> str | None:
     try:
         fs, root = open_url(url)
         fs.makedirs(root, exist_ok=True)
-        fs.pipe_file(f"{root}/{PROBE_NAME}", b"")
-        fs.rm_file(f"{root}/{PROBE_NAME}")
+        probe = f"{root}/{PROBE_NAME}-{uuid.uuid4().hex}"  # another run may begin at the same time
+        fs.pipe_file(probe, b"")
+        fs.rm_file(probe)
     except Exception as error:  # each file system has errors of its own
         return (
             f"`dirpath` must be a directory or URL that can be written to, got {url}: {explain(error)}. Name another "

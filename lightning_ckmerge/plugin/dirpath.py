@@ -5,7 +5,6 @@ What is to go to a URL is written to a local directory first, which is the run's
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import os
@@ -101,24 +100,19 @@ def find_destination_fault(destination: Destination) -> str | None:
 
 def find_fault(dirpath: Path) -> str | None:
     """Say why nothing can be written into ``dirpath``, by trying; nothing is left behind."""
-    made: list[Path] = []
     try:
-        for path in reversed([p for p in (dirpath, *dirpath.parents) if not os.path.lexists(p)]):
-            path.mkdir()
-            made.append(path)
-        probe = dirpath / PROBE_NAME
-        probe.touch()
-        probe.unlink()
+        there = next(p for p in (dirpath, *dirpath.parents) if os.path.lexists(p))
+        # Not the directories themselves: runs that begin at once would meet in them.
+        with tempfile.TemporaryDirectory(prefix=".ckmerge-", dir=there) as scratch:
+            path = scratch / dirpath.relative_to(there)
+            path.mkdir(parents=True, exist_ok=True)
+            (path / PROBE_NAME).touch()
     except (OSError, ValueError) as error:  # a ValueError for a name with a NUL
         reason = getattr(error, "strerror", None) or error
         return (
             f"`dirpath` must be a directory that can be written to, got {dirpath}: {reason}. Name another one, or fix "
             "its permissions."
         )
-    finally:
-        for path in reversed(made):
-            with contextlib.suppress(OSError):  # another process has begun to use it
-                path.rmdir()
     return None
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from lightning_ckmerge.artifact import runs
 from lightning_ckmerge.artifact.load import Artifact
 from lightning_ckmerge.artifact.runs import DirectoryLock, list_runs
 from lightning_ckmerge.artifact.timeline import read_timeline
+from lightning_ckmerge.artifact.upload import find_remote_fault
 from lightning_ckmerge.buffer.storage import FILE_NAME
+from lightning_ckmerge.plugin.dirpath import find_fault
 from tests.crash.checks import check_checkpoint
 from tests.crash.run import SAVE_EVERY, checkpoint_of, make_merge, read_notes, train
 
@@ -134,3 +137,12 @@ def test_twenty_runs_in_one_process_leave_nothing_open(alone: dict[int, str], tm
     trails = {tuple(read_notes(tmp_path / f"run-{number}" / "notes-0.txt")) for number in range(20)}
     (trail,) = trails
     assert all(alone[batch] == found for batch, found in trail)
+
+
+def test_runs_that_begin_at_once_do_not_refuse_a_directory_that_one_of_them_makes(tmp_path: Path) -> None:
+    """Goes red if a directory counts as not writable since another run makes it, or removes it, at the same time."""
+    dirpath = tmp_path / "runs" / "merges"
+    with ThreadPoolExecutor(8) as pool:
+        for place in (lambda: find_fault(dirpath), lambda: find_remote_fault(f"file://{dirpath}")):
+            found = [pool.submit(place) for _ in range(400)]
+            assert {f.result() for f in found} == {None}
